@@ -1,0 +1,316 @@
+//! The XDP entry points: the kernel's maps and helpers for the path in the library. Glue only.
+#![no_std]
+#![no_main]
+
+use core::mem::size_of;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_F_CURRENT_NETNS, BPF_F_NO_PREALLOC, BPF_FIB_LKUP_RET_BLACKHOLE,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
+        BPF_FIB_LKUP_RET_UNSUPP_LWT, bpf_fib_lookup as fib_lookup, bpf_sock_tuple, xdp_action,
+    },
+    helpers::generated::{
+        bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_skc_lookup_tcp,
+    },
+    macros::{map, xdp},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, xdp::DevMapHash},
+    programs::XdpContext,
+};
+use portfwd_ebpf::{
+    packet::{Frame, TCP},
+    path::{self, Flow, Kernel, Role, Route, Verdict},
+    table::{
+        AnyAddress, ArrivalKey, Counter, Endpoint, EndpointKey, Interface, Page, Passed, Settings,
+        Translation,
+    },
+};
+
+// The control plane sets the sizes of the tables that grow with the rules when it loads this.
+#[map]
+static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
+#[map]
+static ENDPOINTS_V4: HashMap<EndpointKey<4>, Endpoint> =
+    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static ENDPOINTS_V6: HashMap<EndpointKey<16>, Endpoint> =
+    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static PAGES: Array<Page> = Array::with_max_entries(1024, 0);
+#[map]
+static TRANSLATIONS: Array<Translation> = Array::with_max_entries(1024, 0);
+#[map]
+static COUNTERS: PerCpuArray<Counter> = PerCpuArray::with_max_entries(1024, 0);
+#[map]
+static PASSED: PerCpuArray<u64> = PerCpuArray::with_max_entries(Passed::COUNT as u32, 0);
+#[map]
+static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(1024, 0);
+#[map]
+static DEVICES: DevMapHash = DevMapHash::with_max_entries(1024, 0);
+#[map]
+static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
+
+#[xdp]
+fn external(ctx: XdpContext) -> u32 {
+    run(&ctx, Role::External)
+}
+
+#[xdp]
+fn internal(ctx: XdpContext) -> u32 {
+    run(&ctx, Role::Internal)
+}
+
+#[xdp]
+fn both(ctx: XdpContext) -> u32 {
+    run(&ctx, Role::Both)
+}
+
+/// From the path's verdict to XDP's, in one place.
+#[inline(always)]
+fn run(ctx: &XdpContext, role: Role) -> u32 {
+    // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
+    let frame = unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) };
+    match path::handle(&Xdp { ctx }, role, frame) {
+        Verdict::Redirect(interface) => {
+            DEVICES.redirect(interface, 0).unwrap_or(xdp_action::XDP_DROP)
+        }
+        Verdict::Stack(_) | Verdict::Pass(_) => xdp_action::XDP_PASS,
+        Verdict::Drop(_) => xdp_action::XDP_DROP,
+    }
+}
+
+struct Xdp<'a> {
+    ctx: &'a XdpContext,
+}
+
+impl Kernel for Xdp<'_> {
+    #[inline(always)]
+    fn generation(&self) -> u8 {
+        // SAFETY: the row always exists; the control plane writes this word while packets read it.
+        SETTINGS
+            .get_ptr(0)
+            .map_or(0, |settings| unsafe { (&raw const (*settings).generation).read_volatile() }) as u8
+    }
+
+    // Endpoints, pages and translations do not change while packets can reach them: see "One
+    // change, one write" in ARCHITECTURE.md.
+    #[inline(always)]
+    fn endpoint_v4(&self, key: &EndpointKey<4>) -> Option<&Endpoint> {
+        // SAFETY: as above.
+        unsafe { ENDPOINTS_V4.get(key) }
+    }
+
+    #[inline(always)]
+    fn endpoint_v6(&self, key: &EndpointKey<16>) -> Option<&Endpoint> {
+        // SAFETY: as above.
+        unsafe { ENDPOINTS_V6.get(key) }
+    }
+
+    #[inline(always)]
+    fn page(&self, number: u32) -> Option<&Page> {
+        PAGES.get(number)
+    }
+
+    #[inline(always)]
+    fn translation(&self, number: u32) -> Option<&Translation> {
+        TRANSLATIONS.get(number)
+    }
+
+    #[inline(always)]
+    fn interface(&self, index: u32) -> Option<Interface> {
+        // SAFETY: one word, copied out.
+        unsafe { INTERFACES.get(index) }.copied()
+    }
+
+    #[inline(always)]
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Route {
+        // SAFETY: all integers and arrays of them.
+        let mut fib: fib_lookup = unsafe { core::mem::zeroed() };
+        fib.family = flow.family;
+        fib.l4_protocol = flow.protocol;
+        fib.sport = u16::from_ne_bytes(flow.source_port.0);
+        fib.dport = u16::from_ne_bytes(flow.destination_port.0);
+        fib.__bindgen_anon_1.tot_len = length;
+        fib.ifindex = self.ctx.ingress_ifindex() as u32;
+        fib.__bindgen_anon_2.flowinfo = u32::from_ne_bytes(class);
+        fib.__bindgen_anon_3.ipv6_src = words(flow.source);
+        fib.__bindgen_anon_4.ipv6_dst = words(flow.destination);
+        // SAFETY: the context is this run's, the struct is initialised and of the size given.
+        let result = unsafe {
+            bpf_fib_lookup(self.ctx.as_ptr(), &raw mut fib, size_of::<fib_lookup>() as i32, 0)
+        };
+        // Too big is told before the egress is known; no neighbour, after (kernel d1c362e1dd68).
+        match u32::try_from(result).unwrap_or(u32::MAX) {
+            BPF_FIB_LKUP_RET_SUCCESS => {
+                Route::Via { interface: fib.ifindex, source: fib.smac, destination: fib.dmac }
+            }
+            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { interface: fib.ifindex },
+            BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig,
+            BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
+            BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
+            BPF_FIB_LKUP_RET_BLACKHOLE => Route::Blackhole,
+            BPF_FIB_LKUP_RET_PROHIBIT => Route::Prohibited,
+            BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingOff,
+            _ => Route::NotForwarded,
+        }
+    }
+
+    #[inline(always)]
+    fn has_socket(&self, flow: &Flow) -> bool {
+        /// AF_INET.
+        const INET: u8 = 2;
+        // SAFETY: all integers and arrays of them.
+        let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        let source_port = u16::from_ne_bytes(flow.source_port.0);
+        let destination_port = u16::from_ne_bytes(flow.destination_port.0);
+        let source = words(flow.source);
+        let destination = words(flow.destination);
+        // SAFETY: writes to one member of a union of plain integers; the size says which it is.
+        let size = unsafe {
+            if flow.family == INET {
+                let ipv4 = &mut tuple.__bindgen_anon_1.ipv4;
+                ipv4.saddr = source[0];
+                ipv4.daddr = destination[0];
+                ipv4.sport = source_port;
+                ipv4.dport = destination_port;
+                size_of_val(ipv4)
+            } else {
+                let ipv6 = &mut tuple.__bindgen_anon_1.ipv6;
+                ipv6.saddr = source;
+                ipv6.daddr = destination;
+                ipv6.sport = source_port;
+                ipv6.dport = destination_port;
+                size_of_val(ipv6)
+            }
+        };
+        let netns = BPF_F_CURRENT_NETNS as i64 as u64;
+        // SAFETY: the tuple is initialised and of the size given; a socket that is found is released.
+        unsafe {
+            let ctx = self.ctx.as_ptr();
+            let socket = if flow.protocol == TCP {
+                // Also finds connections in TIME-WAIT and those whose handshake goes on.
+                bpf_skc_lookup_tcp(ctx, &raw mut tuple, size as u32, netns, 0)
+            } else {
+                bpf_sk_lookup_udp(ctx, &raw mut tuple, size as u32, netns, 0)
+            };
+            if socket.is_null() {
+                return false;
+            }
+            bpf_sk_release(socket.cast());
+            true
+        }
+    }
+
+    #[inline(always)]
+    fn arrival(&self, key: &ArrivalKey) -> Option<AnyAddress> {
+        // SAFETY: copied out; a value that another CPU replaces meanwhile is one client's loss of one
+        // packet.
+        unsafe { ARRIVALS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_arrival(&self, key: &ArrivalKey, address: Option<&AnyAddress>) {
+        // The table is a cache: an entry that cannot be made, or is gone, is as if it was evicted.
+        let _: Result<(), i32> = match address {
+            Some(address) => ARRIVALS.insert(key, address, 0),
+            None => ARRIVALS.remove(key),
+        };
+    }
+
+    #[inline(always)]
+    fn count(&self, counter: u32, change: impl FnOnce(&mut Counter)) {
+        if let Some(counter) = COUNTERS.get_ptr_mut(counter) {
+            // SAFETY: this CPU's own row.
+            change(unsafe { &mut *counter });
+        }
+    }
+
+    #[inline(always)]
+    fn count_passed(&self, reason: Passed) {
+        if let Some(count) = PASSED.get_ptr_mut(reason as u32) {
+            // SAFETY: this CPU's own row.
+            unsafe { *count += 1 };
+        }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: no arguments.
+        unsafe { bpf_ktime_get_coarse_ns() }
+    }
+
+    // The level is a constant of the loaded program: what is off, the verifier removes.
+    #[inline(always)]
+    fn log(&self, flow: &Flow, verdict: Verdict) {
+        log::verdict(self.ctx, flow, verdict);
+    }
+}
+
+/// An address in the words of the kernel's structs, which are in network order too.
+#[inline(always)]
+fn words(address: AnyAddress) -> [u32; 4] {
+    // SAFETY: the same sixteen bytes.
+    unsafe { core::mem::transmute(address.0) }
+}
+
+/// Messages for `-v`.
+mod log {
+    use aya_log_ebpf::debug;
+
+    use super::*;
+
+    #[inline(always)]
+    pub fn verdict(ctx: &XdpContext, flow: &Flow, verdict: Verdict) {
+        if !aya_log_ebpf::macro_support::level_enabled(aya_log_ebpf::macro_support::Level::Debug) {
+            return;
+        }
+        let source_port = flow.source_port.number();
+        let destination_port = flow.destination_port.number();
+        let (what, how): (&str, &str) = match verdict {
+            Verdict::Redirect(_) => ("redirected", ""),
+            Verdict::Stack(reason) => ("to the stack: ", reason.name()),
+            Verdict::Pass(reason) => ("passed: ", reason.name()),
+            Verdict::Drop(reason) => ("dropped: ", reason.name()),
+        };
+        if flow.family == 2 {
+            let source = u32::from_be(words(flow.source)[0]);
+            let destination = u32::from_be(words(flow.destination)[0]);
+            debug!(
+                ctx,
+                "{} {:i}:{} -> {:i}:{} {}{}",
+                flow.protocol,
+                source,
+                source_port,
+                destination,
+                destination_port,
+                what,
+                how
+            );
+        } else {
+            debug!(
+                ctx,
+                "{} [{:i}]:{} -> [{:i}]:{} {}{}",
+                flow.protocol,
+                flow.source.0,
+                source_port,
+                flow.destination.0,
+                destination_port,
+                what,
+                how
+            );
+        }
+    }
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,354 @@
+//! What the maps hold: the contract between the eBPF program and the control plane.
+//!
+//! Every type is `repr(C)`, of bytes and integers with explicit padding, so that its bytes are the
+//! same on both sides. [`LAYOUT`] changes with any of them.
+
+use core::mem::{align_of, size_of};
+
+/// The version of everything in this module; it stands in [`Settings`], so that halves of different
+/// builds refuse each other.
+pub const LAYOUT: u32 = 1;
+
+/// A port: two bytes in network order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
+pub struct Port(pub [u8; 2]);
+
+impl Port {
+    /// The port with this number.
+    pub const fn new(number: u16) -> Self {
+        Self(number.to_be_bytes())
+    }
+
+    /// The number of this port.
+    #[inline(always)]
+    pub const fn number(self) -> u16 {
+        u16::from_be_bytes(self.0)
+    }
+
+    /// The port that a [`Shift`] leads to.
+    #[inline(always)]
+    pub const fn shifted(self, shift: Shift) -> Self {
+        Self::new(self.number().wrapping_add(shift.0))
+    }
+}
+
+/// The distance from a port to the port it is translated to, modulo 65,536.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[repr(transparent)]
+pub struct Shift(pub u16);
+
+impl Shift {
+    /// The shift that turns `from` into `to`.
+    pub const fn between(from: u16, to: u16) -> Self {
+        Self(to.wrapping_sub(from))
+    }
+
+    /// The way back.
+    pub const fn inverse(self) -> Self {
+        Self(self.0.wrapping_neg())
+    }
+}
+
+/// An IP address of `N` bytes in network order.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(transparent)]
+pub struct Address<const N: usize>(pub [u8; N]);
+
+/// An address of either family in one size: an IPv4 address stands in the first four bytes and the
+/// rest is zero. Which family it is follows from where it stands.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(transparent)]
+pub struct AnyAddress(pub [u8; 16]);
+
+impl<const N: usize> Address<N> {
+    /// This address in the size of either family.
+    #[inline(always)]
+    pub fn widen(self) -> AnyAddress {
+        const { assert!(N <= 16) };
+        let mut bytes = [0; 16];
+        bytes[..N].copy_from_slice(&self.0);
+        AnyAddress(bytes)
+    }
+}
+
+impl AnyAddress {
+    /// The address of `N` bytes that was [widened](Address::widen) to this.
+    #[inline(always)]
+    pub fn narrow<const N: usize>(&self) -> Address<N> {
+        const { assert!(N <= 16) };
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(&self.0[..N]);
+        Address(bytes)
+    }
+}
+
+/// Which end of a packet is translated.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub enum Direction {
+    /// Client to backend: the destination.
+    Forward = 0,
+    /// Backend to client: the source.
+    Reply = 1,
+}
+
+/// Key of `ENDPOINTS_V4` (`N` = 4) and `ENDPOINTS_V6` (`N` = 16): an address that rules translate.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(C)]
+pub struct EndpointKey<const N: usize> {
+    /// The packet's destination on forward, its source on reply.
+    pub address: Address<N>,
+    pub direction: Direction,
+    /// Which of the two rule sets that may be in the map at once; see [`Settings::generation`].
+    pub generation: u8,
+    pub padding: [u8; 2],
+}
+
+/// Value of `ENDPOINTS_V4` and `ENDPOINTS_V6`: for each transport protocol the upper half of a page
+/// table over the 65,536 ports: from a port's high byte to a page number, 0 for none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Endpoint {
+    pub tcp: [u32; 256],
+    pub udp: [u32; 256],
+}
+
+impl Endpoint {
+    /// An endpoint without ports.
+    pub const EMPTY: Self = Self { tcp: [0; 256], udp: [0; 256] };
+}
+
+/// Value of `PAGES`: the lower half of a page table: from a port's low byte to a row of
+/// `TRANSLATIONS`, 0 for none. Equal pages are one page.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct Page(pub [u32; 256]);
+
+/// Value of `TRANSLATIONS`: what becomes of the end of a packet that a rule claims.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct Translation {
+    /// The new address, of the family of the endpoint that leads here.
+    pub address: AnyAddress,
+    /// What to add to the port.
+    pub shift: Shift,
+    pub padding: [u8; 2],
+    /// The constants below.
+    pub flags: u32,
+    /// The rule's row in `COUNTERS`.
+    pub counter: u32,
+}
+
+impl Translation {
+    /// The rule could swallow the box's own traffic: pass what a socket of the box is open for.
+    pub const ASK_SOCKETS: u32 = 1;
+    /// The rule listens on several addresses: a client that came by another than the first has an
+    /// entry in `ARRIVALS`.
+    pub const MANY_ADDRESSES: u32 = 2;
+    /// On forward, beside [`MANY_ADDRESSES`](Self::MANY_ADDRESSES): this is the first of them.
+    pub const FIRST_ADDRESS: u32 = 4;
+
+    /// Whether a flag is set.
+    #[inline(always)]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// Key of `ARRIVALS`: one client's traffic with one backend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct ArrivalKey {
+    pub client: AnyAddress,
+    pub backend: AnyAddress,
+    pub client_port: Port,
+    pub backend_port: Port,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub padding: [u8; 3],
+}
+
+/// Value of `INTERFACES`, by interface index.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Interface {
+    /// The constants below.
+    pub flags: u32,
+}
+
+impl Interface {
+    /// Clients are there: reply translations apply to what leaves by it.
+    pub const EXTERNAL: u32 = 1;
+    /// Backends are there: forward translations apply to what leaves by it.
+    pub const INTERNAL: u32 = 2;
+    /// It is in `DEVICES`: frames can be redirected to it. What leaves by another goes through the
+    /// stack.
+    pub const TRANSMITS: u32 = 4;
+
+    /// Whether a flag is set.
+    #[inline(always)]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+}
+
+/// Value of the single row of `SETTINGS`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Settings {
+    /// [`LAYOUT`].
+    pub layout: u32,
+    /// The generation of endpoints that is live. One write to it changes all rules at once.
+    pub generation: u32,
+}
+
+/// Packets and the bytes of their IP packets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Tally {
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+/// Value of `COUNTERS`, per CPU: a rule's packets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Counter {
+    /// Translated packets by [`Direction`].
+    pub translated: [Tally; 2],
+    /// When the last packet was translated: CLOCK_MONOTONIC (coarse), in nanoseconds; 0 for never.
+    pub last: u64,
+    /// Of the translated, how many went out through the stack, by [`ToStack`].
+    pub to_stack: [u64; ToStack::COUNT],
+    /// Packets that the rule claimed and that were dropped, by [`Dropped`].
+    pub dropped: [u64; Dropped::COUNT],
+}
+
+/// Declares the reasons of a verdict once: their numbers in the maps, their names for users, and
+/// what they mean.
+macro_rules! reasons {
+    ($(#[$meta:meta])* $name:ident { $($(#[doc = $doc:literal])+ $reason:ident = $text:literal,)+ }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+        #[repr(u32)]
+        pub enum $name { $($(#[doc = $doc])+ $reason,)+ }
+
+        impl $name {
+            /// All of them; a reason's place is its number in the maps.
+            pub const ALL: &[Self] = &[$(Self::$reason,)+];
+            /// How many there are.
+            pub const COUNT: usize = Self::ALL.len();
+
+            /// The name that users see.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$reason => $text,)+ }
+            }
+
+            /// What it means, in a sentence.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$reason => concat!($($doc),+).trim_ascii(),)+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Why a packet went to the stack untouched.
+    Passed {
+        /// No rule listens there.
+        NoRule = "no_rule",
+        /// Neither IPv4 nor IPv6: ARP, for example.
+        NotIp = "not_ip",
+        /// Sent to a group address: broadcast or multicast.
+        Group = "group",
+        /// A VLAN tag: it belongs to another network.
+        Vlan = "vlan",
+        /// Lengths that contradict each other or the frame.
+        Malformed = "malformed",
+        /// A fragment; fragments are not translated yet.
+        Fragment = "fragment",
+        /// ICMP to an address of a rule; ICMP is not translated yet.
+        Icmp = "icmp",
+        /// Neither TCP nor UDP.
+        Protocol = "protocol",
+        /// IPv6 extension headers that hide the ports: too many, authentication, or a source route.
+        Extension = "extension_header",
+        /// A socket of this box is open for it.
+        Own = "own_socket",
+        /// Its time to live ends here.
+        Ttl = "ttl_expired",
+        /// From a backend, but not to a client: it does not leave by an external interface.
+        Inside = "not_external",
+        /// A reply larger than its route's MTU: the stack tells the backend.
+        TooBig = "too_big",
+    }
+}
+
+reasons! {
+    /// Why a translated packet went out through the stack instead of being redirected.
+    ToStack {
+        /// The next hop's link address is not known yet; the stack resolves it.
+        NoNeighbour = "no_neighbour",
+        /// The egress interface cannot transmit XDP frames.
+        NoTransmit = "no_xdp_transmit",
+        /// Larger than its route's MTU; the stack fragments it or answers.
+        TooBig = "too_big",
+        /// The route encapsulates.
+        Encapsulated = "encapsulated",
+    }
+}
+
+reasons! {
+    /// Why a packet was dropped.
+    Dropped {
+        /// No route to the backend.
+        NoRoute = "no_route",
+        /// A route says unreachable.
+        Unreachable = "unreachable",
+        /// A route says blackhole.
+        Blackhole = "blackhole",
+        /// A route says prohibit.
+        Prohibited = "prohibited",
+        /// The route to the backend does not leave by an internal interface.
+        NotInternal = "not_internal",
+        /// Forwarding is off on the interface it came by (sysctl).
+        ForwardingOff = "forwarding_off",
+    }
+}
+
+// No hidden padding, and the sizes that the maps are made with.
+const _: () = {
+    assert!(size_of::<EndpointKey<4>>() == 8 && align_of::<EndpointKey<4>>() == 1);
+    assert!(size_of::<EndpointKey<16>>() == 20 && align_of::<EndpointKey<16>>() == 1);
+    assert!(size_of::<Endpoint>() == 2048);
+    assert!(size_of::<Page>() == 1024);
+    assert!(size_of::<Translation>() == 28 && align_of::<Translation>() == 4);
+    assert!(size_of::<ArrivalKey>() == 40 && align_of::<ArrivalKey>() == 1);
+    assert!(size_of::<Settings>() == 8);
+    assert!(size_of::<Counter>() == 40 + 8 * (ToStack::COUNT + Dropped::COUNT));
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shifts_lead_there_and_back_across_the_end_of_the_range() {
+        for (from, to) in [(80, 8080), (8080, 80), (65535, 1), (1, 65535), (443, 443)] {
+            let shift = Shift::between(from, to);
+            assert_eq!(Port::new(from).shifted(shift), Port::new(to));
+            assert_eq!(Port::new(to).shifted(shift.inverse()), Port::new(from));
+        }
+    }
+
+    #[test]
+    fn reasons_are_numbered_by_their_place() {
+        for (place, reason) in Passed::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, place);
+        }
+        assert_eq!(Passed::NoRule.name(), "no_rule");
+        assert_eq!(Passed::NoRule.meaning(), "No rule listens there.");
+        assert_eq!(Dropped::ALL[0].name(), "no_route");
+    }
+}

@@ -1,0 +1,370 @@
+//! The commands: from arguments to what runs, and from answers to tables.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::{Args, Parser, Subcommand};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::Serialize;
+
+use crate::api::{self, Count, List, Stats};
+use crate::compile::{Compiler, Plan, explain, plan};
+use crate::config::{self, Config};
+use crate::daemon::{self, Failure, Options, resolve_all};
+use crate::datapath::{Capacity, Datapath, DatapathError, Verified};
+use crate::network::Externals;
+use crate::report;
+
+/// Where the configuration is unless told otherwise.
+const DEFAULT_CONFIG: &str = "/etc/portfwd/portfwd.toml";
+
+/// Port forwarding inside the Linux kernel.
+#[derive(Debug, Parser)]
+#[command(name = "portfwd", version, about, max_term_width = 100)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// The daemon's control socket
+    #[arg(long, global = true, value_name = "PATH", default_value = api::DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Say more; with `run`, what becomes of each packet that a rule claims
+    #[arg(short, long, global = true)]
+    verbose: bool,
+    /// Print JSON instead of a table
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Load, attach and forward until Ctrl-C
+    Run(Run),
+    /// Validate a configuration without touching the kernel; with -v, try what the kernel says of
+    /// the programs
+    Check(Check),
+    /// The rules of the running daemon
+    List,
+    /// The rules with their counters and rates, and what became of other packets
+    Stats,
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// The configuration; without it, and without -p, /etc/portfwd/portfwd.toml
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// An interface where clients arrive, beside those of the configuration
+    #[arg(short, long = "interface", value_name = "IFACE")]
+    interfaces: Vec<String>,
+    /// A rule: [ADDR:]PORT[-PORT]:BACKEND[:PORT[-PORT]][/PROTO]; * for every port; PROTO is tcp
+    /// (default), udp, tcp+udp or any. Replaces the configuration's rule on the same port
+    #[arg(short = 'p', long = "publish", value_name = "SPEC")]
+    rules: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    /// The configuration
+    #[arg(value_name = "FILE", default_value = DEFAULT_CONFIG)]
+    file: PathBuf,
+    /// Show what each rule means and why
+    #[arg(long)]
+    explain: bool,
+}
+
+/// Runs a command to its exit status: 0 done, 1 failed, 2 wrong usage or configuration.
+pub fn main(arguments: Arguments) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&Failure::System(error.into())),
+    };
+    let result = runtime.block_on(dispatch(arguments));
+    // A name lookup may still block a thread; nobody waits for it.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::System(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(failure) => fail(&failure),
+    }
+}
+
+/// Says what is wrong, a line for each, and with what status that ends.
+fn fail(failure: &Failure) -> ExitCode {
+    let (lines, status) = match failure {
+        Failure::Configuration(lines) => (lines.clone(), 2),
+        Failure::System(error) => (format!("{error:#}"), 1),
+    };
+    for line in lines.lines() {
+        eprintln!("portfwd: {line}");
+    }
+    ExitCode::from(status)
+}
+
+/// Whoever read our output has seen enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+async fn dispatch(arguments: Arguments) -> Result<(), Failure> {
+    let Arguments { command, socket, verbose, json } = arguments;
+    match command {
+        Command::Run(run) => {
+            start_log(verbose);
+            let config = run.config()?;
+            daemon::run(Options { config, socket, log_packets: verbose }).await
+        }
+        Command::Check(check) => check.run(verbose, json).await,
+        Command::List => {
+            let list: List = api::get_json(&socket, "/v1/rules").await?;
+            print(json, &list, || rules_table(&list))
+        }
+        Command::Stats => {
+            let stats: Stats = api::get_json(&socket, "/v1/stats").await?;
+            if json {
+                return print(true, &stats, String::new);
+            }
+            // A rate needs two looks.
+            let start = Instant::now();
+            tokio::time::sleep(RATE_WINDOW).await;
+            let later: Stats = api::get_json(&socket, "/v1/stats").await?;
+            print(false, &later, || stats_table(&later, &stats, start.elapsed()))
+        }
+    }
+}
+
+/// Over how long `stats` measures rates.
+const RATE_WINDOW: Duration = Duration::from_millis(500);
+
+/// Messages go to standard error, one line each.
+fn start_log(verbose: bool) {
+    let level =
+        if verbose { tracing::level_filters::LevelFilter::DEBUG } else { tracing::level_filters::LevelFilter::INFO };
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing::level_filters::LevelFilter::WARN.into())
+        .parse_lossy(format!("portfwd={level}"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+impl Run {
+    /// The configuration with what the flags add.
+    fn config(&self) -> Result<Config, Failure> {
+        let wrong = |errors: config::Errors| Failure::Configuration(errors.to_string());
+        let mut config = match &self.config {
+            Some(path) => config::read(path).map_err(wrong)?,
+            None if self.rules.is_empty() => {
+                config::read(Path::new(DEFAULT_CONFIG)).map_err(wrong)?
+            }
+            None => Config::default(),
+        };
+        config.add_flags(&self.interfaces, &self.rules).map_err(wrong)?;
+        Ok(config)
+    }
+}
+
+/// What `check --json` prints.
+#[derive(Serialize)]
+struct Checked {
+    file: PathBuf,
+    rules: Vec<CheckedRule>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    programs: Vec<CheckedProgram>,
+}
+
+#[derive(Serialize)]
+struct CheckedRule {
+    #[serde(flatten)]
+    rule: api::RuleInfo,
+    explanation: String,
+}
+
+#[derive(Serialize)]
+struct CheckedProgram {
+    name: &'static str,
+    instructions: Option<u32>,
+    translated_bytes: Option<u32>,
+    milliseconds: u128,
+}
+
+impl Check {
+    async fn run(&self, verbose: bool, json: bool) -> Result<(), Failure> {
+        let config = config::read(&self.file)
+            .map_err(|errors| Failure::Configuration(errors.to_string()))?;
+        let resolved = resolve_all(&config.rules).await?;
+        let plan = plan(&config.rules, &resolved)
+            .map_err(|refused| Failure::Configuration(refused.to_string()))?;
+        let programs = if verbose { try_programs(&config, &plan)? } else { Vec::new() };
+        let checked = Checked {
+            file: self.file.clone(),
+            rules: config
+                .rules
+                .iter()
+                .enumerate()
+                .map(|(number, rule)| CheckedRule {
+                    rule: report::rule(rule),
+                    explanation: explain(rule, &plan, number),
+                })
+                .collect(),
+            programs: programs
+                .into_iter()
+                .map(|verified| CheckedProgram {
+                    name: verified.program,
+                    instructions: verified.instructions,
+                    translated_bytes: verified.size,
+                    milliseconds: verified.time.as_millis(),
+                })
+                .collect(),
+        };
+        print(json, &checked, || checked.text(self.explain))
+    }
+}
+
+/// Loads the programs, attaches nothing, and takes them off again.
+fn try_programs(config: &Config, plan: &Plan) -> Result<Vec<Verified>, DatapathError> {
+    let update =
+        Compiler::default().compile(&config.rules, plan, &Externals::default(), &(32768..=60999));
+    let capacity = Capacity::for_update(&update, config.rules.len() as u32);
+    Ok(Datapath::load(capacity, false)?.verified().to_vec())
+}
+
+impl Checked {
+    fn text(&self, explain: bool) -> String {
+        let count = self.rules.len();
+        let plural = if count == 1 { "" } else { "s" };
+        let mut text = format!("{}: {count} rule{plural}, no mistakes", self.file.display());
+        if explain {
+            for CheckedRule { rule, explanation } in &self.rules {
+                text.push_str(&format!("\n\n{}", rule.name));
+                for line in explanation.lines() {
+                    text.push_str(&format!("\n  {line}"));
+                }
+            }
+        }
+        if !self.programs.is_empty() {
+            let mut table = table(&["program", "instructions verified", "bytes", "load time"]);
+            right(&mut table, 1..4);
+            for program in &self.programs {
+                let number = |number: Option<u32>| {
+                    number.map_or("not told".to_owned(), |number| number.to_string())
+                };
+                table.add_row([
+                    program.name.to_owned(),
+                    number(program.instructions),
+                    number(program.translated_bytes),
+                    format!("{} ms", program.milliseconds),
+                ]);
+            }
+            text.push_str(&format!(
+                "\n\n{table}\nThe verifier's limit is 1,000,000 instructions a program."
+            ));
+        }
+        text
+    }
+}
+
+/// Prints facts as JSON or as text.
+fn print(json: bool, facts: &impl Serialize, text: impl FnOnce() -> String) -> Result<(), Failure> {
+    let text = if json { serde_json::to_string(facts)? } else { text() };
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}")?;
+    out.flush()?;
+    Ok(())
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED).set_header(header);
+    table
+}
+
+/// Numbers stand to the right.
+fn right(table: &mut Table, columns: std::ops::Range<usize>) {
+    for column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
+fn rules_table(list: &List) -> String {
+    let mut rules = table(&["rule", "protocol", "listen", "to", "source", "state"]);
+    for rule in &list.rules {
+        rules.add_row([
+            rule.name.as_str(),
+            &rule.protocol,
+            &rule.listen,
+            &rule.to.join(", "),
+            &rule.source,
+            if rule.stateful { "stateful" } else { "stateless" },
+        ]);
+    }
+    format!("{rules}\n{}", interfaces_line(&list.interfaces))
+}
+
+fn interfaces_line(interfaces: &[api::InterfaceInfo]) -> String {
+    let each: Vec<String> = interfaces
+        .iter()
+        .map(|interface| {
+            let attach = interface.attach.as_deref().unwrap_or("missing");
+            format!("{} ({}, {attach})", interface.name, interface.role)
+        })
+        .collect();
+    format!("interfaces: {}", each.join(", "))
+}
+
+fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
+    let mut rules = table(&[
+        "rule", "listen", "to", "forward", "bytes", "per s", "reply", "bytes", "per s", "dropped",
+    ]);
+    right(&mut rules, 3..10);
+    for rule in &stats.rules {
+        let earlier = before.rules.iter().find(|other| other.rule.name == rule.rule.name);
+        let rate = |now: Count, then: Option<Count>| {
+            let packets = now.packets.saturating_sub(then.unwrap_or(now).packets);
+            format!("{:.0}", packets as f64 / elapsed.as_secs_f64())
+        };
+        rules.add_row([
+            rule.rule.name.clone(),
+            format!("{} {}", rule.rule.protocol, rule.rule.listen),
+            rule.rule.to.join(", "),
+            rule.forward.packets.to_string(),
+            rule.forward.bytes.to_string(),
+            rate(rule.forward, earlier.map(|rule| rule.forward)),
+            rule.reply.packets.to_string(),
+            rule.reply.bytes.to_string(),
+            rate(rule.reply, earlier.map(|rule| rule.reply)),
+            rule.dropped.values().sum::<u64>().to_string(),
+        ]);
+    }
+    let list = |title: &str, counts: &std::collections::BTreeMap<String, u64>| {
+        let each: Vec<String> = counts
+            .iter()
+            .filter(|(_, count)| **count > 0)
+            .map(|(reason, count)| format!("{reason} {count}"))
+            .collect();
+        let each = if each.is_empty() { "none".to_owned() } else { each.join(", ") };
+        format!("{title}: {each}")
+    };
+    let mut to_stack = std::collections::BTreeMap::new();
+    for (reason, count) in stats.rules.iter().flat_map(|rule| &rule.to_stack) {
+        *to_stack.entry(reason.clone()).or_default() += count;
+    }
+    [
+        rules.to_string(),
+        list("passed untouched", &stats.verdicts.passed),
+        list("dropped", &stats.verdicts.dropped),
+        list("forwarded through the stack", &to_stack),
+        interfaces_line(&stats.interfaces),
+    ]
+    .join("\n")
+}

@@ -1,0 +1,249 @@
+//! The configuration: TOML text and flags to a [`Config`], with the place of every mistake.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::rule::{self, Invalid, Place, Rule, invalid};
+
+pub use self::file::parse;
+
+mod file;
+#[cfg(test)]
+mod tests;
+
+/// What `run` is asked to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Interfaces where clients arrive.
+    pub external: Vec<Interface>,
+    /// Interfaces where backends are; none is "find them by the routes".
+    pub internal: Vec<Interface>,
+    pub attach: Attach,
+    /// Where Prometheus asks, if anywhere.
+    pub metrics: Option<SocketAddr>,
+    /// How often host names are resolved again.
+    pub refresh: Duration,
+    /// Each is possible by itself, names differ, and no two claim the same packets equally.
+    pub rules: Vec<Rule>,
+}
+
+/// An interface that is named.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    pub name: String,
+    pub place: Place,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            external: Vec::new(),
+            internal: Vec::new(),
+            attach: Attach::Auto,
+            metrics: None,
+            refresh: Duration::from_secs(30),
+            rules: Vec::new(),
+        }
+    }
+}
+
+/// How the programs are attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Attach {
+    /// Native where the driver can, generic elsewhere.
+    Auto,
+    Native,
+    Generic,
+}
+
+impl FromStr for Attach {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        match text {
+            "auto" => Ok(Attach::Auto),
+            "native" => Ok(Attach::Native),
+            "generic" => Ok(Attach::Generic),
+            "tc" => invalid!("tc is not in this version; write auto, native or generic"),
+            _ => invalid!("{text:?} is no way to attach; write auto, native or generic"),
+        }
+    }
+}
+
+/// One mistake in one line: `PLACE: [rule "NAME": ]KEY: what is wrong; how to mend it`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+impl ConfigError {
+    fn new(place: impl fmt::Display, rule: Option<&str>, key: &str, message: &str) -> Self {
+        let rule = rule.map(|name| format!("rule {name:?}: ")).unwrap_or_default();
+        let key = if key.is_empty() { String::new() } else { format!("{key}: ") };
+        let line = format!("{place}: {rule}{key}{message}");
+        // A path, a key or a flag may hold anything; one line it shall stay.
+        let escape =
+            |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+        ConfigError(line.chars().map(escape).collect())
+    }
+}
+
+/// All that is wrong, in the order of the file. Never empty; one line for each when displayed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Errors(pub Vec<ConfigError>);
+
+impl fmt::Display for Errors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, error) in self.0.iter().enumerate() {
+            let newline = if index == 0 { "" } else { "\n" };
+            write!(f, "{newline}{error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Errors {}
+
+/// Reads and parses a file.
+pub fn read(path: &Path) -> Result<Config, Errors> {
+    let only = |error| Err(Errors(vec![error]));
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let what = match error.kind() {
+                io::ErrorKind::NotFound => {
+                    "there is no such file; write it, name another".to_owned()
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "this user may not read it; run as root, name another".to_owned()
+                }
+                _ => format!("cannot be read ({error}); name another"),
+            };
+            let message =
+                format!("{what} with --config FILE, or do without: portfwd run -i IFACE -p SPEC");
+            return only(ConfigError::new(path.display(), None, "", &message));
+        }
+    };
+    match std::str::from_utf8(&bytes) {
+        Ok(text) => parse(path, text),
+        Err(error) => {
+            let line = 1 + bytes[..error.valid_up_to()].iter().filter(|b| **b == b'\n').count();
+            let place = Place::File { path: path.into(), line };
+            only(ConfigError::new(
+                place,
+                None,
+                "",
+                "this is not UTF-8 text; save the file as UTF-8",
+            ))
+        }
+    }
+}
+
+impl Config {
+    /// Adds what `-i` and `-p` say: interfaces to the external ones, and rules.
+    ///
+    /// A rule with the listen and protocol of one of the file replaces it and keeps its name.
+    /// On an error nothing has changed.
+    pub fn add_flags(&mut self, interfaces: &[String], specs: &[String]) -> Result<(), Errors> {
+        let mut next = self.clone();
+        let mut errors = Vec::new();
+        for (index, name) in interfaces.iter().enumerate() {
+            let checked = match interfaces[..index].contains(name) {
+                true => Err(twice(name)),
+                false => check_interface(name),
+            };
+            match checked {
+                Err(Invalid(message)) => {
+                    errors.push(ConfigError::new(format!("-i {name}"), None, "", &message));
+                }
+                Ok(()) if next.external.iter().any(|known| known.name == *name) => {}
+                Ok(()) => {
+                    let place = Place::Flag(format!("-i {name}"));
+                    next.external.push(Interface { name: name.clone(), place });
+                }
+            }
+        }
+        for spec in specs {
+            match spec.parse::<Rule>() {
+                Err(Invalid(message)) => {
+                    errors.push(ConfigError::new(format!("-p {spec}"), None, "", &message));
+                }
+                Ok(rule) => {
+                    let same = next.rules.iter_mut().find(|of_file| {
+                        matches!(of_file.place, Place::File { .. })
+                            && (of_file.listen, of_file.protocol) == (rule.listen, rule.protocol)
+                    });
+                    match same {
+                        Some(of_file) => {
+                            *of_file = Rule { name: std::mem::take(&mut of_file.name), ..rule };
+                        }
+                        None => next.rules.push(rule),
+                    }
+                }
+            }
+        }
+        errors.extend(check_rules(&next.rules).into_iter().map(|(_, error)| error));
+        if !errors.is_empty() {
+            return Err(Errors(errors));
+        }
+        *self = next;
+        Ok(())
+    }
+}
+
+/// What rules do to each other, with the index of the later one: names and overlaps.
+fn check_rules(rules: &[Rule]) -> Vec<(usize, ConfigError)> {
+    let mut found = Vec::new();
+    for (first, second) in rule::overlaps(rules) {
+        let (a, b) = (&rules[first], &rules[second]);
+        let message = format!(
+            "rule {:?} ({}) and rule {:?} ({}) both listen on {}; change one of them, or remove it",
+            a.name,
+            a.place,
+            b.name,
+            b.place,
+            rule::shared_claim(a, b).unwrap_or_default(),
+        );
+        found.push((second, ConfigError::new(&b.place, None, "listen", &message)));
+    }
+    let mut names = HashMap::new();
+    for (index, rule) in rules.iter().enumerate() {
+        let first = *names.entry(rule.name.as_str()).or_insert(index);
+        // Two rules without a name have the same one only where they overlap, told above.
+        let unnamed = rule.name == Rule::default_name(rule.listen, rule.protocol)
+            && (rule.listen, rule.protocol) == (rules[first].listen, rules[first].protocol);
+        if first != index && !unnamed {
+            let message = format!(
+                "the rule at {} has this name already; give each its own",
+                rules[first].place
+            );
+            found.push((index, ConfigError::new(&rule.place, Some(&rule.name), "name", &message)));
+        }
+    }
+    found
+}
+
+fn check_interface(name: &str) -> Result<(), Invalid> {
+    if name.is_empty() {
+        return invalid!("the interface's name is empty; write one that `ip link` lists");
+    }
+    if name.len() > 15 {
+        return invalid!("{name:?} has {} bytes; interface names have 15 at most", name.len());
+    }
+    let odd = |c: char| c == '/' || c == ':' || c.is_whitespace() || c.is_control();
+    if name.contains(odd) || name == "." || name == ".." {
+        return invalid!("{name:?} cannot be an interface; write one that `ip link` lists");
+    }
+    Ok(())
+}
+
+fn twice(interface: &str) -> Invalid {
+    Invalid(format!("{interface} is named twice; name it once"))
+}

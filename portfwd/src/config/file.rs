@@ -1,0 +1,369 @@
+//! The configuration file: TOML to a [`Config`].
+//!
+//! The document is walked by hand and not through serde's derive, which stops at the first mistake.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::{Config, ConfigError, Errors, Interface, check_interface, check_rules, twice};
+use crate::rule::{Invalid, Listen, Place, Protocol, Rule, Source, Target, invalid};
+
+/// A kind of table in the file: how messages call it and its keys, and which keys it may have.
+struct Shape {
+    title: &'static str,
+    prefix: &'static str,
+    keys: &'static [&'static str],
+}
+
+const FILE: Shape =
+    Shape { title: "the file", prefix: "", keys: &["interfaces", "metrics", "names", "rule"] };
+const INTERFACES: Shape = Shape {
+    title: "[interfaces]",
+    prefix: "interfaces.",
+    keys: &["external", "internal", "attach"],
+};
+const METRICS: Shape = Shape { title: "[metrics]", prefix: "metrics.", keys: &["listen"] };
+const NAMES: Shape = Shape { title: "[names]", prefix: "names.", keys: &["refresh"] };
+const RULE: Shape =
+    Shape { title: "[[rule]]", prefix: "", keys: &["name", "protocol", "listen", "to", "source"] };
+
+type Value<'a> = Spanned<DeValue<'a>>;
+
+/// One table of the file.
+struct Section<'a> {
+    shape: &'static Shape,
+    table: &'a DeTable<'a>,
+    line: usize,
+    /// The name of the rule that it is, if that has one.
+    rule: Option<&'a str>,
+}
+
+impl<'a> Section<'a> {
+    fn get(&self, key: &str) -> Option<&'a Value<'a>> {
+        self.table.get(key)
+    }
+}
+
+/// Parses the text of a file. `path` is only for messages and for the rules' places.
+pub fn parse(path: &Path, text: &str) -> Result<Config, Errors> {
+    let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
+    let mut reader = Reader {
+        path: path.into(),
+        newlines: newlines.map(|(at, _)| at).collect(),
+        errors: Vec::new(),
+    };
+    let (document, syntax) = DeTable::parse_recoverable(text);
+    for error in &syntax {
+        let line = reader.line(error.span().map_or(0, |span| span.start));
+        reader.error(line, None, "", &syntax_message(error.message()));
+    }
+    if !syntax.is_empty() {
+        // What could be made of the rest is guesswork, and so are further errors on a line.
+        reader.errors.sort_by_key(|(line, _)| *line);
+        reader.errors.dedup_by_key(|(line, _)| *line);
+        return Err(reader.into_errors());
+    }
+    let config = reader.config(document.get_ref());
+    for (index, error) in check_rules(&config.rules) {
+        if let Place::File { line, .. } = config.rules[index].place {
+            reader.errors.push((line, error));
+        }
+    }
+    if reader.errors.is_empty() { Ok(config) } else { Err(reader.into_errors()) }
+}
+
+/// The TOML crate's words with what to do.
+fn syntax_message(words: &str) -> String {
+    let unquoted = ["string values must be quoted", "invalid date", "invalid float", "invalid int"];
+    let remedy = if words == "duplicate key" {
+        "keep one of them; several rules are several [[rule]]"
+    } else if unquoted.iter().any(|start| words.starts_with(start)) {
+        "put text in quotes, as in listen = \"8000-8099\""
+    } else {
+        "correct it here"
+    };
+    format!("this is not TOML: {words}; {remedy}")
+}
+
+/// Reads one file and collects what is wrong with it, by line.
+struct Reader {
+    path: Arc<Path>,
+    /// The offset of each, to find lines.
+    newlines: Vec<usize>,
+    errors: Vec<(usize, ConfigError)>,
+}
+
+impl Reader {
+    fn line(&self, offset: usize) -> usize {
+        1 + self.newlines.partition_point(|newline| *newline < offset)
+    }
+
+    fn error(&mut self, line: usize, rule: Option<&str>, key: &str, message: &str) {
+        let place = Place::File { path: self.path.clone(), line };
+        self.errors.push((line, ConfigError::new(place, rule, key, message)));
+    }
+
+    /// Blames one value of a key.
+    fn blame(&mut self, section: &Section<'_>, key: &str, value: &Value<'_>, message: &str) {
+        let line = self.line(value.span().start);
+        self.error(line, section.rule, &format!("{}{key}", section.shape.prefix), message);
+    }
+
+    /// Blames a key where it is, or its table where it is not.
+    fn blame_key(&mut self, section: &Section<'_>, key: &str, message: &str) {
+        match section.get(key) {
+            Some(value) => self.blame(section, key, value, message),
+            None => self.error(section.line, section.rule, key, message),
+        }
+    }
+
+    fn into_errors(mut self) -> Errors {
+        self.errors.sort_by_key(|(line, _)| *line);
+        Errors(self.errors.into_iter().map(|(_, error)| error).collect())
+    }
+
+    /// What is good of a document; `errors` has the rest.
+    fn config(&mut self, document: &DeTable<'_>) -> Config {
+        let file = Section { shape: &FILE, table: document, line: 1, rule: None };
+        self.unknown_keys(&file);
+        let mut config = Config::default();
+        if let Some(section) = self.section(&file, "interfaces", &INTERFACES) {
+            config.external = self.interfaces(&section, "external");
+            config.internal = self.interfaces(&section, "internal");
+            config.attach = self.parsed(&section, "attach").unwrap_or(config.attach);
+        }
+        if let Some(section) = self.section(&file, "metrics", &METRICS) {
+            config.metrics = self.metrics(&section);
+        }
+        if let Some(section) = self.section(&file, "names", &NAMES) {
+            config.refresh = self.refresh(&section).unwrap_or(config.refresh);
+        }
+        if let Some(rules) = file.get("rule") {
+            match rules.get_ref() {
+                DeValue::Array(rules) => {
+                    config.rules = rules.iter().filter_map(|rule| self.rule(&file, rule)).collect();
+                }
+                _ => self.blame_key(&file, "rule", "rules are a list; write it as [[rule]]"),
+            }
+        }
+        config
+    }
+
+    fn rule(&mut self, file: &Section<'_>, value: &Value<'_>) -> Option<Rule> {
+        let DeValue::Table(table) = value.get_ref() else {
+            let message = "a rule is a table; write [[rule]] and its keys in lines below";
+            self.blame(file, "rule", value, message);
+            return None;
+        };
+        let line = self.line(value.span().start);
+        let name = table.get("name").and_then(|name| name.get_ref().as_str());
+        let section = Section { shape: &RULE, table, line, rule: name };
+        self.unknown_keys(&section);
+        let before = self.errors.len();
+        self.text(&section, "name");
+        let protocol = self.parsed(&section, "protocol").unwrap_or(Protocol::Tcp);
+        let source = self.parsed(&section, "source").unwrap_or(Source::Preserve);
+        let listen = self.listen(&section);
+        let to = self.targets(&section);
+        // The rule as a whole is looked at only where its parts are good.
+        let listen = listen.filter(|_| self.errors.len() == before)?;
+        let rule = Rule {
+            name: name.map_or_else(|| Rule::default_name(listen, protocol), str::to_owned),
+            protocol,
+            listen,
+            to,
+            source,
+            place: Place::File { path: self.path.clone(), line },
+        };
+        for (key, Invalid(message)) in rule.check() {
+            self.blame_key(&section, key, &message);
+        }
+        Some(rule)
+    }
+
+    fn listen(&mut self, section: &Section<'_>) -> Option<Listen> {
+        let Some(value) = section.get("listen") else {
+            self.blame_key(section, "listen", "this is missing; write listen = \"PORT\"");
+            return None;
+        };
+        let listen = match value.get_ref() {
+            DeValue::String(text) => text.parse(),
+            // The parser of ports has the words for most wrong numbers.
+            DeValue::Integer(number) => match integer(value) {
+                Some(number @ 0..) => number.to_string().parse(),
+                _ => invalid!("there is no port {number}; write a number from 1 to 65535"),
+            },
+            other => Err(Invalid(wrong_type(other, "a port or text, as in \"8000-8099\""))),
+        };
+        self.or_blame(section, "listen", value, listen)
+    }
+
+    fn targets(&mut self, section: &Section<'_>) -> Vec<Target> {
+        if section.get("to").is_none() {
+            self.blame_key(section, "to", "this is missing; write to = \"ADDRESS\"");
+        }
+        self.texts(section, "to", "text, as in \"192.168.1.10\"")
+            .into_iter()
+            .filter_map(|(value, text)| self.or_blame(section, "to", value, text.parse()))
+            .collect()
+    }
+
+    fn interfaces(&mut self, section: &Section<'_>, key: &str) -> Vec<Interface> {
+        let mut interfaces: Vec<Interface> = Vec::new();
+        for (value, name) in self.texts(section, key, "a list of names, as in [\"eth0\"]") {
+            let checked = match interfaces.iter().any(|other| other.name == name) {
+                true => Err(twice(name)),
+                false => check_interface(name),
+            };
+            if self.or_blame(section, key, value, checked).is_some() {
+                let line = self.line(value.span().start);
+                let place = Place::File { path: self.path.clone(), line };
+                interfaces.push(Interface { name: name.to_owned(), place });
+            }
+        }
+        interfaces
+    }
+
+    fn metrics(&mut self, section: &Section<'_>) -> Option<SocketAddr> {
+        let text = self.text(section, "listen")?;
+        let address = text.parse().ok().filter(|address: &SocketAddr| address.port() != 0);
+        if address.is_none() {
+            let message =
+                format!("{text:?} is not an address with a port; write one, as in 127.0.0.1:9464");
+            self.blame_key(section, "listen", &message);
+        }
+        address
+    }
+
+    fn refresh(&mut self, section: &Section<'_>) -> Option<Duration> {
+        let value = section.get("refresh")?;
+        let seconds = match value.get_ref() {
+            DeValue::Integer(_) => integer(value).and_then(|number| number.try_into().ok()),
+            DeValue::String(text) => text.strip_suffix('s').and_then(|text| text.parse().ok()),
+            _ => None,
+        };
+        if let Some(seconds @ 1..=86_400) = seconds {
+            return Some(Duration::from_secs(seconds));
+        }
+        let message = "this is not a time; write seconds from 1 to 86400, as in 30 or \"30s\"";
+        self.blame(section, "refresh", value, message);
+        None
+    }
+
+    fn section<'a>(
+        &mut self,
+        file: &Section<'a>,
+        key: &str,
+        shape: &'static Shape,
+    ) -> Option<Section<'a>> {
+        let value = file.get(key)?;
+        let DeValue::Table(table) = value.get_ref() else {
+            self.blame(file, key, value, &wrong_type(value.get_ref(), shape.title));
+            return None;
+        };
+        let section = Section { shape, table, line: self.line(value.span().start), rule: None };
+        self.unknown_keys(&section);
+        Some(section)
+    }
+
+    fn unknown_keys(&mut self, section: &Section<'_>) {
+        let Shape { title, prefix, keys } = section.shape;
+        for key in section.table.keys() {
+            let name = key.get_ref().as_ref();
+            if keys.contains(&name) {
+                continue;
+            }
+            let meant = keys.iter().map(|known| (edit_distance(name, known), known)).min();
+            let hint = match meant {
+                Some((changes @ ..=2, known)) if changes < known.len() => {
+                    format!("did you mean {known}? ")
+                }
+                _ => String::new(),
+            };
+            let message = format!("no such key; {hint}{title} has {}", keys.join(", "));
+            let line = self.line(key.span().start);
+            self.error(line, section.rule, &format!("{prefix}{name}"), &message);
+        }
+    }
+
+    /// The text of a key, if it is there.
+    fn text<'a>(&mut self, section: &Section<'a>, key: &str) -> Option<&'a str> {
+        let value = section.get(key)?;
+        if let DeValue::String(text) = value.get_ref() {
+            return Some(text);
+        }
+        self.blame(section, key, value, &wrong_type(value.get_ref(), "text in quotes"));
+        None
+    }
+
+    /// The text of a key, parsed, if it is there.
+    fn parsed<T>(&mut self, section: &Section<'_>, key: &str) -> Option<T>
+    where
+        T: FromStr<Err = Invalid>,
+    {
+        let parsed = self.text(section, key)?.parse();
+        self.or_blame(section, key, section.get(key)?, parsed)
+    }
+
+    /// The text or list of texts of a key, each with its value for the line.
+    fn texts<'a>(
+        &mut self,
+        section: &Section<'a>,
+        key: &str,
+        expected: &str,
+    ) -> Vec<(&'a Value<'a>, &'a str)> {
+        let values = match section.get(key) {
+            Some(value) => value.get_ref().as_array().map_or(std::slice::from_ref(value), |a| a),
+            None => &[],
+        };
+        let mut texts = Vec::new();
+        for value in values {
+            match value.get_ref() {
+                DeValue::String(text) => texts.push((value, text.as_ref())),
+                other => self.blame(section, key, value, &wrong_type(other, expected)),
+            }
+        }
+        texts
+    }
+
+    fn or_blame<T>(
+        &mut self,
+        section: &Section<'_>,
+        key: &str,
+        value: &Value<'_>,
+        result: Result<T, Invalid>,
+    ) -> Option<T> {
+        result.map_err(|Invalid(message)| self.blame(section, key, value, &message)).ok()
+    }
+}
+
+fn integer(value: &Value<'_>) -> Option<i64> {
+    let number = value.get_ref().as_integer()?;
+    i64::from_str_radix(number.as_str(), number.radix()).ok()
+}
+
+fn wrong_type(value: &DeValue<'_>, expected: &str) -> String {
+    let article = if value.is_integer() || value.is_array() { "an" } else { "a" };
+    format!("this is {article} {}; write {expected}", value.type_str())
+}
+
+/// How many letters must be put in, left out or exchanged to make one word of the other.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, to) in b.chars().enumerate() {
+            let exchanged = diagonal + usize::from(from != to);
+            diagonal = row[j + 1];
+            row[j + 1] = exchanged.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.chars().count()]
+}

@@ -1,0 +1,443 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::rule::{Ports, Protocol};
+
+fn good(text: &str) -> Config {
+    parse(Path::new("portfwd.toml"), text).unwrap_or_else(|errors| panic!("{errors}"))
+}
+
+/// The errors of a file that must be refused, a line each.
+fn bad(text: &str) -> String {
+    match parse(Path::new("portfwd.toml"), text) {
+        Ok(config) => panic!("{text:?} was taken for {config:?}"),
+        Err(errors) => errors.to_string(),
+    }
+}
+
+fn interface(name: &str, line: usize) -> Interface {
+    let path = Path::new("portfwd.toml").into();
+    Interface { name: name.to_owned(), place: Place::File { path, line } }
+}
+
+fn flags(config: &mut Config, interfaces: &[&str], specs: &[&str]) -> Result<(), String> {
+    let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+    config.add_flags(&owned(interfaces), &owned(specs)).map_err(|errors| errors.to_string())
+}
+
+#[test]
+fn a_whole_file() {
+    let config = good(
+        r#"
+[interfaces]
+external = ["eth0", "ppp0"]
+internal = "eth1"
+attach   = "generic"
+
+[metrics]
+listen = "127.0.0.1:9464"
+
+[names]
+refresh = 60
+
+[[rule]]
+name     = "csgo"
+protocol = "udp"
+listen   = "27015-27030"
+to       = "192.168.1.10"
+source   = "preserve"
+
+[[rule]]
+listen   = 8080
+to       = ["web.example:80"]
+"#,
+    );
+    let path: std::sync::Arc<Path> = Path::new("portfwd.toml").into();
+    let rules = vec![
+        Rule {
+            name: "csgo".to_owned(),
+            place: Place::File { path: path.clone(), line: 13 },
+            ..spec("27015-27030:192.168.1.10/udp")
+        },
+        Rule { place: Place::File { path, line: 20 }, ..spec("8080:web.example:80/tcp") },
+    ];
+    assert_eq!(rules[1].name, "8080/tcp");
+    assert_eq!(
+        config,
+        Config {
+            external: vec![interface("eth0", 2), interface("ppp0", 2)],
+            internal: vec![interface("eth1", 3)],
+            attach: Attach::Generic,
+            metrics: Some("127.0.0.1:9464".parse().unwrap()),
+            refresh: Duration::from_secs(60),
+            rules,
+        }
+    );
+}
+
+fn spec(text: &str) -> Rule {
+    text.parse().unwrap()
+}
+
+#[test]
+fn an_empty_file_has_the_defaults() {
+    assert_eq!(good(""), Config::default());
+    assert_eq!(good("\u{feff}# nothing\r\n[names]\r\nrefresh = \"30s\"\r\n"), Config::default());
+    assert_eq!(Config::default().refresh, Duration::from_secs(30));
+    assert_eq!(Config::default().attach, Attach::Auto);
+}
+
+#[test]
+fn forms_of_values() {
+    for (value, ports) in [
+        ("0x50", Ports::One(80)),
+        ("8_080", Ports::One(8080)),
+        ("\"8080\"", Ports::One(8080)),
+        ("'*'", Ports::All),
+    ] {
+        let config = good(&format!("rule = [{{ listen = {value}, to = 'fd00::1' }}]"));
+        assert_eq!(config.rules[0].listen.ports, ports, "{value}");
+        assert_eq!(config.rules[0].protocol, Protocol::Tcp);
+    }
+}
+
+/// Files and all the lines that they must be refused with.
+#[test]
+fn bad_files_are_refused() {
+    const RULE: &str = "[[rule]]\nname = \"web\"\nlisten = 80\nto = \"10.0.0.1\"\n";
+    let with = |more: &str| format!("{RULE}{more}");
+    let table: &[(String, &[&str])] = &[
+        // Keys.
+        (
+            "[interfaces]\nexternl = [\"eth0\"]\n".into(),
+            &["portfwd.toml:2: interfaces.externl: no such key; did you mean external? [interfaces] has external, internal, attach"],
+        ),
+        (
+            "[interface]\n".into(),
+            &["portfwd.toml:1: interface: no such key; did you mean interfaces? the file has interfaces, metrics, names, rule"],
+        ),
+        (
+            with("backend = 1\n"),
+            &["portfwd.toml:5: rule \"web\": backend: no such key; [[rule]] has name, protocol, listen, to, source"],
+        ),
+        (
+            with("mtu = 1\n"),
+            &["portfwd.toml:5: rule \"web\": mtu: no such key; [[rule]] has name, protocol, listen, to, source"],
+        ),
+        (
+            with("\"a\\nb\" = 1\n"),
+            &["portfwd.toml:5: rule \"web\": a\\nb: no such key; [[rule]] has name, protocol, listen, to, source"],
+        ),
+        (
+            "[metrics]\nport = 1\n".into(),
+            &["portfwd.toml:2: metrics.port: no such key; [metrics] has listen"],
+        ),
+        (
+            "[names]\nrefesh = 1\n".into(),
+            &["portfwd.toml:2: names.refesh: no such key; did you mean refresh? [names] has refresh"],
+        ),
+        // TOML.
+        (
+            "[[rule]]\nlisten = 8000-8099\nto = 10.0.0.1\nprotocol = udp\n".into(),
+            &[
+                "portfwd.toml:2: this is not TOML: invalid date, expected `-` (MM-DD); put text in quotes, as in listen = \"8000-8099\"",
+                "portfwd.toml:3: this is not TOML: invalid float, expected nothing; put text in quotes, as in listen = \"8000-8099\"",
+                "portfwd.toml:4: this is not TOML: string values must be quoted, expected literal string; put text in quotes, as in listen = \"8000-8099\"",
+            ],
+        ),
+        (
+            with("listen = 81\n"),
+            &["portfwd.toml:5: this is not TOML: duplicate key; keep one of them; several rules are several [[rule]]"],
+        ),
+        (
+            "\n[[rule]\n".into(),
+            &["portfwd.toml:2: this is not TOML: unclosed array table, expected `]`; correct it here"],
+        ),
+        // Types.
+        (
+            "interfaces = 1\nmetrics = []\n".into(),
+            &[
+                "portfwd.toml:1: interfaces: this is an integer; write [interfaces]",
+                "portfwd.toml:2: metrics: this is an array; write [metrics]",
+            ],
+        ),
+        (
+            "[rule]\nlisten = 80\n".into(),
+            &["portfwd.toml:1: rule: rules are a list; write it as [[rule]]"],
+        ),
+        (
+            "rule = [1]\n".into(),
+            &["portfwd.toml:1: rule: a rule is a table; write [[rule]] and its keys in lines below"],
+        ),
+        (
+            "[[rule]]\nname = 1\nprotocol = true\nlisten = [80]\nto = [\n  80,\n]\nsource = 1.5\n".into(),
+            &[
+                "portfwd.toml:2: name: this is an integer; write text in quotes",
+                "portfwd.toml:3: protocol: this is a boolean; write text in quotes",
+                "portfwd.toml:4: listen: this is an array; write a port or text, as in \"8000-8099\"",
+                "portfwd.toml:6: to: this is an integer; write text, as in \"192.168.1.10\"",
+                "portfwd.toml:8: source: this is a float; write text in quotes",
+            ],
+        ),
+        // Interfaces.
+        (
+            "[interfaces]\nexternal = [\"eth0\", \"eth0\"]\ninternal = [\n \"\",\n \"a/b\",\n \"abcdefghijklmnop\",\n 7]\nattach = \"tc\"\n".into(),
+            &[
+                "portfwd.toml:2: interfaces.external: eth0 is named twice; name it once",
+                "portfwd.toml:4: interfaces.internal: the interface's name is empty; write one that `ip link` lists",
+                "portfwd.toml:5: interfaces.internal: \"a/b\" cannot be an interface; write one that `ip link` lists",
+                "portfwd.toml:6: interfaces.internal: \"abcdefghijklmnop\" has 16 bytes; interface names have 15 at most",
+                "portfwd.toml:7: interfaces.internal: this is an integer; write a list of names, as in [\"eth0\"]",
+                "portfwd.toml:8: interfaces.attach: tc is not in this version; write auto, native or generic",
+            ],
+        ),
+        (
+            "[interfaces]\nattach = \"xdp\"\n".into(),
+            &["portfwd.toml:2: interfaces.attach: \"xdp\" is no way to attach; write auto, native or generic"],
+        ),
+        // Metrics and names.
+        (
+            "[metrics]\nlisten = \"9464\"\n".into(),
+            &["portfwd.toml:2: metrics.listen: \"9464\" is not an address with a port; write one, as in 127.0.0.1:9464"],
+        ),
+        (
+            "[metrics]\nlisten = \"127.0.0.1:0\"\n".into(),
+            &["portfwd.toml:2: metrics.listen: \"127.0.0.1:0\" is not an address with a port; write one, as in 127.0.0.1:9464"],
+        ),
+        (
+            "names.refresh = 0\n".into(),
+            &["portfwd.toml:1: names.refresh: this is not a time; write seconds from 1 to 86400, as in 30 or \"30s\""],
+        ),
+        (
+            "names.refresh = 86401\n".into(),
+            &["portfwd.toml:1: names.refresh: this is not a time; write seconds from 1 to 86400, as in 30 or \"30s\""],
+        ),
+        // Values of a rule.
+        (
+            "[[rule]]\nname = \"x\"\n[[rule]]\n".into(),
+            &[
+                "portfwd.toml:1: rule \"x\": listen: this is missing; write listen = \"PORT\"",
+                "portfwd.toml:1: rule \"x\": to: this is missing; write to = \"ADDRESS\"",
+                "portfwd.toml:3: listen: this is missing; write listen = \"PORT\"",
+                "portfwd.toml:3: to: this is missing; write to = \"ADDRESS\"",
+            ],
+        ),
+        (
+            "[[rule]]\nname = \"x\"\nprotocol = \"sctp\"\nlisten = 0\nto = [\"10.0.0.1\",\n\"10.0.0.300\"]\nsource = \"nat\"\n".into(),
+            &[
+                "portfwd.toml:3: rule \"x\": protocol: \"sctp\" is not a protocol; write tcp, udp, tcp+udp or any",
+                "portfwd.toml:4: rule \"x\": listen: there is no port 0; write a number from 1 to 65535",
+                "portfwd.toml:6: rule \"x\": to: \"10.0.0.300\" is not an IP address; write four numbers from 0 to 255, as in 192.168.1.10",
+                "portfwd.toml:7: rule \"x\": source: \"nat\" is not a kind of source; write preserve or masquerade",
+            ],
+        ),
+        (
+            "[[rule]]\nlisten = 65536\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:2: listen: port 65536 is too high; write a number from 1 to 65535"],
+        ),
+        (
+            "[[rule]]\nlisten = -1\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:2: listen: there is no port -1; write a number from 1 to 65535"],
+        ),
+        (
+            "[[rule]]\nlisten = 99999999999999999999\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:2: listen: there is no port 99999999999999999999; write a number from 1 to 65535"],
+        ),
+        (
+            "[[rule]]\nlisten = \"8099-8000\"\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:2: listen: the range 8099-8000 is reversed; write 8000-8099"],
+        ),
+        (
+            "[[rule]]\nlisten = \"80\\n\"\nto = []\n".into(),
+            &["portfwd.toml:2: listen: \"80\\n\" is not a port; write a number from 1 to 65535"],
+        ),
+        // A rule as a whole.
+        (
+            "[[rule]]\nname = \"\"\nlisten = 80\nto = []\n".into(),
+            &[
+                "portfwd.toml:2: rule \"\": name: the name is empty; write one, or leave the key out",
+                "portfwd.toml:4: rule \"\": to: the backend is missing; write its address or name",
+            ],
+        ),
+        (
+            "[[rule]]\nname = \"x\"\nprotocol = \"any\"\nlisten = 80\nto = [\"10.0.0.1\", \"10.0.0.2\"]\nsource = \"masquerade\"\n".into(),
+            &[
+                "portfwd.toml:4: rule \"x\": listen: protocol any claims every port and cannot listen on 80 only; use protocol tcp+udp, or listen on *",
+                "portfwd.toml:5: rule \"x\": to: several backends: this needs the flow table, which this version does not have; keep one of them",
+                "portfwd.toml:6: rule \"x\": source: masquerade needs the flow table, which this version does not have; use preserve, and let the backend's default route lead through this box",
+            ],
+        ),
+        (
+            "[[rule]]\nname = \"x\"\nlisten = \"203.0.113.7:80-89\"\nto = \"[fd00::1]:80-90\"\n".into(),
+            &[
+                "portfwd.toml:4: rule \"x\": to: 10 ports cannot become 11; write [fd00::1]:80-89, or leave the port out to keep it",
+                "portfwd.toml:4: rule \"x\": to: fd00::1 is IPv6 and the rule listens on IPv4: one cannot become the other; name an IPv4 backend",
+            ],
+        ),
+        // Rules among each other.
+        (
+            with("\n[[rule]]\nname = \"b\"\nprotocol = \"tcp+udp\"\nlisten = 80\nto = \"10.0.0.2\"\n"),
+            &["portfwd.toml:6: listen: rule \"web\" (portfwd.toml:1) and rule \"b\" (portfwd.toml:6) both listen on tcp 80; change one of them, or remove it"],
+        ),
+        (
+            "[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\n[[rule]]\nlisten = \"80\"\nto = \"10.0.0.2\"\n".into(),
+            &["portfwd.toml:4: listen: rule \"80/tcp\" (portfwd.toml:1) and rule \"80/tcp\" (portfwd.toml:4) both listen on tcp 80; change one of them, or remove it"],
+        ),
+        (
+            with("[[rule]]\nname = \"web\"\nlisten = 81\nto = \"10.0.0.1\"\n"),
+            &["portfwd.toml:5: rule \"web\": name: the rule at portfwd.toml:1 has this name already; give each its own"],
+        ),
+        // All of it, in the order of the lines.
+        (
+            "[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\n[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\nto_port = 1\n[interfaces]\nattach = \"\"\n".into(),
+            &[
+                "portfwd.toml:4: listen: rule \"80/tcp\" (portfwd.toml:1) and rule \"80/tcp\" (portfwd.toml:4) both listen on tcp 80; change one of them, or remove it",
+                "portfwd.toml:7: to_port: no such key; [[rule]] has name, protocol, listen, to, source",
+                "portfwd.toml:9: interfaces.attach: \"\" is no way to attach; write auto, native or generic",
+            ],
+        ),
+    ];
+    for (text, lines) in table {
+        assert_eq!(bad(text), lines.join("\n"), "for {text}");
+    }
+}
+
+#[test]
+fn files_that_cannot_be_read() {
+    let dir = std::env::temp_dir().join(format!("portfwd-config-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let message = |path: &Path| read(path).unwrap_err().to_string();
+    let remedy = "with --config FILE, or do without: portfwd run -i IFACE -p SPEC";
+    let missing = dir.join("missing.toml");
+    assert_eq!(
+        message(&missing),
+        format!("{}: there is no such file; write it, name another {remedy}", missing.display())
+    );
+    assert_eq!(
+        message(&dir),
+        format!(
+            "{}: cannot be read (Is a directory (os error 21)); name another {remedy}",
+            dir.display()
+        )
+    );
+    let latin = dir.join("latin.toml");
+    std::fs::write(&latin, b"# one\n# caf\xe9\n").unwrap();
+    assert_eq!(
+        message(&latin),
+        format!("{}:2: this is not UTF-8 text; save the file as UTF-8", latin.display())
+    );
+    let fine = dir.join("fine.toml");
+    std::fs::write(&fine, "[interfaces]\nexternal = 'eth0'\n").unwrap();
+    assert_eq!(read(&fine).unwrap().external[0].name, "eth0");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn flags_add_to_a_file() {
+    let mut config =
+        good("[interfaces]\nexternal = 'eth0'\n[[rule]]\nname='web'\nlisten=80\nto='10.0.0.1'\n");
+    let two = ["80:10.0.0.2:8080", "80:10.0.0.3/udp"];
+    flags(&mut config, &["eth0", "eth1"], &two).unwrap();
+    let names: Vec<&str> = config.external.iter().map(|each| each.name.as_str()).collect();
+    assert_eq!(names, ["eth0", "eth1"]);
+    let shown: Vec<_> =
+        config.rules.iter().map(|rule| format!("{} {rule} {}", rule.name, rule.place)).collect();
+    assert_eq!(
+        shown,
+        [
+            "web 80:10.0.0.2:8080/tcp -p 80:10.0.0.2:8080",
+            "80/udp 80:10.0.0.3/udp -p 80:10.0.0.3/udp"
+        ]
+    );
+}
+
+#[test]
+fn bad_flags_change_nothing() {
+    for (interfaces, specs, message) in [
+        (
+            &["a b"][..],
+            &[][..],
+            "-i a b: \"a b\" cannot be an interface; write one that `ip link` lists",
+        ),
+        (&["eth1", "eth1"], &[], "-i eth1: eth1 is named twice; name it once"),
+        (
+            &["eth1"],
+            &["80\n"],
+            "-p 80\\n: \"80\\n\" has no backend; write PORT:BACKEND, as in 80:192.168.1.10",
+        ),
+        (
+            &["eth1"],
+            &["82:10.0.0.1", "0:10.0.0.1", "80:10.0.0.1/x"],
+            "-p 0:10.0.0.1: there is no port 0; write a number from 1 to 65535\n\
+             -p 80:10.0.0.1/x: \"x\" is not a protocol; write tcp, udp, tcp+udp or any",
+        ),
+        (
+            &[],
+            &["80:10.0.0.1/tcp+udp"],
+            "-p 80:10.0.0.1/tcp+udp: listen: rule \"81/tcp\" (portfwd.toml:1) and rule \"80/tcp+udp\" (-p 80:10.0.0.1/tcp+udp) both listen on tcp 80; change one of them, or remove it",
+        ),
+        (
+            &[],
+            &["80:10.0.0.2", "80:10.0.0.3"],
+            "-p 80:10.0.0.3: listen: rule \"81/tcp\" (-p 80:10.0.0.2) and rule \"80/tcp\" (-p 80:10.0.0.3) both listen on tcp 80; change one of them, or remove it",
+        ),
+        (
+            &[],
+            &["81:10.0.0.2"],
+            "-p 81:10.0.0.2: rule \"81/tcp\": name: the rule at portfwd.toml:1 has this name already; give each its own",
+        ),
+    ] {
+        let mut config = good("[[rule]]\nname = '81/tcp'\nlisten = 80\nto = '10.0.0.1'\n");
+        let before = config.clone();
+        assert_eq!(flags(&mut config, interfaces, specs), Err(message.to_owned()));
+        assert_eq!(config, before);
+    }
+}
+
+#[test]
+fn a_hundred_thousand_rules() {
+    let text: String = (0..100_000u32)
+        .map(|i| {
+            let (net, host, port) = (i / 50_000, i % 200 + 1, i % 50_000 / 200 + 1);
+            format!("[[rule]]\nlisten = \"198.51.{net}.{host}:{port}\"\nto = \"10.0.0.1:{port}\"\n")
+        })
+        .collect();
+    assert_eq!(good(&text).rules.len(), 100_000);
+    let again = text.clone() + "[[rule]]\nlisten = '198.51.0.1:1'\nto = '10.0.0.2'\n";
+    assert_eq!(
+        bad(&again),
+        "portfwd.toml:300001: listen: rule \"198.51.0.1:1/tcp\" (portfwd.toml:1) and rule \"198.51.0.1:1/tcp\" (portfwd.toml:300001) both listen on tcp 198.51.0.1:1; change one of them, or remove it"
+    );
+}
+
+proptest! {
+    #[test]
+    fn no_file_panics(
+        lines in prop::collection::vec(
+            prop::sample::select(vec![
+                "[interfaces]", "[metrics]", "[names]", "[[rule]]", "[rule]", "external = ['eth0']",
+                "internal = [1, 'a', ['b']]", "attach = 'tc'", "listen = '127.0.0.1:9'", "listen = 80",
+                "listen = -0x1", "listen = 1979-05-27", "to = ['10.0.0.1', '10.0.0.2']", "to = 'a'", "to = {",
+                "name = \"a\\nb\"", "name = 'é'", "refresh = 1e9", "protocol = 'any'", "source = 'masquerade'",
+                "rule.a.b = 1", "rule = [{}, 1]", "]", "\"\"\"", "é = 'é'", "\u{1}", "",
+            ]),
+            0..20,
+        ),
+        text in ".*",
+    ) {
+        for text in [lines.join("\n"), text, lines.join("\r\n")] {
+            let count = text.split('\n').count();
+            let Err(errors) = parse(Path::new("f"), &text) else { continue };
+            prop_assert!(!errors.0.is_empty());
+            let mut before = 0;
+            for line in errors.to_string().split('\n') {
+                // Each names its line, in order, and has a remedy.
+                let number = line.strip_prefix("f:").and_then(|rest| rest.split(':').next());
+                let number: usize = number.and_then(|number| number.parse().ok()).unwrap_or(0);
+                prop_assert!((1..=count).contains(&number) && number >= before, "{line}");
+                prop_assert!(line.contains("; "), "{line}");
+                before = number;
+            }
+        }
+    }
+}

@@ -1,0 +1,770 @@
+//! The running daemon: one task owns the state; requests come in, answers go out.
+//!
+//! It is level-triggered. Whatever happened, it takes a new snapshot of the network, works out what
+//! should be attached and loaded, and makes it so. A lost event, a flapping link and a re-created
+//! interface are the same case.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use portfwd_ebpf::path::Role;
+use portfwd_ebpf::table::Interface;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+use tracing::{debug, info, warn};
+
+use crate::api::{self, Request, Socket};
+use crate::compile::{Compiler, Plan, Resolved, plan};
+use crate::config::Config;
+use crate::datapath::{Capacity, Datapath, Mode, Port};
+use crate::network::{self, Externals, Link, Network, NextHop, Route, Snapshot};
+use crate::rule::{Ports, Rule};
+use crate::sysctl::{self, Families};
+use crate::{metrics, names, report};
+
+/// Why the daemon does not run. Both are lines for the user.
+#[derive(Debug)]
+pub enum Failure {
+    /// The configuration is wrong: exit status 2.
+    Configuration(String),
+    /// The system does not have, or allow, what is needed: exit status 1.
+    System(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::System(error.into())
+    }
+}
+
+/// What `portfwd run` was asked to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub config: Config,
+    pub socket: PathBuf,
+    /// Show what becomes of each packet that a rule claims.
+    pub log_packets: bool,
+}
+
+/// Forwards until SIGINT or SIGTERM.
+///
+/// # Errors
+///
+/// Whatever keeps it from starting; then nothing is attached and nothing is left behind. Once it
+/// runs, trouble is told and forwarding resumes when it ends.
+pub async fn run(options: Options) -> Result<(), Failure> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let Options { config, socket, log_packets } = options;
+    if config.rules.is_empty() {
+        return Err(Failure::Configuration(
+            "there is no rule; add a [[rule]] to the configuration, or -p SPEC".to_owned(),
+        ));
+    }
+    if config.external.is_empty() {
+        return Err(Failure::Configuration(
+            "no external interface is named: where do clients arrive? Add -i IFACE, or \
+             [interfaces] external to the configuration"
+                .to_owned(),
+        ));
+    }
+    let resolved = resolve_all(&config.rules).await?;
+    let plan = plan(&config.rules, &resolved)
+        .map_err(|refused| Failure::Configuration(refused.to_string()))?;
+
+    let (network, mut changes) = Network::open()?;
+    let snapshot = network.snapshot().await?;
+    missing_interfaces(&config, &snapshot)?;
+    let survey = Survey::take(&network, &snapshot, &config, &plan).await?;
+    if let Some(problem) = survey.problems.first() {
+        return Err(Failure::System(anyhow::anyhow!("{problem}")));
+    }
+    let ephemeral = sysctl::ephemeral_ports()?;
+
+    let socket = Socket::bind(&socket).await?;
+    let mut compiler = Compiler::default();
+    let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
+    let capacity = Capacity::for_update(&update, config.rules.len() as u32);
+    let mut datapath = Datapath::load(capacity, log_packets)?;
+    datapath.apply(&update)?;
+    compiler.commit();
+
+    let mut daemon = Daemon {
+        config,
+        network,
+        resolved,
+        plan,
+        survey,
+        compiler,
+        datapath,
+        attached: BTreeMap::new(),
+        told: BTreeSet::new(),
+        silent: BTreeMap::new(),
+        reserved: None,
+        ephemeral,
+    };
+    let problems = daemon.settle(&snapshot);
+    if let Some(problem) = problems.into_iter().next() {
+        return Err(Failure::System(anyhow::anyhow!("{problem}")));
+    }
+    daemon.reserve_ports()?;
+    // Whether a peer can be sent to is known once the programs are attached.
+    daemon.refresh().await;
+    daemon.warn_of_pitfalls(&snapshot);
+    daemon.keep_resolved().await;
+
+    let (requests, mut inbox) = mpsc::channel(16);
+    let mut logger = match log_packets {
+        // SAFETY: the logger owns its file descriptor, and never changes it.
+        true => Some(unsafe { AsyncFd::register(daemon.datapath.logger()?) }?),
+        false => None,
+    };
+    let metrics = metrics::listen(daemon.config.metrics, requests.clone()).await?;
+    info!(
+        "forwarding {} rule{}; stop with Ctrl-C",
+        daemon.config.rules.len(),
+        if daemon.config.rules.len() == 1 { "" } else { "s" }
+    );
+
+    let mut server = tokio::spawn(socket.serve(requests));
+    let mut neighbours = every(network::REFRESH);
+    let mut refresh_names = every(daemon.config.refresh);
+    let (answers, mut answered) = mpsc::channel(1);
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break,
+            Some(request) = inbox.recv() => daemon.answer(request),
+            changed = changes.next() => match changed {
+                Ok(()) => daemon.refresh().await,
+                Err(error) => {
+                    warn!("{error}; looking every {} s instead", network::REFRESH.as_secs());
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            },
+            _ = neighbours.tick() => {
+                daemon.refresh().await;
+                daemon.keep_resolved().await;
+                daemon.hint_at_silence();
+            }
+            _ = refresh_names.tick() => {
+                let names = names::of(&daemon.config.rules);
+                // One round at a time: the channel holds one, and a slow resolver delays the next.
+                if let (false, Ok(permit)) = (names.is_empty(), answers.clone().try_reserve_owned()) {
+                    let before = daemon.resolved.clone();
+                    tokio::spawn(async move { permit.send(names::resolve(names, before).await) });
+                }
+            }
+            Some((resolved, failed)) = answered.recv() => daemon.follow_names(resolved, failed).await,
+            () = log_readable(&mut logger) => {}
+            ended = &mut server => {
+                return Err(Failure::System(anyhow::anyhow!("the control socket failed: {ended:?}")));
+            }
+        }
+    }
+    server.abort();
+    if let Some(metrics) = metrics {
+        metrics.abort();
+    }
+    // The task owns the socket; its file is gone once the task is.
+    let _: Result<_, tokio::task::JoinError> = server.await;
+    daemon.stop().await;
+    Ok(())
+}
+
+/// Ticks every `period`, the first time after one.
+fn every(period: Duration) -> tokio::time::Interval {
+    let mut interval = tokio::time::interval_at(tokio::time::Instant::now() + period, period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+/// Passes the programs' messages on as they come; never returns where there are none.
+async fn log_readable(logger: &mut Option<AsyncFd<aya_log::EbpfLogger<&'static dyn log::Log>>>) {
+    match logger {
+        Some(logger) => match logger.readable_mut().await {
+            Ok(mut guard) => {
+                guard.get_inner_mut().flush();
+                guard.clear_ready();
+            }
+            Err(_) => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolves all names, of which none may fail at start.
+///
+/// # Errors
+///
+/// A line for each name that does not resolve.
+pub async fn resolve_all(rules: &[Rule]) -> Result<Resolved, Failure> {
+    let (resolved, failed) = names::resolve(names::of(rules), Resolved::new()).await;
+    if failed.is_empty() {
+        return Ok(resolved);
+    }
+    let lines: Vec<String> = failed
+        .iter()
+        .map(|(name, reason)| {
+            let rule = rules
+                .iter()
+                .find(|rule| rule.to.iter().any(|target| target.host.to_string() == *name));
+            let place = rule
+                .map(|rule| format!("{}: rule \"{}\": ", rule.place, rule.name))
+                .unwrap_or_default();
+            format!("{place}cannot resolve \"{name}\": {reason}; check the name, or write an address")
+        })
+        .collect();
+    Err(Failure::Configuration(lines.join("\n")))
+}
+
+/// Interfaces that are named and do not exist are mistakes at start; later they are waited for.
+fn missing_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Failure> {
+    let here = || {
+        let names: Vec<&str> = snapshot
+            .links
+            .iter()
+            .map(|link| link.name.as_str())
+            .filter(|name| *name != "lo")
+            .collect();
+        names.join(", ")
+    };
+    let missing: Vec<String> = config
+        .external
+        .iter()
+        .chain(&config.internal)
+        .filter(|interface| snapshot.link(&interface.name).is_none())
+        .map(|interface| {
+            format!(
+                "{}: there is no interface {}; this box has {}",
+                interface.place,
+                interface.name,
+                here()
+            )
+        })
+        .collect();
+    if missing.is_empty() { Ok(()) } else { Err(Failure::Configuration(missing.join("\n"))) }
+}
+
+/// What the network and the configuration together ask for.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+struct Survey {
+    /// Interfaces to attach to, by name.
+    roles: BTreeMap<String, Role>,
+    /// The next hops of the backends.
+    hops: Vec<NextHop>,
+    externals: Externals,
+    /// What keeps something from being forwarded, a line each.
+    problems: Vec<String>,
+}
+
+impl Survey {
+    async fn take(
+        network: &Network,
+        snapshot: &Snapshot,
+        config: &Config,
+        plan: &Plan,
+    ) -> Result<Self, network::NetworkError> {
+        let mut problems = Vec::new();
+        let mut hops = Vec::new();
+        let mut routes: BTreeMap<IpAddr, Option<NextHop>> = BTreeMap::new();
+        for leg in &plan.legs {
+            if routes.contains_key(&leg.backend) {
+                continue;
+            }
+            let rule = &config.rules[leg.rule];
+            let mut hop = None;
+            let problem = match network.route(leg.backend).await? {
+                Route::Via(via) => {
+                    hop = Some(via);
+                    None
+                }
+                Route::Local => Some(
+                    "is an address of this box, which XDP cannot forward to; let the service \
+                     listen on the port itself"
+                        .to_owned(),
+                ),
+                Route::Unreachable => Some(format!(
+                    "has no route; add one: ip route add {}/{} dev IFACE",
+                    leg.backend,
+                    if leg.backend.is_ipv4() { 32 } else { 128 }
+                )),
+            };
+            if let Some(problem) = problem {
+                problems.push(format!(
+                    "{}: rule \"{}\": backend {} {problem}",
+                    rule.place, rule.name, leg.backend
+                ));
+            }
+            hops.extend(hop);
+            routes.insert(leg.backend, hop);
+        }
+        hops.sort();
+        hops.dedup();
+
+        let mut roles: BTreeMap<String, Role> = config
+            .external
+            .iter()
+            .map(|interface| (interface.name.clone(), Role::External))
+            .collect();
+        let mut inside = |name: &str| {
+            let role = roles.entry(name.to_owned()).or_insert(Role::Internal);
+            if *role == Role::External {
+                *role = Role::Both;
+            }
+        };
+        if config.internal.is_empty() {
+            for link in hops.iter().filter_map(|hop| snapshot.link_by_index(hop.interface)) {
+                inside(&link.name);
+            }
+        } else {
+            for interface in &config.internal {
+                inside(&interface.name);
+            }
+            for (backend, hop) in &routes {
+                let Some(link) =
+                    hop.as_ref().and_then(|hop| snapshot.link_by_index(hop.interface))
+                else {
+                    continue;
+                };
+                if !config.internal.iter().any(|interface| interface.name == link.name) {
+                    problems.push(format!(
+                        "backend {backend} is reached by {}, which is not internal; add it to \
+                         [interfaces] internal, or correct the route",
+                        link.name
+                    ));
+                }
+            }
+        }
+        let external: Vec<u32> = config
+            .external
+            .iter()
+            .filter_map(|interface| snapshot.link(&interface.name))
+            .map(|link| link.index)
+            .collect();
+        for name in roles.keys() {
+            match snapshot.link(name) {
+                None => problems.push(format!("{name}: there is no such interface now; waiting for it")),
+                Some(link) if !link.ethernet => problems.push(format!(
+                    "{name}: no Ethernet interface ({}), which XDP needs; name another",
+                    link.driver.as_deref().unwrap_or("kind unknown")
+                )),
+                Some(_) => {}
+            }
+        }
+        let externals = snapshot.external_addresses(&external);
+        for leg in &plan.legs {
+            let none = match leg.backend {
+                IpAddr::V4(_) => externals.v4.is_empty(),
+                IpAddr::V6(_) => externals.v6.is_empty(),
+            };
+            if leg.listen.is_none() && none {
+                let family = if leg.backend.is_ipv4() { "IPv4" } else { "IPv6" };
+                let rule = &config.rules[leg.rule];
+                debug!("rule \"{}\" waits for an external {family} address", rule.name);
+            }
+        }
+        Ok(Self { roles, hops, externals, problems })
+    }
+}
+
+/// A program on an interface.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Attachment {
+    name: String,
+    role: Role,
+    mode: Mode,
+}
+
+struct Daemon {
+    config: Config,
+    network: Network,
+    resolved: Resolved,
+    plan: Plan,
+    survey: Survey,
+    compiler: Compiler,
+    datapath: Datapath,
+    /// By interface index.
+    attached: BTreeMap<u32, Attachment>,
+    /// Problems that were told and still are there.
+    told: BTreeSet<String>,
+    /// Rules that packets go to and none come back from: since when.
+    silent: BTreeMap<String, Silence>,
+    reserved: Option<BTreeSet<u16>>,
+    ephemeral: std::ops::RangeInclusive<u16>,
+}
+
+enum Silence {
+    Since(Instant),
+    Told,
+}
+
+/// How long a backend may be silent before that is worth a hint.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Beyond this many rules nobody reads hints, and reading the counters would cost.
+const HINTED_RULES: usize = 1000;
+
+impl Daemon {
+    /// Looks at the network, and makes everything as it should be.
+    async fn refresh(&mut self) {
+        let snapshot = match self.network.snapshot().await {
+            Ok(snapshot) => snapshot,
+            Err(error) => return self.tell(vec![error.to_string()]),
+        };
+        match Survey::take(&self.network, &snapshot, &self.config, &self.plan).await {
+            Ok(survey) => {
+                let old = std::mem::replace(&mut self.survey, survey);
+                let mut problems = self.survey.problems.clone();
+                if old.externals != self.survey.externals {
+                    info!("external addresses: {}", Addresses(&self.survey.externals));
+                    problems.extend(self.load());
+                }
+                problems.extend(self.settle(&snapshot));
+                self.tell(problems);
+            }
+            Err(error) => self.tell(vec![error.to_string()]),
+        }
+    }
+
+    /// Warns of each problem once, and says when all are gone.
+    fn tell(&mut self, problems: Vec<String>) {
+        let now: BTreeSet<String> = problems.into_iter().collect();
+        for problem in now.difference(&self.told) {
+            warn!("{problem}");
+        }
+        if now.is_empty() && !self.told.is_empty() {
+            info!("all is well again");
+        }
+        self.told = now;
+    }
+
+    /// Loads the plan with the addresses there are. Returns what kept it from that.
+    fn load(&mut self) -> Option<String> {
+        let Self { config, plan, survey, compiler, datapath, ephemeral, .. } = self;
+        let update = compiler.compile(&config.rules, plan, &survey.externals, ephemeral);
+        if !datapath.capacity().holds(&update, config.rules.len() as u32) {
+            return Some(
+                "the tables are too small for what the rules mean now; restart portfwd to make \
+                 them larger"
+                    .to_owned(),
+            );
+        }
+        match datapath.apply(&update) {
+            Ok(()) => {
+                compiler.commit();
+                None
+            }
+            Err(error) => Some(error.to_string()),
+        }
+    }
+
+    /// Attaches and detaches as the survey asks, and tells the programs of the interfaces. Returns
+    /// what could not be done.
+    fn settle(&mut self, snapshot: &Snapshot) -> Vec<String> {
+        let mut problems = Vec::new();
+        let wanted: BTreeMap<u32, (&Link, Role)> = self
+            .survey
+            .roles
+            .iter()
+            .filter_map(|(name, role)| snapshot.link(name).map(|link| (link, *role)))
+            .filter(|(link, _)| link.ethernet)
+            .map(|(link, role)| (link.index, (link, role)))
+            .collect();
+
+        let gone: Vec<u32> =
+            self.attached.keys().copied().filter(|index| !wanted.contains_key(index)).collect();
+        for index in gone {
+            self.datapath.detach(index);
+            if let Some(attachment) = self.attached.remove(&index) {
+                info!("{}: detached", attachment.name);
+            }
+        }
+        let mut fresh = false;
+        for (index, (link, role)) in &wanted {
+            if self
+                .attached
+                .get(index)
+                .is_some_and(|attachment| attachment.role == *role && attachment.name == link.name)
+            {
+                continue;
+            }
+            self.attached.remove(index);
+            let port = Port { index: *index, name: &link.name, mtu: link.mtu };
+            match self.datapath.attach(port, *role, self.config.attach) {
+                Ok((mode, why_not_native)) => {
+                    let role_name = report::role(*role);
+                    match why_not_native {
+                        None => info!("{}: {role_name}, {mode} XDP", link.name),
+                        Some(reason) => warn!(
+                            "{}: {role_name}, {mode} XDP, which is slower: no native XDP on this \
+                             interface ({reason})",
+                            link.name
+                        ),
+                    }
+                    let name = link.name.clone();
+                    self.attached.insert(*index, Attachment { name, role: *role, mode });
+                    fresh = true;
+                }
+                Err(error) => problems.push(error.to_string()),
+            }
+        }
+        if fresh {
+            match self.prepare(&wanted) {
+                Ok(changes) => changes.iter().for_each(|change| info!("{change}")),
+                Err(error) => problems.push(error.to_string()),
+            }
+        }
+        if let Err(error) = self.datapath.set_interfaces(&self.interfaces(&wanted)) {
+            problems.push(error.to_string());
+        }
+        problems
+    }
+
+    /// Sets what forwarding needs of the kernel.
+    fn prepare(
+        &self,
+        wanted: &BTreeMap<u32, (&Link, Role)>,
+    ) -> Result<Vec<sysctl::Change>, sysctl::SysctlError> {
+        let of = |not: Role| -> Vec<&Link> {
+            wanted.values().filter(|(_, role)| *role != not).map(|(link, _)| *link).collect()
+        };
+        let families = Families {
+            v4: self.plan.legs.iter().any(|leg| leg.backend.is_ipv4()),
+            v6: self.plan.legs.iter().any(|leg| leg.backend.is_ipv6()),
+        };
+        sysctl::prepare(&of(Role::Internal), &of(Role::External), families)
+    }
+
+    /// What the programs have to know of each interface.
+    fn interfaces(&self, wanted: &BTreeMap<u32, (&Link, Role)>) -> BTreeMap<u32, Interface> {
+        // Generic XDP sends by the stack's own transmit, which every interface has.
+        let all_generic =
+            self.attached.values().all(|attachment| attachment.mode == Mode::Generic);
+        wanted
+            .iter()
+            .filter_map(|(index, (link, role))| {
+                let attachment = self.attached.get(index)?;
+                let place = match role {
+                    Role::External => Interface::EXTERNAL,
+                    Role::Internal => Interface::INTERNAL,
+                    Role::Both => Interface::EXTERNAL | Interface::INTERNAL,
+                };
+                // Where the kernel does not say (before 6.3), a driver with native XDP transmits,
+                // but veth only to a peer that is ready.
+                let transmits = all_generic
+                    || link.can_transmit_xdp.unwrap_or(
+                        attachment.mode == Mode::Native && link.driver.as_deref() != Some("veth"),
+                    );
+                let transmits = if transmits { Interface::TRANSMITS } else { 0 };
+                Some((*index, Interface { flags: place | transmits }))
+            })
+            .collect()
+    }
+
+    /// Single ports among those that the kernel picks for the box's own connections are reserved.
+    fn reserve_ports(&mut self) -> Result<(), sysctl::SysctlError> {
+        let ports: BTreeSet<u16> = self
+            .config
+            .rules
+            .iter()
+            .filter_map(|rule| match rule.listen.ports {
+                Ports::One(port) => Some(port),
+                _ => None,
+            })
+            .collect();
+        if let Some(reserved) = sysctl::reserve_ports(&ports)? {
+            info!("{}", reserved.change);
+            self.reserved = Some(reserved.ports);
+        }
+        Ok(())
+    }
+
+    /// Has the kernel resolve the next hops of backends and the gateways to clients, before a packet
+    /// needs them.
+    async fn keep_resolved(&mut self) {
+        let external: Vec<u32> = self
+            .attached
+            .iter()
+            .filter(|(_, attachment)| attachment.role != Role::Internal)
+            .map(|(index, _)| *index)
+            .collect();
+        let gateways = match self.network.gateways(&external).await {
+            Ok(gateways) => gateways,
+            Err(error) => {
+                debug!("{error}");
+                Vec::new()
+            }
+        };
+        for hop in self.survey.hops.iter().chain(&gateways) {
+            if let Err(error) = self.network.keep_resolved(hop).await {
+                debug!("{error}");
+            }
+        }
+    }
+
+    /// A backend's name has new addresses, or does not resolve now.
+    async fn follow_names(&mut self, resolved: Resolved, failed: Vec<(String, String)>) {
+        for (name, reason) in failed {
+            warn!("cannot resolve \"{name}\": {reason}; its address stays as it was");
+        }
+        if resolved == self.resolved {
+            return;
+        }
+        match plan(&self.config.rules, &resolved) {
+            Ok(plan) => {
+                for (name, addresses) in &resolved {
+                    if self.resolved.get(name) != Some(addresses) {
+                        let list: Vec<String> = addresses.iter().map(|ip| ip.to_string()).collect();
+                        info!("\"{name}\" is {} now", list.join(", "));
+                    }
+                }
+                let old = std::mem::replace(&mut self.plan, plan);
+                if let Some(problem) = self.load() {
+                    self.plan = old;
+                    return warn!("{problem}");
+                }
+                self.resolved = resolved;
+                self.refresh().await;
+                self.keep_resolved().await;
+            }
+            Err(refused) => warn!("{refused}; the addresses stay as they were"),
+        }
+    }
+
+    /// What is known to lose packets, said before it does.
+    fn warn_of_pitfalls(&self, snapshot: &Snapshot) {
+        for (index, attachment) in &self.attached {
+            let Some(link) = snapshot.link_by_index(*index) else { continue };
+            let name = &attachment.name;
+            match link.driver.as_deref() {
+                Some("veth") => info!(
+                    "{name} is a veth: senders at its peer must fill in checksums themselves: there, \
+                     ethtool -K IFACE tx off"
+                ),
+                Some("bridge" | "tun" | "tap") => warn!(
+                    "{name} is a {}: packets of local machines and containers come without \
+                     checksums, or merged, and are forwarded broken; there, ethtool -K IFACE tx off \
+                     gro off",
+                    link.driver.as_deref().unwrap_or_default()
+                ),
+                _ => {}
+            }
+            let addresses = snapshot.addresses.iter().filter(|a| a.interface == *index).count();
+            if attachment.role != Role::Internal && addresses == 0 {
+                warn!(
+                    "{name} has no address: is it a port of a bridge or a bond? Then name that as \
+                     external"
+                );
+            }
+        }
+        let wide = self.config.rules.iter().find(|rule| rule.listen.ports == Ports::All);
+        let tracked = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
+            .is_ok_and(|count| count.trim() != "0");
+        if let (Some(rule), true) = (wide, tracked) {
+            warn!(
+                "rule \"{}\" claims every port, and this box tracks connections: if it masquerades \
+                 for other hosts, answers to them go to the backend instead; list the ports",
+                rule.name
+            );
+        }
+        info!("external addresses: {}", Addresses(&self.survey.externals));
+    }
+
+    /// "It loaded and nothing is forwarded": packets go to a backend and none come back.
+    fn hint_at_silence(&mut self) {
+        if self.config.rules.len() > HINTED_RULES {
+            return;
+        }
+        for rule in &self.config.rules {
+            let counts =
+                self.compiler.counter(&rule.name).and_then(|row| self.datapath.counts(row).ok());
+            let Some(counts) = counts else { continue };
+            if counts.forward.packets == 0 || counts.reply.packets > 0 {
+                continue;
+            }
+            let silence = self
+                .silent
+                .entry(rule.name.clone())
+                .or_insert_with(|| Silence::Since(Instant::now()));
+            if let Silence::Since(since) = silence
+                && since.elapsed() >= SILENCE
+            {
+                *silence = Silence::Told;
+                warn!(
+                    "rule \"{}\": packets go to {} and none come back: does it answer, and does its \
+                     default route lead through this box?",
+                    rule.name,
+                    rule.to.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+                );
+            }
+        }
+    }
+
+    fn answer(&self, request: Request) {
+        // Whoever asked may have gone; then nobody wants the answer.
+        match request {
+            Request::List(sender) => {
+                let rules = self.config.rules.iter().map(report::rule).collect();
+                let _: Result<(), _> =
+                    sender.send(api::List { rules, interfaces: self.list_interfaces() });
+            }
+            Request::Stats(sender) => {
+                let stats = report::stats(
+                    &self.config.rules,
+                    &self.compiler,
+                    &self.datapath,
+                    self.list_interfaces(),
+                );
+                let _: Result<(), _> = sender.send(stats);
+            }
+        }
+    }
+
+    fn list_interfaces(&self) -> Vec<api::InterfaceInfo> {
+        self.survey
+            .roles
+            .iter()
+            .map(|(name, role)| api::InterfaceInfo {
+                name: name.clone(),
+                role: report::role(*role).to_owned(),
+                attach: self
+                    .attached
+                    .values()
+                    .find(|attachment| attachment.name == *name)
+                    .map(|attachment| attachment.mode.to_string()),
+            })
+            .collect()
+    }
+
+    /// Takes back what was done to the box, but for the sysctls that make it a router.
+    async fn stop(self) {
+        if let Some(ports) = &self.reserved {
+            match sysctl::release_ports(ports) {
+                Ok(Some(change)) => info!("{change}"),
+                Ok(None) => {}
+                Err(error) => warn!("{error}"),
+            }
+        }
+        for attachment in self.attached.values() {
+            info!("{}: detached", attachment.name);
+        }
+    }
+}
+
+/// Addresses in a message.
+struct Addresses<'a>(&'a Externals);
+
+impl fmt::Display for Addresses<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Externals { v4, v6 } = self.0;
+        let all: Vec<String> =
+            v4.iter().map(ToString::to_string).chain(v6.iter().map(ToString::to_string)).collect();
+        f.write_str(if all.is_empty() { "none yet" } else { "" })?;
+        f.write_str(&all.join(", "))
+    }
+}

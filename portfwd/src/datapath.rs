@@ -1,0 +1,549 @@
+//! The datapath in the kernel: programs, maps and links. The only module that knows aya.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::time::{Duration, Instant};
+
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMapHash};
+use aya::programs::links::Link as _;
+use aya::programs::xdp::{XdpLink, XdpMode};
+use aya::programs::{ProgramError, Xdp};
+use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
+use portfwd_ebpf::path::Role;
+use portfwd_ebpf::table::{
+    Counter, Dropped, Endpoint, EndpointKey, Interface, LAYOUT, Page, Passed, Settings, Tally,
+    ToStack, Translation,
+};
+use thiserror::Error;
+
+use crate::compile::Update;
+use crate::config::Attach;
+
+/// The compiled eBPF half; `build.rs` makes it.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portfwd"));
+
+/// How long a packet may still look at rows that are no longer live. A run of the program takes
+/// microseconds.
+const GRACE: Duration = Duration::from_millis(20);
+
+/// Why the kernel did not take what it was given: one line.
+#[derive(Debug, Error)]
+pub enum DatapathError {
+    #[error(
+        "the kernel refuses BPF ({0}): run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+    )]
+    NotPermitted(String),
+    #[error("this kernel has no BPF ({0}): it needs Linux 5.15 or newer with CONFIG_BPF_SYSCALL")]
+    NoBpf(String),
+    #[error("cannot load the eBPF object: {0}")]
+    Load(String),
+    #[error("the kernel's verifier refuses program {program}: {message}")]
+    Verifier { program: &'static str, message: String },
+    #[error("cannot write map {map}: {message}")]
+    Map { map: &'static str, message: String },
+}
+
+/// Why an interface cannot be attached to: one line.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    #[error(
+        "{interface}: another XDP program is attached; take it off with `ip link set dev {interface} xdp off`, or `bpftool net detach xdp dev {interface}`"
+    )]
+    Busy { interface: String },
+    #[error(
+        "{interface}: MTU {mtu} is too large for native XDP here ({message}); lower it with `ip link set dev {interface} mtu 1500`, or set attach = \"generic\""
+    )]
+    Mtu { interface: String, mtu: u32, message: String },
+    #[error("{interface}: cannot attach {mode} XDP: {message}")]
+    Other { interface: String, mode: Mode, message: String },
+}
+
+/// How a program is attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// In the driver.
+    Native,
+    /// In the stack, for drivers without XDP: slower.
+    Generic,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        })
+    }
+}
+
+impl From<Mode> for XdpMode {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::Native => Self::Driver,
+            Mode::Generic => Self::Skb,
+        }
+    }
+}
+
+/// An interface to attach to.
+#[derive(Clone, Copy, Debug)]
+pub struct Port<'a> {
+    pub index: u32,
+    pub name: &'a str,
+    pub mtu: u32,
+}
+
+/// How many rows the tables hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capacity {
+    pub endpoints: u32,
+    pub translations: u32,
+    pub pages: u32,
+    pub counters: u32,
+}
+
+impl Capacity {
+    /// Enough for `update` and `counters` rules, with room for as much again: while a change is
+    /// written the old rows and the new ones are there.
+    pub fn for_update(update: &Update, counters: u32) -> Self {
+        let room = |rows: usize| (2 * rows as u32 + 64).max(256);
+        let highest = |numbers: &mut dyn Iterator<Item = u32>| numbers.max().unwrap_or(0) as usize;
+        Self {
+            endpoints: 2 * room(update.v4.len().max(update.v6.len())),
+            translations: room(highest(&mut update.translations.iter().map(|(number, _)| *number))),
+            pages: room(highest(&mut update.pages.iter().map(|(number, _)| *number))),
+            counters: room(counters as usize),
+        }
+    }
+
+    /// Whether `update` fits.
+    pub fn holds(&self, update: &Update, counters: u32) -> bool {
+        let below = |limit: u32, mut numbers: Box<dyn Iterator<Item = u32> + '_>| {
+            numbers.all(|number| number < limit)
+        };
+        update.v4.len().max(update.v6.len()) as u32 <= self.endpoints / 2
+            && below(self.translations, Box::new(update.translations.iter().map(|row| row.0)))
+            && below(self.pages, Box::new(update.pages.iter().map(|row| row.0)))
+            && counters <= self.counters
+    }
+}
+
+/// A rule's counts, summed over CPUs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Counts {
+    pub forward: Tally,
+    pub reply: Tally,
+    /// CLOCK_MONOTONIC in nanoseconds; 0 for never.
+    pub last: u64,
+    pub to_stack: [u64; ToStack::COUNT],
+    pub dropped: [u64; Dropped::COUNT],
+}
+
+/// What the verifier said of a program.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Verified {
+    pub program: &'static str,
+    /// Instructions that the verifier went through; its limit is a million.
+    pub instructions: Option<u32>,
+    /// Bytes of the program after translation.
+    pub size: Option<u32>,
+    /// Time to verify, compile and load it.
+    pub time: Duration,
+}
+
+/// A type of the tables, as aya wants it: bytes without padding, checked in `table`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Plain<T>(T);
+
+/// The types that stand in maps.
+trait Row: Copy + 'static {}
+impl<const N: usize> Row for EndpointKey<N> {}
+impl Row for Endpoint {}
+impl Row for Page {}
+impl Row for Translation {}
+impl Row for Counter {}
+impl Row for Interface {}
+impl Row for Settings {}
+// SAFETY: each `Row` is `repr(C)` without padding (asserted in `table`). Rows that are read back
+// from the kernel hold integers only.
+unsafe impl<T: Row> Pod for Plain<T> {}
+
+/// The loaded datapath. Dropping it detaches every program and frees the maps.
+pub struct Datapath {
+    ebpf: Ebpf,
+    verified: Vec<Verified>,
+    links: BTreeMap<u32, XdpLink>,
+    capacity: Capacity,
+    generation: u8,
+    flipped: Option<Instant>,
+}
+
+impl Datapath {
+    /// Loads programs and maps; nothing is attached yet. With `log` the programs tell what becomes of
+    /// each packet that a rule claims; without, the verifier removes that code.
+    ///
+    /// # Errors
+    ///
+    /// No permission, no BPF in the kernel, or a kernel that refuses the object.
+    pub fn load(capacity: Capacity, log: bool) -> Result<Self, DatapathError> {
+        let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
+        let mut ebpf = EbpfLoader::new()
+            .override_global(aya_log::LEVEL, &level, true)
+            .map_max_entries("ENDPOINTS_V4", capacity.endpoints)
+            .map_max_entries("ENDPOINTS_V6", capacity.endpoints)
+            .map_max_entries("TRANSLATIONS", capacity.translations)
+            .map_max_entries("PAGES", capacity.pages)
+            .map_max_entries("COUNTERS", capacity.counters)
+            .load(OBJECT)
+            .map_err(load_error)?;
+        let mut verified = Vec::new();
+        for role in [Role::External, Role::Internal, Role::Both] {
+            let program = program_name(role);
+            let xdp = xdp_mut(&mut ebpf, role);
+            let start = Instant::now();
+            xdp.load().map_err(|error| verifier_error(program, error))?;
+            let info = xdp.info().map_err(|error| verifier_error(program, error))?;
+            verified.push(Verified {
+                program,
+                instructions: info.verified_instruction_count(),
+                size: info.size_translated(),
+                time: start.elapsed(),
+            });
+        }
+        let mut datapath = Self {
+            ebpf,
+            verified,
+            links: BTreeMap::new(),
+            capacity,
+            generation: 0,
+            flipped: None,
+        };
+        datapath.write_settings()?;
+        Ok(datapath)
+    }
+
+    /// How many rows the tables hold.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// What the verifier said of each program.
+    pub fn verified(&self) -> &[Verified] {
+        &self.verified
+    }
+
+    /// The program of a role, to run it on packets without an interface.
+    pub fn program(&self, role: Role) -> &Xdp {
+        self.ebpf
+            .program(program_name(role))
+            .and_then(|program| <&Xdp>::try_from(program).ok())
+            .unwrap_or_else(|| unreachable!("the object that was built in has its programs"))
+    }
+
+    /// The messages of the programs that were loaded with `log`.
+    ///
+    /// # Errors
+    ///
+    /// Taken already, or loaded without.
+    pub fn logger(
+        &mut self,
+    ) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>, aya_log::Error> {
+        aya_log::EbpfLogger::init(&mut self.ebpf)
+    }
+
+    /// Writes all rows of `update` and makes them live at once.
+    ///
+    /// # Errors
+    ///
+    /// A map is full or out of memory: what was live stays live.
+    pub fn apply(&mut self, update: &Update) -> Result<(), DatapathError> {
+        // Rows of the generation before the live one may be written over from here on.
+        if let Some(flipped) = self.flipped {
+            std::thread::sleep(GRACE.saturating_sub(flipped.elapsed()));
+        }
+        let mut translations = self.array::<Translation>("TRANSLATIONS")?;
+        for (number, row) in &update.translations {
+            translations.set(*number, Plain(*row), 0).map_err(map_error("TRANSLATIONS"))?;
+        }
+        let mut pages = self.array::<Page>("PAGES")?;
+        for (number, page) in &update.pages {
+            pages.set(*number, Plain(*page), 0).map_err(map_error("PAGES"))?;
+        }
+        self.write_endpoints::<4>("ENDPOINTS_V4", &update.v4, update.generation)?;
+        self.write_endpoints::<16>("ENDPOINTS_V6", &update.v6, update.generation)?;
+
+        self.generation = update.generation;
+        self.write_settings()?;
+        self.flipped = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Fills an endpoint map with one generation, after taking out what is left of the one before
+    /// the live one.
+    fn write_endpoints<const N: usize>(
+        &mut self,
+        map: &'static str,
+        rows: &[(EndpointKey<N>, Endpoint)],
+        generation: u8,
+    ) -> Result<(), DatapathError> {
+        let mut endpoints: HashMap<&mut MapData, Plain<EndpointKey<N>>, Plain<Endpoint>> =
+            HashMap::try_from(self.map_mut(map)).map_err(map_error(map))?;
+        let stale: Vec<_> = endpoints
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|key| key.0.generation == generation)
+            .collect();
+        for key in stale {
+            endpoints.remove(&key).map_err(map_error(map))?;
+        }
+        for (key, endpoint) in rows {
+            endpoints.insert(Plain(*key), Plain(*endpoint), 0).map_err(map_error(map))?;
+        }
+        Ok(())
+    }
+
+    fn write_settings(&mut self) -> Result<(), DatapathError> {
+        let settings = Settings { layout: LAYOUT, generation: u32::from(self.generation) };
+        let mut map = self.array::<Settings>("SETTINGS")?;
+        map.set(0, Plain(settings), 0).map_err(map_error("SETTINGS"))
+    }
+
+    /// Tells the programs which interfaces are external, and to which frames can be redirected. All
+    /// others are taken out.
+    ///
+    /// # Errors
+    ///
+    /// A map is full.
+    pub fn set_interfaces(
+        &mut self,
+        interfaces: &BTreeMap<u32, Interface>,
+    ) -> Result<(), DatapathError> {
+        let mut map: HashMap<&mut MapData, u32, Plain<Interface>> =
+            HashMap::try_from(self.map_mut("INTERFACES")).map_err(map_error("INTERFACES"))?;
+        let stale: Vec<u32> = map
+            .keys()
+            .filter_map(Result::ok)
+            .filter(|index| !interfaces.contains_key(index))
+            .collect();
+        for index in &stale {
+            map.remove(index).map_err(map_error("INTERFACES"))?;
+        }
+        // A device is there before it is told of, and told off before it goes.
+        for (index, interface) in interfaces {
+            let transmits = interface.flags & Interface::TRANSMITS != 0;
+            let mut devices: DevMapHash<&mut MapData> =
+                DevMapHash::try_from(self.map_mut("DEVICES")).map_err(map_error("DEVICES"))?;
+            if transmits {
+                devices.insert(*index, *index, None, 0).map_err(map_error("DEVICES"))?;
+            }
+            let mut map: HashMap<&mut MapData, u32, Plain<Interface>> =
+                HashMap::try_from(self.map_mut("INTERFACES")).map_err(map_error("INTERFACES"))?;
+            map.insert(index, Plain(*interface), 0).map_err(map_error("INTERFACES"))?;
+        }
+        Ok(())
+    }
+
+    /// Attaches the program of `role` to an interface, or replaces the one that is there; `auto`
+    /// tries native first. Returns how it is attached, and why not natively if it is not.
+    ///
+    /// # Errors
+    ///
+    /// Another program is there, the MTU is too large, or the kernel says why.
+    pub fn attach(
+        &mut self,
+        port: Port<'_>,
+        role: Role,
+        attach: Attach,
+    ) -> Result<(Mode, Option<String>), AttachError> {
+        self.detach(port.index);
+        match attach {
+            Attach::Native => self.attach_as(port, role, Mode::Native).map(|()| (Mode::Native, None)),
+            Attach::Generic => {
+                self.attach_as(port, role, Mode::Generic).map(|()| (Mode::Generic, None))
+            }
+            Attach::Auto => match self.attach_as(port, role, Mode::Native) {
+                Ok(()) => Ok((Mode::Native, None)),
+                Err(busy @ AttachError::Busy { .. }) => Err(busy),
+                Err(
+                    AttachError::Mtu { message, .. } | AttachError::Other { message, .. },
+                ) => self
+                    .attach_as(port, role, Mode::Generic)
+                    .map(|()| (Mode::Generic, Some(message))),
+            },
+        }
+    }
+
+    fn attach_as(&mut self, port: Port<'_>, role: Role, mode: Mode) -> Result<(), AttachError> {
+        let interface = port.name.to_owned();
+        let xdp = xdp_mut(&mut self.ebpf, role);
+        let link = xdp
+            .attach_to_if_index(port.index, mode.into())
+            .and_then(|id| xdp.take_link(id))
+            .map_err(|error| {
+                let message = chain(&error);
+                match os_error(&error) {
+                    Some(libc::EBUSY | libc::EEXIST) => AttachError::Busy { interface },
+                    Some(libc::ERANGE) => {
+                        AttachError::Mtu { interface, mtu: port.mtu, message: reason(libc::ERANGE) }
+                    }
+                    Some(code) => AttachError::Other { interface, mode, message: reason(code) },
+                    None => AttachError::Other { interface, mode, message },
+                }
+            })?;
+        self.links.insert(port.index, link);
+        Ok(())
+    }
+
+    /// Detaches from an interface, which may be gone.
+    pub fn detach(&mut self, index: u32) {
+        if let Some(link) = self.links.remove(&index) {
+            // The link's file descriptor is closed either way, and that is what detaches.
+            let _: Result<(), ProgramError> = link.detach();
+        }
+    }
+
+    /// A rule's counts. `row` is what [`Compiler::counter`](crate::compile::Compiler::counter) says.
+    ///
+    /// # Errors
+    ///
+    /// There is no such row.
+    pub fn counts(&self, row: u32) -> Result<Counts, DatapathError> {
+        let map: PerCpuArray<&MapData, Plain<Counter>> =
+            PerCpuArray::try_from(self.map("COUNTERS")).map_err(map_error("COUNTERS"))?;
+        let cpus = map.get(&row, 0).map_err(map_error("COUNTERS"))?;
+        let mut sum = Counts {
+            forward: Tally::default(),
+            reply: Tally::default(),
+            last: 0,
+            to_stack: [0; ToStack::COUNT],
+            dropped: [0; Dropped::COUNT],
+        };
+        for Plain(Counter { translated: [forward, reply], last, to_stack, dropped }) in cpus.iter() {
+            sum.forward.packets += forward.packets;
+            sum.forward.bytes += forward.bytes;
+            sum.reply.packets += reply.packets;
+            sum.reply.bytes += reply.bytes;
+            sum.last = sum.last.max(*last);
+            for (sum, count) in sum.to_stack.iter_mut().zip(to_stack) {
+                *sum += count;
+            }
+            for (sum, count) in sum.dropped.iter_mut().zip(dropped) {
+                *sum += count;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Packets that passed untouched, by [`Passed`], summed over CPUs.
+    ///
+    /// # Errors
+    ///
+    /// The kernel says why.
+    pub fn passed(&self) -> Result<[u64; Passed::COUNT], DatapathError> {
+        let map: PerCpuArray<&MapData, u64> =
+            PerCpuArray::try_from(self.map("PASSED")).map_err(map_error("PASSED"))?;
+        let mut sums = [0; Passed::COUNT];
+        for (reason, sum) in sums.iter_mut().enumerate() {
+            let cpus = map.get(&(reason as u32), 0).map_err(map_error("PASSED"))?;
+            *sum = cpus.iter().sum();
+        }
+        Ok(sums)
+    }
+
+    fn array<T: Row>(
+        &mut self,
+        map: &'static str,
+    ) -> Result<Array<&mut MapData, Plain<T>>, DatapathError> {
+        Array::try_from(self.map_mut(map)).map_err(map_error(map))
+    }
+
+    fn map(&self, name: &'static str) -> &Map {
+        self.ebpf.map(name).unwrap_or_else(|| unreachable!("the object that was built in has {name}"))
+    }
+
+    fn map_mut(&mut self, name: &'static str) -> &mut Map {
+        self.ebpf
+            .map_mut(name)
+            .unwrap_or_else(|| unreachable!("the object that was built in has {name}"))
+    }
+}
+
+fn program_name(role: Role) -> &'static str {
+    match role {
+        Role::External => "external",
+        Role::Internal => "internal",
+        Role::Both => "both",
+    }
+}
+
+fn xdp_mut(ebpf: &mut Ebpf, role: Role) -> &mut Xdp {
+    ebpf.program_mut(program_name(role))
+        .and_then(|program| <&mut Xdp>::try_from(program).ok())
+        .unwrap_or_else(|| unreachable!("the object that was built in has its programs"))
+}
+
+fn map_error<E: std::error::Error>(map: &'static str) -> impl Fn(E) -> DatapathError {
+    move |error| DatapathError::Map { map, message: chain(&error) }
+}
+
+fn load_error(error: EbpfError) -> DatapathError {
+    let message = chain(&error);
+    match os_error(&error) {
+        Some(libc::EPERM | libc::EACCES) => DatapathError::NotPermitted(message),
+        Some(libc::ENOSYS) => DatapathError::NoBpf(message),
+        _ => DatapathError::Load(message),
+    }
+}
+
+fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
+    let message = match &error {
+        // The log is thousands of lines; the verdict stands near its end.
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let verdict = log
+                .lines()
+                .rev()
+                .find(|line| !line.is_empty() && !line.starts_with("processed"))
+                .unwrap_or_default()
+                .to_owned();
+            format!("{io_error}: {verdict}")
+        }
+        error => chain(error),
+    };
+    match os_error(&error) {
+        Some(libc::EPERM) => DatapathError::NotPermitted(message),
+        _ => DatapathError::Verifier { program, message },
+    }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let text = error.to_string();
+        if !message.ends_with(&text) {
+            message = format!("{message}: {text}");
+        }
+        source = error.source();
+    }
+    message.replace('\n', " ")
+}
+
+/// The system's error number at the end of a chain of errors.
+fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut error = Some(error);
+    while let Some(inner) = error {
+        if let Some(code) = inner.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+            return Some(code);
+        }
+        error = inner.source();
+    }
+    None
+}
+
+fn reason(code: i32) -> String {
+    io::Error::from_raw_os_error(code).to_string()
+}

@@ -1,0 +1,108 @@
+//! What the daemon tells of its rules: from maps and rules to the API's types.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use portfwd_ebpf::path::Role;
+use portfwd_ebpf::table::{Dropped, Passed, Tally, ToStack};
+
+use crate::api::{Count, Flows, InterfaceInfo, RuleInfo, RuleStats, Stats, Verdicts};
+use crate::compile::Compiler;
+use crate::datapath::Datapath;
+use crate::rule::Rule;
+
+/// A role's name in output.
+pub fn role(role: Role) -> &'static str {
+    match role {
+        Role::External => "external",
+        Role::Internal => "internal",
+        Role::Both => "both",
+    }
+}
+
+/// A rule as the user wrote it.
+pub fn rule(rule: &Rule) -> RuleInfo {
+    RuleInfo {
+        name: rule.name.clone(),
+        protocol: rule.protocol.to_string(),
+        listen: rule.listen.to_string(),
+        to: rule.to.iter().map(ToString::to_string).collect(),
+        source: rule.source.to_string(),
+        stateful: false,
+    }
+}
+
+/// All counters.
+///
+/// # Errors
+///
+/// A map cannot be read.
+pub fn stats(
+    rules: &[Rule],
+    compiler: &Compiler,
+    datapath: &Datapath,
+    interfaces: Vec<InterfaceInfo>,
+) -> anyhow::Result<Stats> {
+    let clock = Clock::now();
+    let mut verdicts = Verdicts {
+        passed: reasons(Passed::ALL, Passed::name, &datapath.passed()?),
+        dropped: reasons(Dropped::ALL, Dropped::name, &[0; Dropped::COUNT]),
+    };
+    let mut rows = Vec::with_capacity(rules.len());
+    for each in rules {
+        let Some(row) = compiler.counter(&each.name) else { continue };
+        let counts = datapath.counts(row)?;
+        let dropped = reasons(Dropped::ALL, Dropped::name, &counts.dropped);
+        for (reason, count) in &dropped {
+            *verdicts.dropped.entry(reason.clone()).or_default() += count;
+        }
+        rows.push(RuleStats {
+            rule: rule(each),
+            forward: count(counts.forward),
+            reply: count(counts.reply),
+            to_stack: reasons(ToStack::ALL, ToStack::name, &counts.to_stack),
+            dropped,
+            flows: Flows::default(),
+            last_packet: (counts.last != 0).then(|| clock.format(counts.last)),
+        });
+    }
+    Ok(Stats { rules: rows, verdicts, interfaces })
+}
+
+fn count(Tally { packets, bytes }: Tally) -> Count {
+    Count { packets, bytes }
+}
+
+/// Counts under their reasons' names.
+fn reasons<T: Copy>(
+    all: &[T],
+    name: impl Fn(T) -> &'static str,
+    counts: &[u64],
+) -> BTreeMap<String, u64> {
+    all.iter().zip(counts).map(|(reason, count)| (name(*reason).to_owned(), *count)).collect()
+}
+
+/// Both clocks at one moment, to turn the datapath's times into people's.
+struct Clock {
+    monotonic: Duration,
+    system: SystemTime,
+}
+
+impl Clock {
+    fn now() -> Self {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        Self {
+            monotonic: Duration::new(
+                now.tv_sec.try_into().unwrap_or_default(),
+                now.tv_nsec.try_into().unwrap_or_default(),
+            ),
+            system: SystemTime::now(),
+        }
+    }
+
+    /// CLOCK_MONOTONIC in nanoseconds as RFC 3339.
+    fn format(&self, nanoseconds: u64) -> String {
+        let ago = self.monotonic.saturating_sub(Duration::from_nanos(nanoseconds));
+        humantime::format_rfc3339_millis(self.system - ago).to_string()
+    }
+}

@@ -1,0 +1,330 @@
+//! Rules as the user writes them: what to listen on, where to send, and whether that makes sense.
+//!
+//! Everything here is text and numbers in host byte order. Nothing here asks the system anything.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+pub(crate) use self::values::invalid;
+pub use self::values::{Host, Invalid, Listen, Ports, Protocol, Source, Target};
+
+#[cfg(test)]
+mod tests;
+mod values;
+
+/// Where something was written, for messages.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// Lines count from 1.
+    File { path: Arc<Path>, line: usize },
+    /// The flag and its value, `-p 80:10.0.0.1`.
+    Flag(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Place::Flag(flag) => f.write_str(flag),
+        }
+    }
+}
+
+/// One forwarding.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Rule {
+    pub name: String,
+    pub protocol: Protocol,
+    pub listen: Listen,
+    /// At least one.
+    pub to: Vec<Target>,
+    pub source: Source,
+    #[serde(skip)]
+    pub place: Place,
+}
+
+/// How narrow a rule is. The smaller one wins where rules overlap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Precedence {
+    every_address: bool,
+    width: Width,
+    any_protocol: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Width {
+    One,
+    Range,
+    All,
+}
+
+const FLOW_TABLE: &str = "needs the flow table, which this version does not have";
+
+impl Rule {
+    /// The name of a rule that was given none.
+    pub fn default_name(listen: Listen, protocol: Protocol) -> String {
+        format!("{listen}/{protocol}")
+    }
+
+    /// How narrow the rule is.
+    pub fn precedence(&self) -> Precedence {
+        Precedence {
+            every_address: self.listen.address.is_none(),
+            width: match self.listen.ports {
+                Ports::One(_) => Width::One,
+                Ports::Range { .. } => Width::Range,
+                Ports::All => Width::All,
+            },
+            any_protocol: self.protocol == Protocol::Any,
+        }
+    }
+
+    /// What makes the rule impossible, each with the key of the file that is to blame.
+    ///
+    /// Looks at this rule alone; [`overlaps`] compares rules.
+    pub fn check(&self) -> Vec<(&'static str, Invalid)> {
+        let mut found = Vec::new();
+        if let Err(error) = check_name(&self.name) {
+            found.push(("name", error));
+        }
+        let mut blame = |key, message| found.push((key, Invalid(message)));
+        if self.protocol == Protocol::Any && self.listen.ports != Ports::All {
+            blame(
+                "listen",
+                format!(
+                    "protocol any claims every port and cannot listen on {} only; use protocol \
+                     tcp+udp, or listen on *",
+                    self.listen.ports
+                ),
+            );
+        }
+        match self.to.len() {
+            0 => blame("to", "the backend is missing; write its address or name".to_owned()),
+            1 => {}
+            _ => blame("to", format!("several backends: this {FLOW_TABLE}; keep one of them")),
+        }
+        if self.source == Source::Masquerade {
+            blame(
+                "source",
+                format!(
+                    "masquerade {FLOW_TABLE}; use preserve, and let the backend's default route \
+                     lead through this box"
+                ),
+            );
+        }
+        for target in &self.to {
+            if let Some(message) = self.check_ports(target) {
+                blame("to", message);
+            }
+            if let (Some(listen), Host::Address(backend)) = (self.listen.address, &target.host)
+                && listen.is_ipv4() != backend.is_ipv4()
+            {
+                let family = |address: &IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
+                let (from, to) = (family(&listen), family(backend));
+                blame(
+                    "to",
+                    format!(
+                        "{backend} is {to} and the rule listens on {from}: one cannot become \
+                         the other; name an {from} backend"
+                    ),
+                );
+            }
+        }
+        found
+    }
+
+    fn check_ports(&self, target: &Target) -> Option<String> {
+        let (listen, ports) = (self.listen.ports, target.ports?);
+        if listen.width() == ports.width() {
+            return None;
+        }
+        if listen == Ports::All {
+            let bare = &target.host;
+            return Some(match ports {
+                _ if self.protocol == Protocol::Any => format!(
+                    "protocol any keeps every port and cannot change it to {ports}; leave the \
+                     port out: {bare}"
+                ),
+                Ports::One(_) => format!(
+                    "every port to port {ports}: this {FLOW_TABLE}; leave the port out to keep \
+                     the ports: {bare}"
+                ),
+                _ => format!(
+                    "listen has every port and {target} has {}; leave the ports out to keep \
+                     them: {bare}",
+                    ports.width()
+                ),
+            });
+        }
+        let equal = Target { ports: stretch(ports.first(), listen.width()), ..target.clone() };
+        let remedy = match equal.ports {
+            Some(_) => format!("write {equal}, or leave the port out to keep it"),
+            None => "leave the port out to keep it".to_owned(),
+        };
+        Some(match (listen.width(), ports) {
+            (many, Ports::One(port)) => {
+                format!("{many} ports to port {port}: this {FLOW_TABLE}; {remedy}")
+            }
+            (1, _) => format!("1 port cannot become {}; {remedy}", ports.width()),
+            (width, _) => {
+                format!("{width} ports cannot become {}; {remedy}", ports.width())
+            }
+        })
+    }
+}
+
+/// `width` ports from `first` on, if there are as many.
+fn stretch(first: u16, width: u32) -> Option<Ports> {
+    let last = u16::try_from(u32::from(first) + width - 1).ok()?;
+    Some(if first == last { Ports::One(first) } else { Ports::Range { first, last } })
+}
+
+fn check_name(name: &str) -> Result<(), Invalid> {
+    if name.is_empty() {
+        return invalid!("the name is empty; write one, or leave the key out");
+    }
+    if name.len() > 64 {
+        return invalid!("the name has {} bytes; 64 are the most", name.len());
+    }
+    if name.chars().any(char::is_control) {
+        return invalid!("the name {name:?} has a control character; leave it out");
+    }
+    Ok(())
+}
+
+/// The rule as `-p` takes it, without its name. Several backends, which `-p` does not take, are
+/// divided by commas.
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.listen)?;
+        for (index, target) in self.to.iter().enumerate() {
+            let comma = if index == 0 { "" } else { "," };
+            match (&target.host, target.ports) {
+                (Host::Address(IpAddr::V6(address)), None) => write!(f, "{comma}[{address}]")?,
+                _ => write!(f, "{comma}{target}")?,
+            }
+        }
+        write!(f, "/{}", self.protocol)
+    }
+}
+
+/// Parses and checks the SPEC of `-p`: `[ADDR:]PORT[-PORT]:BACKEND[:PORT[-PORT]][/PROTO]`.
+///
+/// The rule has its default name, and the flag as its place.
+impl FromStr for Rule {
+    type Err = Invalid;
+
+    fn from_str(spec: &str) -> Result<Self, Invalid> {
+        let (ends, protocol) = match spec.rsplit_once('/') {
+            Some((ends, protocol)) => (ends, protocol.parse()?),
+            None => (spec, Protocol::Tcp),
+        };
+        let (listen, to) = split_spec(ends)?;
+        let listen = listen.parse()?;
+        let rule = Rule {
+            name: Rule::default_name(listen, protocol),
+            protocol,
+            listen,
+            to: vec![to.parse()?],
+            source: Source::Preserve,
+            place: Place::Flag(format!("-p {spec}")),
+        };
+        match rule.check().into_iter().next() {
+            Some((_, error)) => Err(error),
+            None => Ok(rule),
+        }
+    }
+}
+
+/// Splits a SPEC without its protocol into the text of [`Listen`] and that of [`Target`].
+fn split_spec(text: &str) -> Result<(&str, &str), Invalid> {
+    // Where the colons outside brackets are.
+    let mut inside = false;
+    let mut colons = Vec::new();
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'[' => inside = true,
+            b']' => inside = false,
+            b':' if !inside => colons.push(at),
+            _ => {}
+        }
+    }
+    let is_ports = |part: &str| part.bytes().all(|b| b.is_ascii_digit() || b == b'-' || b == b'*');
+    let Some(&first) = colons.first() else {
+        return invalid!("{text:?} has no backend; write PORT:BACKEND, as in 80:192.168.1.10");
+    };
+    // An address cannot be taken for ports: it has dots or brackets.
+    let divide = if is_ports(&text[..first]) { Some(&first) } else { colons.get(1) };
+    let Some(&divide) = divide else {
+        let (listen, to) = (&text[..first], &text[first + 1..]);
+        return if listen.parse::<IpAddr>().is_ok() || listen.starts_with('[') {
+            invalid!("{text:?} lacks a port or a backend; write {listen}:PORT:BACKEND")
+        } else {
+            invalid!("{listen:?} is not a port; write PORT:{to}, with a number from 1 to 65535")
+        };
+    };
+    let (listen, to) = (&text[..divide], &text[divide + 1..]);
+    if !to.starts_with('[') && to.matches(':').count() > 1 {
+        // With dots it is more likely an IPv6 address to listen on and an IPv4 backend.
+        return if to.parse::<Ipv6Addr>().is_ok() && !to.contains('.') {
+            invalid!("an IPv6 address needs brackets in a SPEC; write {listen}:[{to}]")
+        } else {
+            invalid!(
+                "{text:?} has too many colons; write [ADDR:]PORT:BACKEND[:PORT], with IPv6 \
+                 addresses in brackets"
+            )
+        };
+    }
+    Ok((listen, to))
+}
+
+/// Pairs of rules (by index, the lower first) that claim the same packets and are equally narrow,
+/// so that neither wins. Sorted.
+///
+/// Each rule that overlaps is in some pair, but not every pair is told: of a hundred equal rules
+/// the caller hears 99 times, not 4,950. Takes n log n steps.
+pub(crate) fn overlaps(rules: &[Rule]) -> Vec<(usize, usize)> {
+    let mut claims: Vec<_> = rules
+        .iter()
+        .enumerate()
+        .flat_map(|(index, rule)| {
+            [(rule.protocol.tcp(), false), (rule.protocol.udp(), true)].into_iter().filter_map(
+                move |(claimed, udp)| {
+                    let class = (rule.listen.address, udp, rule.precedence());
+                    claimed.then_some((class, rule.listen.ports.first(), index))
+                },
+            )
+        })
+        .collect();
+    claims.sort_unstable();
+    let mut found = BTreeSet::new();
+    // Of the class so far, the rule that reaches farthest.
+    let mut farthest = None;
+    for (class, first, index) in claims {
+        let last = rules[index].listen.ports.last();
+        match farthest {
+            Some((reigning, end, other)) if reigning == class && first <= end => {
+                found.insert((index.min(other), index.max(other)));
+                if last > end {
+                    farthest = Some((class, last, index));
+                }
+            }
+            _ => farthest = Some((class, last, index)),
+        }
+    }
+    found.into_iter().collect()
+}
+
+/// What two overlapping rules both claim, as in `tcp 203.0.113.7:80`.
+pub(crate) fn shared_claim(a: &Rule, b: &Rule) -> Option<String> {
+    let protocol = a.protocol.shared(b.protocol)?;
+    let ports =
+        a.listen.ports.overlaps(b.listen.ports).then(|| a.listen.ports.shared(b.listen.ports))?;
+    Some(format!("{protocol} {}", Listen { address: a.listen.address.or(b.listen.address), ports }))
+}

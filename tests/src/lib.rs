@@ -1,0 +1,33 @@
+//! What portfwd's lab and its network tests are made of: network namespaces wired up as a client, a
+//! router and a server, captures that verify every frame, and real programs as peers.
+//!
+//! Everything here needs root, but nothing of it touches the network of the machine: all traffic
+//! stays in namespaces that end with the value that made them.
+
+pub mod netns;
+pub mod peers;
+mod portfwd;
+pub mod rig;
+mod sys;
+pub mod wire;
+
+pub use netns::Namespace;
+pub use portfwd::Portfwd;
+pub use rig::Rig;
+pub use tempfile::TempDir;
+
+/// Whether this process may make namespaces. A test that may not says so and returns:
+///
+/// ```no_run
+/// if !portfwd_tests::is_root() {
+///     return;
+/// }
+/// ```
+pub fn is_root() -> bool {
+    // SAFETY: geteuid takes nothing and cannot fail.
+    let root = unsafe { libc::geteuid() } == 0;
+    if !root {
+        eprintln!("skipped: needs root");
+    }
+    root
+}

@@ -1,0 +1,100 @@
+//! The program under test.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::netns::{self, Namespace};
+use crate::peers::Background;
+
+/// A running `portfwd run`. It ends when dropped.
+#[derive(Debug)]
+pub struct Portfwd {
+    process: Background,
+    binary: PathBuf,
+    socket: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Portfwd {
+    /// Runs `BINARY run --socket DIRECTORY/portfwd.sock ARGUMENTS` in a namespace, and waits until it
+    /// takes commands. An error has what it printed.
+    pub fn start<A: AsRef<std::ffi::OsStr>>(
+        namespace: &Namespace,
+        binary: &Path,
+        arguments: &[A],
+        directory: &Path,
+    ) -> Result<Self> {
+        let socket = directory.join("portfwd.sock");
+        let stderr = directory.join("portfwd.stderr");
+        let output = File::create(&stderr).with_context(|| stderr.display().to_string())?;
+        let process = Background::start(
+            namespace
+                .command(binary)
+                .arg("run")
+                .arg("--socket")
+                .arg(&socket)
+                .args(arguments)
+                .stdout(output.try_clone()?)
+                .stderr(output),
+        )?;
+        let mut portfwd = Self { process, binary: binary.to_owned(), socket, stderr };
+        portfwd.wait_until_ready()?;
+        Ok(portfwd)
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while UnixStream::connect(&self.socket).is_err() {
+            if let Some(status) = self.process.exited()? {
+                bail!("portfwd ended at once: {status}: {}", self.stderr().trim());
+            }
+            if Instant::now() > deadline {
+                bail!("portfwd takes no commands after 20 s: {}", self.stderr().trim());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// What it has printed so far, standard output included.
+    pub fn stderr(&self) -> String {
+        fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// What `portfwd COMMAND --json` says.
+    pub fn json(&self, command: &str) -> Result<Value> {
+        let text = netns::run(
+            Command::new(&self.binary).args([command, "--json", "--socket"]).arg(&self.socket),
+        )?;
+        serde_json::from_str(&text).with_context(|| format!("portfwd {command} printed {text}"))
+    }
+
+    pub fn stats(&self) -> Result<Value> {
+        self.json("stats")
+    }
+
+    /// Sends it a signal, `libc::SIGHUP` for example.
+    pub fn signal(&mut self, signal: i32) -> Result<()> {
+        self.process.signal(signal)
+    }
+
+    /// Ends it by SIGINT; returns its status and what it printed.
+    pub fn stop(mut self) -> Result<(ExitStatus, String)> {
+        self.process.signal(libc::SIGINT)?;
+        let status = self
+            .process
+            .wait(Duration::from_secs(10))
+            .with_context(|| format!("portfwd does not end: {}", self.stderr().trim()))?;
+        Ok((status, self.stderr()))
+    }
+}

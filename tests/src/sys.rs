@@ -1,0 +1,129 @@
+//! The system calls that std does not have.
+
+use std::ffi::c_int;
+use std::io::{Error, Result};
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// Moves the calling thread into a network namespace. Safe between fork and exec.
+pub fn enter_network(namespace: BorrowedFd<'_>) -> Result<()> {
+    // SAFETY: the descriptor is open for as long as it is borrowed.
+    check(unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) }).map(drop)
+}
+
+/// The index of an interface in the namespace of the calling thread.
+pub fn interface_index(name: &str) -> Result<u32> {
+    let name = std::ffi::CString::new(name)?;
+    // SAFETY: a string that ends with zero.
+    match unsafe { libc::if_nametoindex(name.as_ptr()) } {
+        0 => Err(Error::last_os_error()),
+        index => Ok(index),
+    }
+}
+
+pub fn set_option<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &T) -> Result<()> {
+    let length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes, which is what `value` has.
+    check(unsafe {
+        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const *value).cast(), length)
+    })
+    .map(drop)
+}
+
+/// Makes blocking calls on a socket, `accept` included, give up with `WouldBlock` after a time.
+pub fn set_receive_timeout(socket: BorrowedFd<'_>, timeout: std::time::Duration) -> Result<()> {
+    let value = libc::timeval {
+        tv_sec: timeout.as_secs() as libc::time_t,
+        tv_usec: timeout.subsec_micros().into(),
+    };
+    set_option(socket, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &value)
+}
+
+/// `ethtool -K`: one of the features that have a command of their own.
+#[derive(Clone, Copy)]
+pub enum Offload {
+    TransmitChecksum = 0x17,
+    TcpSegmentation = 0x1f,
+    Segmentation = 0x24,
+    Receive = 0x2c,
+}
+
+/// Switches an offload of an interface in the namespace of the calling thread off.
+pub fn switch_off(interface: &str, offload: Offload) -> Result<()> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut value = [offload as u32, 0]; // struct ethtool_value: the command, its argument
+    // SAFETY: ifreq is plain data; zero is a value of it.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes().take(room)) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+    const SIOCETHTOOL: libc::c_ulong = 0x8946;
+    // SAFETY: `value` outlives the call and is what these commands expect.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL as _, &raw mut request) }).map(drop)
+}
+
+/// Attaches a native XDP program that passes every frame, until the descriptors are closed.
+/// The interface is one of the calling thread's namespace.
+///
+/// A veth takes frames that were redirected to its peer only if it runs NAPI, which an attached
+/// program brings about.
+pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
+    const PROG_LOAD: c_int = 5;
+    const LINK_CREATE: c_int = 28;
+    const PROG_TYPE_XDP: u32 = 6;
+    const ATTACH_TYPE_XDP: u32 = 37;
+    const XDP_FLAGS_DRV_MODE: u32 = 4;
+    // r0 = XDP_PASS; exit
+    const PASS: [u64; 2] = [(2 << 32) | 0xb7, 0x95];
+
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        instruction_count: u32,
+        instructions: u64,
+        license: u64,
+    }
+    #[repr(C)]
+    struct Link {
+        program: u32,
+        interface: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    /// bpf(2) with the leading part of `union bpf_attr`; the rest counts as zero.
+    fn bpf<T>(command: c_int, attributes: &T) -> Result<OwnedFd> {
+        // SAFETY: the kernel reads the given size; pointers inside are valid for the call.
+        let fd = unsafe {
+            libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<T>())
+        };
+        let fd = check(fd as c_int)?;
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    let program = bpf(
+        PROG_LOAD,
+        &Load {
+            kind: PROG_TYPE_XDP,
+            instruction_count: PASS.len() as u32,
+            instructions: PASS.as_ptr() as u64,
+            license: c"MIT".as_ptr() as u64,
+        },
+    )?;
+    let link = bpf(
+        LINK_CREATE,
+        &Link {
+            program: program.as_raw_fd() as u32,
+            interface,
+            attach_type: ATTACH_TYPE_XDP,
+            flags: XDP_FLAGS_DRV_MODE,
+        },
+    )?;
+    Ok([program, link])
+}
+
+pub fn check(status: c_int) -> Result<c_int> {
+    if status < 0 { Err(Error::last_os_error()) } else { Ok(status) }
+}

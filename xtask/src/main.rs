@@ -1,0 +1,62 @@
+//! What cargo cannot do alone: bring what the build needs, run what needs root.
+
+mod cargo;
+mod lab;
+mod root;
+mod run;
+mod setup;
+mod test;
+mod toolchain;
+
+use std::{env, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+/// Set-up, tests and runs of portfwd.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Bring what is missing: a toolchain for eBPF, bpf-linker, bpffs, the programs that tests use
+    Setup,
+    /// Run the tests; as an ordinary user, asks sudo for those that need root
+    Test(test::Options),
+    /// Without arguments: a lab of network namespaces with live traffic. With: `portfwd run` with
+    /// them on this box. As an ordinary user, asks for root through sudo, once
+    Run(run::Options),
+    /// The lab itself, as root, with portfwd already built
+    #[command(hide = true)]
+    Lab {
+        #[arg(long)]
+        portfwd: PathBuf,
+        #[command(flatten)]
+        options: lab::Options,
+    },
+}
+
+fn main() -> ExitCode {
+    // SAFETY: the only thread there is.
+    unsafe { env::set_var("PATH", toolchain::path()) };
+    let done = match Arguments::parse().command {
+        Command::Setup => setup::bring(setup::Need::Everything).map(|steps| {
+            if steps == 0 {
+                println!("everything is there");
+            }
+        }),
+        Command::Test(options) => test::run(&options),
+        Command::Run(options) => run::run(&options),
+        Command::Lab { portfwd, options } => lab::run(&options, &portfwd),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

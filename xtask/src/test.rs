@@ -1,0 +1,292 @@
+//! `cargo xtask test`: the three layers of tests, and one count of all.
+
+use std::{
+    env,
+    io::{BufRead, BufReader},
+    mem::take,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    cargo::{self, Executable},
+    root,
+    setup::{self, Need},
+};
+
+/// Starts the test programs one after the other, each after a line that names its layer.
+/// Arguments: the filter or nothing, then pairs of layer and path.
+const AS_ROOT: &str = r#"
+filter=$1; shift; failed=0
+while [ $# -gt 0 ]; do
+    echo "layer: $1"
+    "$2" --show-output ${filter:+"$filter"} || failed=1
+    shift 2
+done
+exit $failed
+"#;
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Run only tests whose names contain this
+    filter: Option<String>,
+    /// Run only this layer; may be given more than once
+    #[arg(long, value_enum)]
+    layer: Vec<Layer>,
+}
+
+/// What a test needs: nothing, the kernel's BPF_PROG_TEST_RUN, or network namespaces.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+enum Layer {
+    Host,
+    Program,
+    Network,
+}
+
+impl Layer {
+    const ALL: [Self; 3] = [Self::Host, Self::Program, Self::Network];
+
+    fn name(self) -> &'static str {
+        ["host", "program", "network"][self as usize]
+    }
+
+    /// The layer of an integration test, by the name of its file.
+    fn of(target: &str) -> Self {
+        if target == "program" { Self::Program } else { Self::Network }
+    }
+}
+
+/// Runs what the options ask for. Fails if a test failed, if none ran, or, as root in CI, if one
+/// was skipped.
+pub fn run(options: &Options) -> Result<()> {
+    let wanted = |layer| options.layer.is_empty() || options.layer.contains(&layer);
+    let as_root = wanted(Layer::Program) || wanted(Layer::Network);
+    setup::bring(if as_root { Need::Everything } else { Need::Build })?;
+    let mut report = Report::default();
+    let mut died = false;
+    if wanted(Layer::Host) {
+        // The eBPF binary does not compile for the host, hence the second call.
+        let libraries = ["--package", "portfwd-ebpf", "--package", "portfwd-tests", "--lib"];
+        for packages in [&[][..], &libraries] {
+            let mut command = cargo::command();
+            command.arg("test").args(packages).args(["--no-fail-fast", "--", "--show-output"]);
+            died |= report.follow(command.args(&options.filter))?;
+        }
+    }
+    if as_root {
+        // Not the release build: the datapath is optimised in either, and here overflow is checked.
+        let portfwd = cargo::build_portfwd(&[])?;
+        let mut tests =
+            cargo::build(&["test", "--package", "portfwd-tests", "--test", "*", "--no-run"])?;
+        tests.sort_by_key(|test| (Layer::of(&test.target), test.target.clone()));
+        root::ask("the tests of the program and network layers")?;
+        let mut command = root::command("sh", &[("PORTFWD_BIN", portfwd.as_os_str())]);
+        command.args(["-c", AS_ROOT, "sh", options.filter.as_deref().unwrap_or_default()]);
+        for Executable { target, path } in &tests {
+            let layer = Layer::of(target);
+            if wanted(layer) {
+                command.arg(layer.name()).arg(path);
+            }
+        }
+        died |= report.follow(command.current_dir(Path::new(cargo::WORKSPACE).join("tests")))?;
+    }
+    println!("{}", report.summary());
+    report.verdict(died, root::is_root() && env::var_os("CI").is_some_and(|ci| ci == "true"))
+}
+
+#[derive(Clone, Copy, Default, Debug, PartialEq)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    skipped: usize,
+}
+
+/// What libtest's lines add up to.
+#[derive(Default)]
+struct Report {
+    tallies: [Tally; 3],
+    layer: usize,
+    /// The output of tests that passed is being shown: it is read for skips and not repeated.
+    successes: bool,
+    /// The test whose output is being shown.
+    test: String,
+    /// Tests of the program being run that skipped themselves; libtest will count them as passed.
+    pending: usize,
+    /// All tests that skipped themselves, and why.
+    skips: Vec<String>,
+}
+
+impl Report {
+    /// Runs a command that runs tests, shows its lines and counts. Gives whether it failed
+    /// without a failed test: a build error, or a test program that died.
+    fn follow(&mut self, command: &mut Command) -> Result<bool> {
+        let failed = self.sum().failed;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {:?}", command.get_program()))?;
+        let output = child.stdout.take().context("the tests have no output")?;
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            if self.read(&line) {
+                println!("{line}");
+            }
+        }
+        Ok(!child.wait()?.success() && self.sum().failed == failed)
+    }
+
+    /// Takes in a line of libtest's; gives whether to show it.
+    fn read(&mut self, line: &str) -> bool {
+        let tally = &mut self.tallies[self.layer];
+        if let Some(name) = line.strip_prefix("layer: ") {
+            self.pending = 0;
+            self.layer = Layer::ALL.iter().position(|layer| layer.name() == name).unwrap_or(0);
+            return false;
+        }
+        if let Some(result) = line.strip_prefix("test result: ") {
+            // ok. 5 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.00s
+            let mut words = result.split([' ', ';']).filter(|word| !word.is_empty()).skip(1);
+            while let (Some(number), Some(word)) = (words.next(), words.next()) {
+                let number: usize = number.parse().unwrap_or(0);
+                match word {
+                    "passed" => tally.passed += number.saturating_sub(self.pending),
+                    "failed" => tally.failed += number,
+                    "ignored" => tally.skipped += number,
+                    _ => {}
+                }
+            }
+            tally.skipped += take(&mut self.pending);
+            self.successes = false;
+        } else if line == "successes:" {
+            self.successes = true;
+        } else if line == "failures:" {
+            self.successes = false;
+        } else if self.successes {
+            if let Some(name) = line.strip_prefix("---- ") {
+                self.test = name.trim_end_matches(" stdout ----").into();
+            } else if let Some(reason) = line.strip_prefix("skipped: ")
+                && !self.test.is_empty()
+            {
+                // Taking the name: a test skips once.
+                self.pending += 1;
+                self.skips.push(format!("{}: {reason}", take(&mut self.test)));
+            }
+        }
+        !self.successes
+    }
+
+    fn sum(&self) -> Tally {
+        self.tallies.iter().fold(Tally::default(), |sum, tally| Tally {
+            passed: sum.passed + tally.passed,
+            failed: sum.failed + tally.failed,
+            skipped: sum.skipped + tally.skipped,
+        })
+    }
+
+    /// The skips and the sums, for the end.
+    fn summary(&self) -> String {
+        let layers = Layer::ALL.iter().zip(&self.tallies).map(|(layer, tally)| {
+            format!("{} {}", layer.name(), tally.passed + tally.failed + tally.skipped)
+        });
+        let Tally { passed, failed, skipped } = self.sum();
+        let skips = self.skips.iter().map(|skip| format!("skipped: {skip}\n")).collect::<String>();
+        let layers = layers.collect::<Vec<_>>().join(", ");
+        format!(
+            "{skips}tests by layer: {layers}\n{passed} passed, {failed} failed, {skipped} skipped"
+        )
+    }
+
+    /// Is all well?
+    fn verdict(&self, died: bool, skip_is_failure: bool) -> Result<()> {
+        match self.sum() {
+            Tally { failed: 1.., .. } => bail!("tests failed"),
+            _ if died => bail!("tests did not compile or died before their end; see above"),
+            Tally { passed: 0, .. } => bail!("no test ran"),
+            Tally { skipped: 1.., .. } if skip_is_failure => {
+                bail!("tests were skipped, and in CI as root none may be")
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> (Report, Vec<&str>) {
+        let mut report = Report::default();
+        let shown = text.lines().filter(|line| report.read(line)).collect();
+        (report, shown)
+    }
+
+    const OUTPUT: &str = "layer: program
+running 4 tests
+test one ... ok
+test two ... ok
+test three ... FAILED
+test four ... ignored, slow
+
+successes:
+
+---- one stdout ----
+skipped: no BPF
+skipped: no BPF at all
+noise
+
+successes:
+    one
+    two
+
+failures:
+
+---- three stdout ----
+skipped: not really
+
+failures:
+    three
+
+test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 7 filtered out; finished in 0.01s
+layer: network
+test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s";
+
+    #[test]
+    fn counts_by_layer_and_takes_a_skip_for_what_it_is() {
+        let (report, _) = read(OUTPUT);
+        assert_eq!(
+            report.tallies,
+            [
+                Tally::default(),
+                Tally { passed: 1, failed: 1, skipped: 2 },
+                Tally { passed: 3, failed: 0, skipped: 0 },
+            ]
+        );
+        let summary = "skipped: one: no BPF\ntests by layer: host 0, program 4, network 3\n\
+                       4 passed, 1 failed, 2 skipped";
+        assert_eq!(report.summary(), summary);
+    }
+
+    #[test]
+    fn shows_failures_and_not_what_passing_tests_print() {
+        let (_, shown) = read(OUTPUT);
+        assert!(shown.contains(&"---- three stdout ----"));
+        assert!(shown.contains(&"test one ... ok"));
+        assert!(!shown.contains(&"noise"));
+    }
+
+    #[test]
+    fn fails_when_a_test_failed_died_or_none_ran() {
+        let ok = "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out";
+        assert!(read(ok).0.verdict(false, true).is_ok());
+        assert!(read(ok).0.verdict(true, false).is_err());
+        assert!(read(OUTPUT).0.verdict(false, false).is_err());
+        assert!(read("").0.verdict(false, false).is_err());
+        let skipped = ok.replace("0 ignored", "1 ignored");
+        assert!(read(&skipped).0.verdict(false, false).is_ok());
+        assert!(read(&skipped).0.verdict(false, true).is_err());
+    }
+}
