@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMapHash};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLink, XdpMode};
-use aya::programs::{ProgramError, Xdp};
+use aya::programs::{ProgramError, TestRun as _, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{
@@ -23,9 +23,9 @@ use crate::config::Attach;
 /// The compiled eBPF half; `build.rs` makes it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portfwd"));
 
-/// How long a packet may still look at rows that are no longer live. A run of the program takes
-/// microseconds.
-const GRACE: Duration = Duration::from_millis(20);
+/// How long packets may look at rows that are no longer live, where the kernel does not tell. A run
+/// of the program takes microseconds.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// Why the kernel did not take what it was given: one line.
 #[derive(Debug, Error)]
@@ -40,6 +40,8 @@ pub enum DatapathError {
     Load(String),
     #[error("the kernel's verifier refuses program {program}: {message}")]
     Verifier { program: &'static str, message: String },
+    #[error("cannot run a program on a frame: {0}")]
+    TryFrame(String),
     #[error("cannot write map {map}: {message}")]
     Map { map: &'static str, message: String },
 }
@@ -84,6 +86,14 @@ impl From<Mode> for XdpMode {
             Mode::Generic => Self::Skb,
         }
     }
+}
+
+/// What XDP does with a frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    Drop,
+    Pass,
+    Redirect,
 }
 
 /// An interface to attach to.
@@ -177,7 +187,8 @@ pub struct Datapath {
     links: BTreeMap<u32, XdpLink>,
     capacity: Capacity,
     generation: u8,
-    flipped: Option<Instant>,
+    /// Whether packets may still look at the generation before the live one.
+    flipped: bool,
 }
 
 impl Datapath {
@@ -218,7 +229,7 @@ impl Datapath {
             links: BTreeMap::new(),
             capacity,
             generation: 0,
-            flipped: None,
+            flipped: false,
         };
         datapath.write_settings()?;
         Ok(datapath)
@@ -234,12 +245,41 @@ impl Datapath {
         &self.verified
     }
 
-    /// The program of a role, to run it on packets without an interface.
-    pub fn program(&self, role: Role) -> &Xdp {
-        self.ebpf
-            .program(program_name(role))
-            .and_then(|program| <&Xdp>::try_from(program).ok())
-            .unwrap_or_else(|| unreachable!("the object that was built in has its programs"))
+    /// Runs the program of `role` on one frame as if it came in by the interface with index `ingress`:
+    /// what XDP would do, and the frame as it left. Counters count.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses: a frame shorter than 14 bytes, or no such interface.
+    pub fn try_frame(
+        &mut self,
+        role: Role,
+        ingress: u32,
+        frame: &[u8],
+    ) -> Result<(Action, Vec<u8>), DatapathError> {
+        /// The room that the kernel leaves behind a frame of its test run.
+        const ROOM: usize = 4096;
+        // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let context = [0, frame.len() as u32, 0, ingress, 0, 0].map(u32::to_ne_bytes).concat();
+        let mut after = vec![0; ROOM.max(frame.len())];
+        let result = xdp_mut(&mut self.ebpf, role)
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut after),
+                ctx_in: Some(&context),
+                ..TestRunOptions::default()
+            })
+            .map_err(|error| DatapathError::TryFrame(chain(&error)))?;
+        after.truncate(result.data_size_out as usize);
+        let action = match result.return_value {
+            1 => Action::Drop,
+            2 => Action::Pass,
+            4 => Action::Redirect,
+            other => {
+                return Err(DatapathError::TryFrame(format!("XDP action {other} is none of ours")));
+            }
+        };
+        Ok((action, after))
     }
 
     /// The messages of the programs that were loaded with `log`.
@@ -259,10 +299,7 @@ impl Datapath {
     ///
     /// A map is full or out of memory: what was live stays live.
     pub fn apply(&mut self, update: &Update) -> Result<(), DatapathError> {
-        // Rows of the generation before the live one may be written over from here on.
-        if let Some(flipped) = self.flipped {
-            std::thread::sleep(GRACE.saturating_sub(flipped.elapsed()));
-        }
+        self.wait_for_readers();
         let mut translations = self.array::<Translation>("TRANSLATIONS")?;
         for (number, row) in &update.translations {
             translations.set(*number, Plain(*row), 0).map_err(map_error("TRANSLATIONS"))?;
@@ -276,8 +313,22 @@ impl Datapath {
 
         self.generation = update.generation;
         self.write_settings()?;
-        self.flipped = Some(Instant::now());
+        self.flipped = true;
         Ok(())
+    }
+
+    /// Rows of the generation before the live one may be written over once no packet looks at them.
+    fn wait_for_readers(&mut self) {
+        if !std::mem::take(&mut self.flipped) {
+            return;
+        }
+        // MEMBARRIER_CMD_GLOBAL is synchronize_rcu(), which XDP programs run under.
+        const GLOBAL: libc::c_long = 1;
+        // SAFETY: takes three integers.
+        if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
+            // Not with nohz_full.
+            std::thread::sleep(GRACE);
+        }
     }
 
     /// Fills an endpoint map with one generation, after taking out what is left of the one before

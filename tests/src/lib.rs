@@ -4,6 +4,7 @@
 //! Everything here needs root, but nothing of it touches the network of the machine: all traffic
 //! stays in namespaces that end with the value that made them.
 
+pub mod interrupt;
 pub mod netns;
 pub mod peers;
 mod portfwd;
