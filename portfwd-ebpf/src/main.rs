@@ -92,7 +92,8 @@ impl Kernel for Xdp<'_> {
         // SAFETY: the row always exists; the control plane writes this word while packets read it.
         SETTINGS
             .get_ptr(0)
-            .map_or(0, |settings| unsafe { (&raw const (*settings).generation).read_volatile() }) as u8
+            .map_or(0, |settings| unsafe { (&raw const (*settings).generation).read_volatile() })
+            as u8
     }
 
     // Endpoints, pages and translations do not change while packets can reach them: see "One

@@ -88,9 +88,15 @@ impl Flow {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Route {
     /// By this interface, with these link addresses.
-    Via { interface: u32, source: [u8; 6], destination: [u8; 6] },
+    Via {
+        interface: u32,
+        source: [u8; 6],
+        destination: [u8; 6],
+    },
     /// By this interface, whose neighbour is not resolved.
-    NoNeighbour { interface: u32 },
+    NoNeighbour {
+        interface: u32,
+    },
     /// Larger than the route's MTU.
     TooBig,
     /// Through a tunnel that the route itself encapsulates for.
@@ -299,9 +305,8 @@ fn present(number: u32) -> Option<u32> {
 /// not at all: where the route to the backend is gone, the default route would carry it outside.
 #[inline(always)]
 fn forward<K: Kernel>(kernel: &K, route: Route) -> Verdict {
-    let internal = |index| {
-        kernel.interface(index).filter(|interface| interface.has(Interface::INTERNAL))
-    };
+    let internal =
+        |index| kernel.interface(index).filter(|interface| interface.has(Interface::INTERNAL));
     match route {
         Route::Via { interface: index, .. } => match internal(index) {
             Some(interface) => leave(interface, index),
@@ -364,3 +369,6 @@ fn remember_arrival<K: Kernel>(kernel: &K, translation: &Translation, came: &Flo
         kernel.set_arrival(&key, Some(&came.destination));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -118,7 +118,8 @@ impl Socket {
     /// A daemon answers there, something else than a socket is there, or the directory cannot be
     /// written.
     pub async fn bind(path: &Path) -> anyhow::Result<Self> {
-        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty()) {
+        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty())
+        {
             std::fs::create_dir_all(directory)
                 .with_context(|| format!("{}: cannot make the directory", directory.display()))?;
         }
@@ -131,7 +132,10 @@ impl Socket {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 use std::os::unix::fs::FileTypeExt as _;
                 if !std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
-                    bail!("{}: not a socket; remove it, or name another with --socket", path.display());
+                    bail!(
+                        "{}: not a socket; remove it, or name another with --socket",
+                        path.display()
+                    );
                 }
                 std::fs::remove_file(path)
                     .with_context(|| format!("{}: cannot replace a dead socket", path.display()))?;
@@ -139,8 +143,9 @@ impl Socket {
             Err(error) => bail!("{}: {error}; name another with --socket", path.display()),
         }
         // Nobody may connect between bind and chmod: connections are accepted only later.
-        let listener = UnixListener::bind(path)
-            .with_context(|| format!("{}: cannot bind; name another with --socket", path.display()))?;
+        let listener = UnixListener::bind(path).with_context(|| {
+            format!("{}: cannot bind; name another with --socket", path.display())
+        })?;
         let socket = Self { listener: Some(listener), path: path.to_owned() };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
             .with_context(|| format!("{}: cannot set its mode to 0600", path.display()))?;

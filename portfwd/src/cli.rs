@@ -142,8 +142,11 @@ const RATE_WINDOW: Duration = Duration::from_millis(500);
 
 /// Messages go to standard error, one line each.
 fn start_log(verbose: bool) {
-    let level =
-        if verbose { tracing::level_filters::LevelFilter::DEBUG } else { tracing::level_filters::LevelFilter::INFO };
+    let level = if verbose {
+        tracing::level_filters::LevelFilter::DEBUG
+    } else {
+        tracing::level_filters::LevelFilter::INFO
+    };
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing::level_filters::LevelFilter::WARN.into())
         .parse_lossy(format!("portfwd={level}"));

@@ -67,7 +67,9 @@ impl Leg {
 
     /// The IP protocols it forwards.
     fn protocols(&self) -> impl Iterator<Item = u8> {
-        [(self.tcp, TCP), (self.udp, UDP)].into_iter().filter_map(|(has, number)| has.then_some(number))
+        [(self.tcp, TCP), (self.udp, UDP)]
+            .into_iter()
+            .filter_map(|(has, number)| has.then_some(number))
     }
 }
 
@@ -278,8 +280,7 @@ impl Compiler {
             let ask = if asks_sockets(leg.ports, ephemeral) { Translation::ASK_SOCKETS } else { 0 };
 
             for (place, address) in addresses.iter().enumerate() {
-                let is_first =
-                    if many != 0 && place == 0 { Translation::FIRST_ADDRESS } else { 0 };
+                let is_first = if many != 0 && place == 0 { Translation::FIRST_ADDRESS } else { 0 };
                 let row = self.translations.number(&Translation {
                     address: any_address(leg.backend),
                     shift: leg.shift,
@@ -321,8 +322,12 @@ impl Compiler {
                 udp: painted.udp.intern(&mut self.pages),
             };
             match address {
-                IpAddr::V4(v4) => update.v4.push((endpoint_key(v4.octets(), direction, generation), endpoint)),
-                IpAddr::V6(v6) => update.v6.push((endpoint_key(v6.octets(), direction, generation), endpoint)),
+                IpAddr::V4(v4) => {
+                    update.v4.push((endpoint_key(v4.octets(), direction, generation), endpoint))
+                }
+                IpAddr::V6(v6) => {
+                    update.v6.push((endpoint_key(v6.octets(), direction, generation), endpoint))
+                }
             }
         }
         update.translations = self.translations.take_fresh();
@@ -366,7 +371,11 @@ fn any_address(address: IpAddr) -> AnyAddress {
     }
 }
 
-fn endpoint_key<const N: usize>(address: [u8; N], direction: Direction, generation: u8) -> EndpointKey<N> {
+fn endpoint_key<const N: usize>(
+    address: [u8; N],
+    direction: Direction,
+    generation: u8,
+) -> EndpointKey<N> {
     EndpointKey { address: Address(address), direction, generation, padding: [0; 2] }
 }
 
@@ -497,3 +506,6 @@ impl<T: Copy + Eq + Hash> Interner<T> {
         self.next
     }
 }
+
+#[cfg(test)]
+mod tests;

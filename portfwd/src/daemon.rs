@@ -217,7 +217,9 @@ pub async fn resolve_all(rules: &[Rule]) -> Result<Resolved, Failure> {
             let place = rule
                 .map(|rule| format!("{}: rule \"{}\": ", rule.place, rule.name))
                 .unwrap_or_default();
-            format!("{place}cannot resolve \"{name}\": {reason}; check the name, or write an address")
+            format!(
+                "{place}cannot resolve \"{name}\": {reason}; check the name, or write an address"
+            )
         })
         .collect();
     Err(Failure::Configuration(lines.join("\n")))
@@ -327,8 +329,7 @@ impl Survey {
                 inside(&interface.name);
             }
             for (backend, hop) in &routes {
-                let Some(link) =
-                    hop.as_ref().and_then(|hop| snapshot.link_by_index(hop.interface))
+                let Some(link) = hop.as_ref().and_then(|hop| snapshot.link_by_index(hop.interface))
                 else {
                     continue;
                 };
@@ -349,7 +350,9 @@ impl Survey {
             .collect();
         for name in roles.keys() {
             match snapshot.link(name) {
-                None => problems.push(format!("{name}: there is no such interface now; waiting for it")),
+                None => {
+                    problems.push(format!("{name}: there is no such interface now; waiting for it"))
+                }
                 Some(link) if !link.ethernet => problems.push(format!(
                     "{name}: no Ethernet interface ({}), which XDP needs; name another",
                     link.driver.as_deref().unwrap_or("kind unknown")
@@ -543,8 +546,7 @@ impl Daemon {
     /// What the programs have to know of each interface.
     fn interfaces(&self, wanted: &BTreeMap<u32, (&Link, Role)>) -> BTreeMap<u32, Interface> {
         // Generic XDP sends by the stack's own transmit, which every interface has.
-        let all_generic =
-            self.attached.values().all(|attachment| attachment.mode == Mode::Generic);
+        let all_generic = self.attached.values().all(|attachment| attachment.mode == Mode::Generic);
         wanted
             .iter()
             .filter_map(|(index, (link, role))| {
@@ -725,13 +727,16 @@ impl Daemon {
         }
     }
 
+    /// External interfaces first.
     fn list_interfaces(&self) -> Vec<api::InterfaceInfo> {
-        self.survey
-            .roles
-            .iter()
+        let mut roles: Vec<(&String, Role)> =
+            self.survey.roles.iter().map(|(name, role)| (name, *role)).collect();
+        roles.sort_by_key(|(_, role)| *role == Role::Internal);
+        roles
+            .into_iter()
             .map(|(name, role)| api::InterfaceInfo {
                 name: name.clone(),
-                role: report::role(*role).to_owned(),
+                role: report::role(role).to_owned(),
                 attach: self
                     .attached
                     .values()

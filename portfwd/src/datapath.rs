@@ -287,9 +287,7 @@ impl Datapath {
     /// # Errors
     ///
     /// Taken already, or loaded without.
-    pub fn logger(
-        &mut self,
-    ) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>, aya_log::Error> {
+    pub fn logger(&mut self) -> Result<aya_log::EbpfLogger<&'static dyn log::Log>, aya_log::Error> {
         aya_log::EbpfLogger::init(&mut self.ebpf)
     }
 
@@ -410,16 +408,16 @@ impl Datapath {
     ) -> Result<(Mode, Option<String>), AttachError> {
         self.detach(port.index);
         match attach {
-            Attach::Native => self.attach_as(port, role, Mode::Native).map(|()| (Mode::Native, None)),
+            Attach::Native => {
+                self.attach_as(port, role, Mode::Native).map(|()| (Mode::Native, None))
+            }
             Attach::Generic => {
                 self.attach_as(port, role, Mode::Generic).map(|()| (Mode::Generic, None))
             }
             Attach::Auto => match self.attach_as(port, role, Mode::Native) {
                 Ok(()) => Ok((Mode::Native, None)),
                 Err(busy @ AttachError::Busy { .. }) => Err(busy),
-                Err(
-                    AttachError::Mtu { message, .. } | AttachError::Other { message, .. },
-                ) => self
+                Err(AttachError::Mtu { message, .. } | AttachError::Other { message, .. }) => self
                     .attach_as(port, role, Mode::Generic)
                     .map(|()| (Mode::Generic, Some(message))),
             },
@@ -471,7 +469,8 @@ impl Datapath {
             to_stack: [0; ToStack::COUNT],
             dropped: [0; Dropped::COUNT],
         };
-        for Plain(Counter { translated: [forward, reply], last, to_stack, dropped }) in cpus.iter() {
+        for Plain(Counter { translated: [forward, reply], last, to_stack, dropped }) in cpus.iter()
+        {
             sum.forward.packets += forward.packets;
             sum.forward.bytes += forward.bytes;
             sum.reply.packets += reply.packets;
@@ -511,7 +510,9 @@ impl Datapath {
     }
 
     fn map(&self, name: &'static str) -> &Map {
-        self.ebpf.map(name).unwrap_or_else(|| unreachable!("the object that was built in has {name}"))
+        self.ebpf
+            .map(name)
+            .unwrap_or_else(|| unreachable!("the object that was built in has {name}"))
     }
 
     fn map_mut(&mut self, name: &'static str) -> &mut Map {

@@ -39,8 +39,8 @@ async fn scrape(
     requests: State<mpsc::Sender<Request>>,
 ) -> Result<impl IntoResponse, (StatusCode, String)> {
     let stats = api::stats(requests).await?;
-    let text = encode(&stats)
-        .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    let text =
+        encode(&stats).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(header::CONTENT_TYPE, kind)], text))
 }

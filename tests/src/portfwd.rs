@@ -1,6 +1,7 @@
 //! The program under test.
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -50,7 +51,7 @@ impl Portfwd {
 
     fn wait_until_ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        while UnixStream::connect(&self.socket).is_err() {
+        while !self.answers() {
             if let Some(status) = self.process.exited()? {
                 bail!("portfwd ended at once: {status}: {}", self.stderr().trim());
             }
@@ -60,6 +61,18 @@ impl Portfwd {
             std::thread::sleep(Duration::from_millis(10));
         }
         Ok(())
+    }
+
+    /// Whether it answers an HTTP request, whatever the answer is. That it can be connected to says
+    /// only that it holds the socket, which it takes before it attaches anything.
+    fn answers(&self) -> bool {
+        let ask = || -> std::io::Result<()> {
+            let mut stream = UnixStream::connect(&self.socket)?;
+            stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+            stream.write_all(b"GET / HTTP/1.1\r\nHost: portfwd\r\nConnection: close\r\n\r\n")?;
+            stream.read_exact(&mut [0])
+        };
+        ask().is_ok()
     }
 
     pub fn socket(&self) -> &Path {

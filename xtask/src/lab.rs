@@ -476,12 +476,12 @@ mod tests {
         let rule = &RULES[2];
         let (port, server_port) = rule.ports[0];
         let client = SocketAddr::new(rule.client, 40_000);
-        let mut sides = [Tally::default(), Tally::default()];
+        let (mut at_client, mut at_server) = (Tally::default(), Tally::default());
         let outside = SocketAddr::new(rule.external, port);
         let inside = SocketAddr::new(rule.server, server_port);
         for (tally, far, forward, reply) in [
-            (&mut sides[0], outside, Direction::Sent, Direction::Received),
-            (&mut sides[1], inside, Direction::Received, Direction::Sent),
+            (&mut at_client, outside, Direction::Sent, Direction::Received),
+            (&mut at_server, inside, Direction::Received, Direction::Sent),
         ] {
             let key = |direction, source, destination| Key {
                 direction,
@@ -498,7 +498,7 @@ mod tests {
         };
         let differing = |counts: Counts| {
             let counted = Counters::from([(rule.name.to_owned(), counts)]);
-            let lines = compare(&mut Vec::new(), &counted, &sides[0], &sides[1]).unwrap();
+            let lines = compare(&mut Vec::new(), &counted, &at_client, &at_server).unwrap();
             lines.into_iter().filter(|line| line.starts_with("game ")).collect::<Vec<_>>()
         };
         assert_eq!(differing(counts), Vec::<String>::new());

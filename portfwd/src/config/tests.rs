@@ -65,8 +65,8 @@ to       = ["web.example:80"]
     assert_eq!(
         config,
         Config {
-            external: vec![interface("eth0", 2), interface("ppp0", 2)],
-            internal: vec![interface("eth1", 3)],
+            external: vec![interface("eth0", 3), interface("ppp0", 3)],
+            internal: vec![interface("eth1", 4)],
             attach: Attach::Generic,
             metrics: Some("127.0.0.1:9464".parse().unwrap()),
             refresh: Duration::from_secs(60),

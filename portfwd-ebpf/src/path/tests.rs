@@ -1,0 +1,465 @@
+//! The path on plain tables, without a kernel.
+
+extern crate std;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::vec;
+use std::vec::Vec;
+
+use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
+use proptest::prelude::*;
+
+use super::*;
+use crate::packet::{TCP, UDP};
+use crate::table::{Address, Dropped, Shift};
+
+const CLIENT: [u8; 4] = [198, 51, 100, 2];
+const BOX: [u8; 4] = [198, 51, 100, 1];
+const SECOND: [u8; 4] = [198, 51, 100, 7];
+const BACKEND: [u8; 4] = [192, 168, 77, 10];
+const CLIENT6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+const BOX6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+const BACKEND6: [u8; 16] = [0xfd, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10];
+const INSIDE: u32 = 3;
+const OUTSIDE: u32 = 2;
+const HOP: Route =
+    Route::Via { interface: INSIDE, source: [2, 0, 0, 0, 0, 3], destination: [2, 0, 0, 0, 0, 10] };
+const BACK: Route =
+    Route::Via { interface: OUTSIDE, source: [2, 0, 0, 0, 0, 2], destination: [2, 0, 0, 0, 0, 1] };
+
+/// A box with one rule, 8080 to port 80 of the backend, for TCP and UDP in both families.
+struct Router {
+    endpoints4: HashMap<([u8; 4], u8), Endpoint>,
+    endpoints6: HashMap<([u8; 16], u8), Endpoint>,
+    page: HashMap<u32, Page>,
+    rows: Vec<Translation>,
+    arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
+    route: Route,
+    route_without_length: Route,
+    sockets: bool,
+    asked: Cell<bool>,
+    counter: RefCell<Counter>,
+    passed: RefCell<Vec<Passed>>,
+}
+
+fn ports(port: u16, row: u32, pages: &mut HashMap<u32, Page>) -> [u32; 256] {
+    let number = pages.len() as u32 + 1;
+    let [high, low] = Port::new(port).0;
+    let mut page = Page([0; 256]);
+    page.0[usize::from(low)] = row;
+    pages.insert(number, page);
+    let mut numbers = [0; 256];
+    numbers[usize::from(high)] = number;
+    numbers
+}
+
+impl Router {
+    fn new(route: Route) -> Self {
+        let row = |address, from, to, flags| Translation {
+            address,
+            shift: Shift::between(from, to),
+            padding: [0; 2],
+            flags,
+            counter: 0,
+        };
+        let many = Translation::MANY_ADDRESSES;
+        let rows = vec![
+            row(Address([0; 4]).widen(), 0, 0, 0),
+            row(Address(BACKEND).widen(), 8080, 80, many | Translation::FIRST_ADDRESS),
+            row(Address(BOX).widen(), 80, 8080, many),
+            row(Address(BACKEND6).widen(), 8080, 80, Translation::ASK_SOCKETS),
+            row(Address(BOX6).widen(), 80, 8080, 0),
+            row(Address(BACKEND).widen(), 8080, 80, many),
+        ];
+        let mut page = HashMap::new();
+        let mut endpoint = |port, row| {
+            let numbers = ports(port, row, &mut page);
+            Endpoint { tcp: numbers, udp: numbers }
+        };
+        let endpoints4 = HashMap::from([
+            ((BOX, Direction::Forward as u8), endpoint(8080, 1)),
+            ((SECOND, Direction::Forward as u8), endpoint(8080, 5)),
+            ((BACKEND, Direction::Reply as u8), endpoint(80, 2)),
+        ]);
+        let endpoints6 = HashMap::from([
+            ((BOX6, Direction::Forward as u8), endpoint(8080, 3)),
+            ((BACKEND6, Direction::Reply as u8), endpoint(80, 4)),
+        ]);
+        Self {
+            endpoints4,
+            endpoints6,
+            page,
+            rows,
+            arrivals: RefCell::default(),
+            route,
+            route_without_length: route,
+            sockets: false,
+            asked: Cell::new(false),
+            counter: RefCell::new(Counter {
+                translated: Default::default(),
+                last: 0,
+                to_stack: Default::default(),
+                dropped: Default::default(),
+            }),
+            passed: RefCell::default(),
+        }
+    }
+
+    fn handle(&self, role: Role, frame: &mut [u8]) -> Verdict {
+        handle(self, role, Frame::new(frame))
+    }
+
+    fn packets(&self, direction: Direction) -> u64 {
+        self.counter.borrow().translated[direction as usize].packets
+    }
+}
+
+impl Kernel for Router {
+    fn generation(&self) -> u8 {
+        0
+    }
+    fn endpoint_v4(&self, key: &EndpointKey<4>) -> Option<&Endpoint> {
+        self.endpoints4.get(&(key.address.0, key.direction as u8))
+    }
+    fn endpoint_v6(&self, key: &EndpointKey<16>) -> Option<&Endpoint> {
+        self.endpoints6.get(&(key.address.0, key.direction as u8))
+    }
+    fn page(&self, number: u32) -> Option<&Page> {
+        self.page.get(&number)
+    }
+    fn translation(&self, number: u32) -> Option<&Translation> {
+        self.rows.get(number as usize)
+    }
+    fn interface(&self, index: u32) -> Option<Interface> {
+        match index {
+            INSIDE => Some(Interface::INTERNAL | Interface::TRANSMITS),
+            OUTSIDE => Some(Interface::EXTERNAL | Interface::TRANSMITS),
+            _ => None,
+        }
+        .map(|flags| Interface { flags })
+    }
+    fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> Route {
+        if length == 0 { self.route_without_length } else { self.route }
+    }
+    fn has_socket(&self, _flow: &Flow) -> bool {
+        self.asked.set(true);
+        self.sockets
+    }
+    fn arrival(&self, key: &ArrivalKey) -> Option<AnyAddress> {
+        self.arrivals.borrow().iter().find(|(known, _)| known == key).map(|(_, address)| *address)
+    }
+    fn set_arrival(&self, key: &ArrivalKey, address: Option<&AnyAddress>) {
+        self.arrivals.borrow_mut().retain(|(known, _)| known != key);
+        if let Some(address) = address {
+            self.arrivals.borrow_mut().push((*key, *address));
+        }
+    }
+    fn count(&self, _counter: u32, change: impl FnOnce(&mut Counter)) {
+        change(&mut self.counter.borrow_mut());
+    }
+    fn count_passed(&self, reason: Passed) {
+        self.passed.borrow_mut().push(reason);
+    }
+    fn now(&self) -> u64 {
+        1
+    }
+    fn log(&self, _flow: &Flow, _verdict: Verdict) {}
+}
+
+const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+
+/// A valid frame between two ends.
+fn frame(protocol: u8, from: (&[u8], u16), to: (&[u8], u16), ttl: u8, payload: &[u8]) -> Vec<u8> {
+    let ethernet = PacketBuilder::ethernet2(MACS.0, MACS.1);
+    let mut bytes = Vec::new();
+    let ip = match (<[u8; 4]>::try_from(from.0), <[u8; 4]>::try_from(to.0)) {
+        (Ok(source), Ok(destination)) => ethernet.ipv4(source, destination, ttl),
+        _ => ethernet.ipv6(from.0.try_into().unwrap(), to.0.try_into().unwrap(), ttl),
+    };
+    match protocol {
+        TCP => ip.tcp(from.1, to.1, 1, 512).write(&mut bytes, payload).unwrap(),
+        _ => ip.udp(from.1, to.1).write(&mut bytes, payload).unwrap(),
+    }
+    bytes
+}
+
+/// Whether all checksums of a frame are right, computed in full by another library.
+fn is_valid(frame: &[u8]) -> bool {
+    let Ok(sliced) = SlicedPacket::from_ethernet(frame) else { return false };
+    let transport = sliced.transport.as_ref();
+    match &sliced.net {
+        Some(etherparse::NetSlice::Ipv4(ip)) => {
+            let header = ip.header().to_header();
+            let payload = ip.payload().payload;
+            header.header_checksum == header.calc_header_checksum()
+                && match transport {
+                    Some(TransportSlice::Tcp(tcp)) => tcp
+                        .calc_checksum_ipv4(header.source, header.destination)
+                        .is_ok_and(|sum| sum == tcp.checksum()),
+                    Some(TransportSlice::Udp(udp)) => {
+                        udp.checksum() == 0
+                            || udp
+                                .to_header()
+                                .calc_checksum_ipv4_raw(
+                                    header.source,
+                                    header.destination,
+                                    &payload[8..usize::from(udp.length())],
+                                )
+                                .is_ok_and(|sum| sum == udp.checksum())
+                    }
+                    _ => true,
+                }
+        }
+        Some(etherparse::NetSlice::Ipv6(ip)) => {
+            let header = ip.header();
+            let (source, destination) = (header.source(), header.destination());
+            match transport {
+                Some(TransportSlice::Tcp(tcp)) => tcp
+                    .calc_checksum_ipv6(source, destination)
+                    .is_ok_and(|sum| sum == tcp.checksum()),
+                Some(TransportSlice::Udp(udp)) => udp
+                    .to_header()
+                    .calc_checksum_ipv6_raw(source, destination, udp.payload())
+                    .is_ok_and(|sum| sum == udp.checksum()),
+                _ => true,
+            }
+        }
+        _ => true,
+    }
+}
+
+#[test]
+fn both_directions_both_families_both_protocols() {
+    let families: [(&[u8], &[u8], &[u8]); 2] =
+        [(&CLIENT, &BOX, &BACKEND), (&CLIENT6, &BOX6, &BACKEND6)];
+    for (client, external, backend) in families {
+        for protocol in [TCP, UDP] {
+            for payload in [&b""[..], b"odd", b"even"] {
+                let rule = Router::new(HOP);
+                let mut forward = frame(protocol, (client, 5000), (external, 8080), 64, payload);
+                assert_eq!(rule.handle(Role::External, &mut forward), Verdict::Redirect(INSIDE));
+                let mut expected = frame(protocol, (client, 5000), (backend, 80), 63, payload);
+                expected[..6].copy_from_slice(&[2, 0, 0, 0, 0, 10]);
+                expected[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 3]);
+                assert_eq!(forward, expected);
+                assert_eq!(rule.packets(Direction::Forward), 1);
+
+                let rule = Router::new(BACK);
+                let mut reply = frame(protocol, (backend, 80), (client, 5000), 64, payload);
+                assert_eq!(rule.handle(Role::Internal, &mut reply), Verdict::Redirect(OUTSIDE));
+                let mut expected = frame(protocol, (external, 8080), (client, 5000), 63, payload);
+                expected[..6].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
+                expected[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 2]);
+                assert_eq!(reply, expected);
+                let length = reply.len() as u64 - 14;
+                let tally = rule.counter.borrow().translated[Direction::Reply as usize];
+                assert_eq!((tally.packets, tally.bytes), (1, length));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_role_translates_its_own_end_only() {
+    let rule = Router::new(HOP);
+    let mut forward = frame(TCP, (&CLIENT, 5000), (&BOX, 8080), 64, b"");
+    let before = forward.clone();
+    assert_eq!(rule.handle(Role::Internal, &mut forward), Verdict::Pass(Passed::NoRule));
+    assert_eq!(forward, before);
+    assert_eq!(rule.handle(Role::Both, &mut forward), Verdict::Redirect(INSIDE));
+
+    let rule = Router::new(BACK);
+    let mut reply = frame(TCP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"");
+    assert_eq!(rule.handle(Role::External, &mut reply), Verdict::Pass(Passed::NoRule));
+    assert_eq!(rule.handle(Role::Both, &mut reply), Verdict::Redirect(OUTSIDE));
+}
+
+#[test]
+fn what_the_stack_sends_keeps_its_hops_and_link_addresses() {
+    let rule = Router::new(Route::NoNeighbour { interface: INSIDE });
+    let mut forward = frame(UDP, (&CLIENT, 5000), (&BOX, 8080), 2, b"x");
+    let verdict = rule.handle(Role::External, &mut forward);
+    assert_eq!(verdict, Verdict::Stack(ToStack::NoNeighbour));
+    assert_eq!(forward, frame(UDP, (&CLIENT, 5000), (&BACKEND, 80), 2, b"x"));
+    assert_eq!(rule.packets(Direction::Forward), 1);
+    assert_eq!(rule.counter.borrow().to_stack[ToStack::NoNeighbour as usize], 1);
+}
+
+#[test]
+fn routes_decide_before_a_byte_is_changed() {
+    use Direction::{Forward, Reply};
+    let elsewhere = Route::Via { interface: 9, source: [0; 6], destination: [0; 6] };
+    let cases = [
+        (Forward, BACK, Verdict::Drop(Dropped::NotInternal)),
+        (Forward, elsewhere, Verdict::Drop(Dropped::NotInternal)),
+        (Forward, Route::NoNeighbour { interface: 9 }, Verdict::Drop(Dropped::NotInternal)),
+        (Forward, Route::NotForwarded, Verdict::Drop(Dropped::NoRoute)),
+        (Forward, Route::Unreachable, Verdict::Drop(Dropped::Unreachable)),
+        (Forward, Route::Blackhole, Verdict::Drop(Dropped::Blackhole)),
+        (Forward, Route::Prohibited, Verdict::Drop(Dropped::Prohibited)),
+        (Forward, Route::ForwardingOff, Verdict::Drop(Dropped::ForwardingOff)),
+        (Reply, HOP, Verdict::Pass(Passed::Inside)),
+        (Reply, elsewhere, Verdict::Pass(Passed::Inside)),
+        (Reply, Route::NoNeighbour { interface: INSIDE }, Verdict::Pass(Passed::Inside)),
+        (Reply, Route::NotForwarded, Verdict::Pass(Passed::Inside)),
+        (Reply, Route::Unreachable, Verdict::Pass(Passed::Inside)),
+        (Reply, Route::Encapsulated, Verdict::Pass(Passed::Inside)),
+    ];
+    for (direction, route, verdict) in cases {
+        let rule = Router::new(route);
+        let mut packet = match direction {
+            Forward => frame(TCP, (&CLIENT, 5000), (&BOX, 8080), 64, b"x"),
+            Reply => frame(TCP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"x"),
+        };
+        let before = packet.clone();
+        assert_eq!(rule.handle(Role::Both, &mut packet), verdict, "{direction:?} {route:?}");
+        assert_eq!(packet, before, "{direction:?} {route:?}");
+        let dropped: u64 = rule.counter.borrow().dropped.iter().sum();
+        assert_eq!(dropped, u64::from(matches!(verdict, Verdict::Drop(_))));
+        assert_eq!(rule.passed.borrow().len(), usize::from(matches!(verdict, Verdict::Pass(_))));
+        assert_eq!(rule.packets(direction), 0);
+    }
+}
+
+#[test]
+fn a_reply_that_is_too_big_asks_the_sender_or_is_cut_up() {
+    let mut rule = Router::new(Route::TooBig);
+    rule.route_without_length = BACK;
+    let mut may = frame(UDP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"x");
+    may[20] &= !0x40; // etherparse sets "don't fragment"
+    let checksum = {
+        let sliced = SlicedPacket::from_ethernet(&may).unwrap();
+        let Some(etherparse::NetSlice::Ipv4(ip)) = sliced.net else { panic!("IPv4") };
+        ip.header().to_header().calc_header_checksum()
+    };
+    may[24..26].copy_from_slice(&checksum.to_be_bytes());
+    let verdict = rule.handle(Role::Internal, &mut may);
+    assert_eq!(verdict, Verdict::Stack(ToStack::TooBig));
+    assert!(is_valid(&may));
+
+    let mut must_not = frame(UDP, (&BACKEND6, 80), (&CLIENT6, 5000), 64, b"x");
+    let before = must_not.clone();
+    assert_eq!(rule.handle(Role::Internal, &mut must_not), Verdict::Pass(Passed::TooBig));
+    assert_eq!(must_not, before);
+
+    // Too big for another network inside: none of ours.
+    rule.route_without_length = HOP;
+    let mut may = frame(UDP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"x");
+    may[20] &= !0x40;
+    assert_eq!(rule.handle(Role::Internal, &mut may), Verdict::Pass(Passed::Inside));
+}
+
+#[test]
+fn only_rules_that_could_swallow_the_box_ask_for_its_sockets() {
+    let mut rule = Router::new(HOP);
+    rule.sockets = true;
+    let mut packet = frame(UDP, (&CLIENT, 53), (&BOX, 8080), 64, b"");
+    assert_eq!(rule.handle(Role::External, &mut packet), Verdict::Redirect(INSIDE));
+    assert!(!rule.asked.get());
+    let mut packet = frame(UDP, (&CLIENT6, 53), (&BOX6, 8080), 64, b"");
+    let before = packet.clone();
+    assert_eq!(rule.handle(Role::External, &mut packet), Verdict::Pass(Passed::Own));
+    assert_eq!(packet, before);
+}
+
+#[test]
+fn a_reply_leaves_with_the_address_that_the_client_came_by() {
+    let mut rule = Router::new(HOP);
+    let mut ask = |external: [u8; 4]| {
+        rule.route = HOP;
+        let mut packet = frame(UDP, (&CLIENT, 5000), (&external, 8080), 64, b"");
+        assert_eq!(rule.handle(Role::External, &mut packet), Verdict::Redirect(INSIDE));
+        rule.route = BACK;
+        let mut packet = frame(UDP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"");
+        assert_eq!(rule.handle(Role::Internal, &mut packet), Verdict::Redirect(OUTSIDE));
+        assert!(is_valid(&packet));
+        let source: [u8; 4] = packet[26..30].try_into().unwrap();
+        (source, rule.arrivals.borrow().len())
+    };
+    assert_eq!(ask(BOX), (BOX, 0));
+    assert_eq!(ask(SECOND), (SECOND, 1));
+    assert_eq!(ask(SECOND), (SECOND, 1));
+    // The client's port comes again, by the first address.
+    assert_eq!(ask(BOX), (BOX, 0));
+}
+
+#[test]
+fn the_last_hop_is_not_taken() {
+    for (ttl, verdict) in [
+        (0, Verdict::Pass(Passed::Ttl)),
+        (1, Verdict::Pass(Passed::Ttl)),
+        (2, Verdict::Redirect(INSIDE)),
+    ] {
+        let mut packet = frame(TCP, (&CLIENT6, 5000), (&BOX6, 8080), ttl, b"");
+        assert_eq!(Router::new(HOP).handle(Role::External, &mut packet), verdict);
+        let mut packet = frame(TCP, (&CLIENT, 5000), (&BOX, 8080), ttl, b"");
+        assert_eq!(Router::new(HOP).handle(Role::External, &mut packet), verdict);
+    }
+}
+
+#[test]
+fn frames_cut_short_pass_as_they_came() {
+    for (client, external) in [(&CLIENT[..], &BOX[..]), (&CLIENT6, &BOX6)] {
+        for protocol in [TCP, UDP] {
+            let whole = frame(protocol, (client, 5000), (external, 8080), 64, b"payload");
+            for length in 0..whole.len() {
+                let mut cut = whole[..length].to_vec();
+                let verdict = Router::new(HOP).handle(Role::Both, &mut cut);
+                assert_eq!(verdict, Verdict::Pass(Passed::Malformed), "{length} bytes");
+                assert_eq!(cut, whole[..length]);
+            }
+        }
+    }
+}
+
+/// A frame that a rule claims, with up to four bytes set at random.
+fn nearly_valid() -> impl Strategy<Value = Vec<u8>> {
+    let ends = prop_oneof![
+        Just((CLIENT.to_vec(), BOX.to_vec(), 5000, 8080)),
+        Just((BACKEND.to_vec(), CLIENT.to_vec(), 80, 5000)),
+        Just((CLIENT6.to_vec(), BOX6.to_vec(), 5000, 8080)),
+        Just((BACKEND6.to_vec(), CLIENT6.to_vec(), 80, 5000)),
+    ];
+    let noise = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
+    (ends, any::<bool>(), 0u8.., prop::collection::vec(any::<u8>(), 0..64), noise).prop_map(
+        |((from, to, from_port, to_port), tcp, ttl, payload, noise)| {
+            let protocol = if tcp { TCP } else { UDP };
+            let mut bytes = frame(protocol, (&from, from_port), (&to, to_port), ttl, &payload);
+            for (place, value) in noise {
+                let place = place.index(bytes.len());
+                bytes[place] = value;
+            }
+            bytes
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn what_passes_is_unchanged_and_what_is_translated_stays_valid(
+        mut bytes in prop_oneof![nearly_valid(), prop::collection::vec(any::<u8>(), 0..200)],
+        route in prop_oneof![
+            Just(HOP), Just(BACK), Just(Route::TooBig), Just(Route::NotForwarded),
+            Just(Route::NoNeighbour { interface: INSIDE }),
+        ],
+    ) {
+        let before = bytes.clone();
+        let rule = Router::new(route);
+        let verdict = rule.handle(Role::Both, &mut bytes);
+        let translated = rule.packets(Direction::Forward) + rule.packets(Direction::Reply);
+        match verdict {
+            Verdict::Pass(reason) => {
+                prop_assert_eq!(&bytes, &before);
+                prop_assert_eq!(rule.passed.take(), vec![reason]);
+                prop_assert_eq!(translated, 0);
+            }
+            Verdict::Drop(_) => prop_assert_eq!(translated, 0),
+            Verdict::Redirect(_) | Verdict::Stack(_) => {
+                prop_assert_eq!(translated, 1);
+                prop_assert_eq!(is_valid(&bytes), is_valid(&before));
+                prop_assert_eq!(bytes.len(), before.len());
+            }
+        }
+    }
+}

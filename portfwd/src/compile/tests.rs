@@ -1,0 +1,369 @@
+//! Tables are read back the way a packet reads them, and compared with what the rules say.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const EPHEMERAL: RangeInclusive<u16> = 32768..=60999;
+
+fn rules(specs: &[&str]) -> Vec<Rule> {
+    specs
+        .iter()
+        .map(|spec| spec.parse().unwrap_or_else(|error| panic!("{spec}: {error}")))
+        .collect()
+}
+
+fn externals() -> Externals {
+    Externals {
+        v4: vec![[198, 51, 100, 1].into(), [198, 51, 100, 7].into()],
+        v6: vec!["2001:db8::1".parse().unwrap()],
+    }
+}
+
+fn refusal(specs: &[&str]) -> String {
+    match plan(&rules(specs), &Resolved::new()) {
+        Ok(plan) => panic!("{specs:?} was planned as {plan:?}"),
+        Err(refused) => refused.to_string(),
+    }
+}
+
+/// The kernel's tables, as updates fill them.
+#[derive(Default)]
+struct Kernel {
+    compiler: Compiler,
+    translations: HashMap<u32, Translation>,
+    pages: HashMap<u32, Page>,
+    v4: HashMap<EndpointKey<4>, Endpoint>,
+    v6: HashMap<EndpointKey<16>, Endpoint>,
+    generation: u8,
+}
+
+impl Kernel {
+    fn load(&mut self, rules: &[Rule], externals: &Externals) -> Update {
+        let plan = plan(rules, &Resolved::new()).unwrap_or_else(|refused| panic!("{refused}"));
+        let update = self.compiler.compile(rules, &plan, externals, &EPHEMERAL);
+        assert_ne!(update.generation, self.generation);
+        for (number, row) in &update.translations {
+            assert_ne!(*number, 0);
+            self.translations.insert(*number, *row);
+        }
+        for (number, page) in &update.pages {
+            assert_ne!(*number, 0);
+            self.pages.insert(*number, *page);
+        }
+        self.v4.retain(|key, _| key.generation != update.generation);
+        self.v4.extend(update.v4.iter().copied());
+        self.v6.retain(|key, _| key.generation != update.generation);
+        self.v6.extend(update.v6.iter().copied());
+        self.generation = update.generation;
+        self.compiler.commit();
+        update
+    }
+
+    /// What a packet to or from this end finds: the new address and port, and the flags.
+    fn find(&self, direction: Direction, end: &str, protocol: u8) -> Option<(String, u32)> {
+        let (address, port) = end.rsplit_once(':').unwrap();
+        let port: u16 = port.parse().unwrap();
+        let address: IpAddr = address.trim_matches(['[', ']']).parse().unwrap();
+        let endpoint = match address {
+            IpAddr::V4(v4) => self.v4.get(&endpoint_key(v4.octets(), direction, self.generation)),
+            IpAddr::V6(v6) => self.v6.get(&endpoint_key(v6.octets(), direction, self.generation)),
+        }?;
+        let pages = if protocol == TCP { &endpoint.tcp } else { &endpoint.udp };
+        let [high, low] = port.to_be_bytes();
+        let page = pages[usize::from(high)];
+        let row = if page == 0 { 0 } else { self.pages[&page].0[usize::from(low)] };
+        if row == 0 {
+            return None;
+        }
+        let row = self.translations[&row];
+        let port = portfwd_ebpf::table::Port::new(port).shifted(row.shift).number();
+        let end = match address {
+            IpAddr::V4(_) => format!("{}:{port}", Ipv4Addr::from(row.address.narrow::<4>().0)),
+            IpAddr::V6(_) => format!("[{}]:{port}", Ipv6Addr::from(row.address.narrow::<16>().0)),
+        };
+        Some((end, row.flags))
+    }
+
+    fn forward(&self, end: &str, protocol: u8) -> Option<String> {
+        self.find(Direction::Forward, end, protocol).map(|(end, _)| end)
+    }
+
+    fn reply(&self, end: &str, protocol: u8) -> Option<String> {
+        self.find(Direction::Reply, end, protocol).map(|(end, _)| end)
+    }
+}
+
+fn loaded(specs: &[&str]) -> Kernel {
+    let mut kernel = Kernel::default();
+    kernel.load(&rules(specs), &externals());
+    kernel
+}
+
+#[test]
+fn ports_are_kept_changed_and_shifted_and_replies_go_back() {
+    let kernel = loaded(&[
+        "80:10.0.0.1",
+        "8080:10.0.0.2:81",
+        "27015-27030:10.0.0.3:1015-1030/udp",
+        "[2001:db8::1]:443:[fd00::10]:8443/tcp+udp",
+    ]);
+    let there = [
+        (TCP, "198.51.100.1:80", "10.0.0.1:80"),
+        (TCP, "198.51.100.1:8080", "10.0.0.2:81"),
+        (UDP, "198.51.100.1:27015", "10.0.0.3:1015"),
+        (UDP, "198.51.100.1:27022", "10.0.0.3:1022"),
+        (UDP, "198.51.100.1:27030", "10.0.0.3:1030"),
+        (TCP, "[2001:db8::1]:443", "[fd00::10]:8443"),
+        (UDP, "[2001:db8::1]:443", "[fd00::10]:8443"),
+    ];
+    for (protocol, external, backend) in there {
+        assert_eq!(kernel.forward(external, protocol).as_deref(), Some(backend));
+        assert_eq!(kernel.reply(backend, protocol).as_deref(), Some(external));
+    }
+    for (protocol, end) in [
+        (UDP, "198.51.100.1:80"),
+        (TCP, "198.51.100.1:81"),
+        (TCP, "198.51.100.1:27015"),
+        (UDP, "198.51.100.1:27014"),
+        (UDP, "198.51.100.1:27031"),
+        (TCP, "198.51.100.2:80"),
+        (TCP, "[2001:db8::2]:443"),
+    ] {
+        assert_eq!(kernel.forward(end, protocol), None, "{end}");
+    }
+    assert_eq!(kernel.reply("10.0.0.3:1031", UDP), None);
+    assert_eq!(kernel.reply("10.0.0.1:81", TCP), None);
+}
+
+#[test]
+fn the_narrower_rule_wins() {
+    let kernel = loaded(&[
+        "*:10.0.0.1/any",
+        "*:10.0.0.2/udp",
+        "1000-2000:10.0.0.3",
+        "1500:10.0.0.4",
+        "198.51.100.7:*:10.0.0.5/tcp",
+        "198.51.100.7:1500:10.0.0.6",
+    ]);
+    for (protocol, end, backend) in [
+        (TCP, "198.51.100.1:999", "10.0.0.1:999"),
+        (UDP, "198.51.100.1:999", "10.0.0.2:999"),
+        (TCP, "198.51.100.1:1499", "10.0.0.3:1499"),
+        (TCP, "198.51.100.1:1500", "10.0.0.4:1500"),
+        (TCP, "198.51.100.7:1499", "10.0.0.5:1499"),
+        (TCP, "198.51.100.7:1500", "10.0.0.6:1500"),
+        (UDP, "198.51.100.7:1500", "10.0.0.2:1500"),
+    ] {
+        assert_eq!(kernel.forward(end, protocol).as_deref(), Some(backend), "{end}");
+    }
+}
+
+#[test]
+fn what_could_swallow_the_box_asks_for_its_sockets() {
+    let kernel =
+        loaded(&["*:10.0.0.1/udp", "40000-40010:10.0.0.2", "1000-2000:10.0.0.2", "40020:10.0.0.3"]);
+    for (protocol, end, asks) in [
+        (UDP, "198.51.100.1:80", true),
+        (TCP, "198.51.100.1:40005", true),
+        (TCP, "198.51.100.1:1005", false),
+        (TCP, "198.51.100.1:40020", false),
+    ] {
+        let (_, flags) = kernel.find(Direction::Forward, end, protocol).unwrap();
+        assert_eq!(flags & Translation::ASK_SOCKETS != 0, asks, "{end}");
+    }
+    // DHCP clients read from raw sockets.
+    assert_eq!(kernel.forward("198.51.100.1:68", UDP), None);
+    assert_eq!(kernel.forward("198.51.100.1:546", UDP), None);
+}
+
+#[test]
+fn the_first_of_several_addresses_answers_unless_another_is_remembered() {
+    let kernel = loaded(&["80:10.0.0.1", "[2001:db8::1]:80:[fd00::1]"]);
+    let many = Translation::MANY_ADDRESSES;
+    let flags = |direction, end| kernel.find(direction, end, TCP).map(|(_, flags)| flags);
+    let first = many | Translation::FIRST_ADDRESS;
+    assert_eq!(flags(Direction::Forward, "198.51.100.1:80"), Some(first));
+    assert_eq!(flags(Direction::Forward, "198.51.100.7:80"), Some(many));
+    assert_eq!(flags(Direction::Reply, "10.0.0.1:80"), Some(many));
+    assert_eq!(flags(Direction::Forward, "[2001:db8::1]:80"), Some(0));
+    assert_eq!(flags(Direction::Reply, "[fd00::1]:80"), Some(0));
+}
+
+#[test]
+fn a_name_serves_both_families() {
+    let rules = rules(&["80:web.example:8080"]);
+    let both =
+        HostAddresses { v4: Some([10, 0, 0, 1].into()), v6: Some("fd00::1".parse().unwrap()) };
+    let plan = plan(&rules, &Resolved::from([("web.example".to_owned(), both)])).unwrap();
+    let mut kernel = Kernel::default();
+    let update = kernel.compiler.compile(&rules, &plan, &externals(), &EPHEMERAL);
+    assert_eq!((update.v4.len(), update.v6.len()), (3, 2));
+    assert_eq!(
+        explain(&rules[0], &plan, 0),
+        "every external IPv4 address, tcp 80 -> 10.0.0.1, port 8080\n\
+         every external IPv6 address, tcp 80 -> fd00::1, port 8080\n\
+         stateless: one backend, and no other rule answers differently from its ports"
+    );
+}
+
+#[test]
+fn replies_that_two_rules_would_answer_differently_are_refused() {
+    let needs = "which of them a reply belongs to needs the flow table, which this version does \
+                 not have; give the backend a second port or address";
+    assert_eq!(
+        refusal(&["80:10.0.0.1:80", "8080:10.0.0.1:80"]),
+        format!(
+            "-p 8080:10.0.0.1:80: rule \"8080/tcp\" and rule \"80/tcp\" (-p 80:10.0.0.1:80) both \
+             send to port 80 of 10.0.0.1: {needs}"
+        )
+    );
+    for clash in [
+        &["*:10.0.0.1/any", "8080:10.0.0.1:80"][..],
+        &["1000-2000:10.0.0.1", "5000:10.0.0.1:2000"],
+        &["198.51.100.1:80:10.0.0.1", "198.51.100.7:80:10.0.0.1"],
+        &["80:10.0.0.1", "198.51.100.7:80:10.0.0.1"],
+        &["53:10.0.0.1/tcp+udp", "54:10.0.0.1:53/udp"],
+    ] {
+        assert!(refusal(clash).contains(needs), "{clash:?}");
+    }
+    // The same translation, another protocol, another port: nothing to tell apart.
+    for fine in [
+        &["*:10.0.0.1/any", "80:10.0.0.1", "70-90:10.0.0.1/udp"][..],
+        &["53:10.0.0.1/tcp", "54:10.0.0.1:53/udp"],
+        &["80:10.0.0.1", "81:10.0.0.1"],
+        &["80:10.0.0.1", "8080:10.0.0.2:80"],
+    ] {
+        assert!(plan(&rules(fine), &Resolved::new()).is_ok(), "{fine:?}");
+    }
+}
+
+#[test]
+fn a_name_without_an_address_of_the_family_is_refused() {
+    let rules = rules(&["[2001:db8::1]:80:web.example"]);
+    let v4 = HostAddresses { v4: Some([10, 0, 0, 1].into()), v6: None };
+    let refused = plan(&rules, &Resolved::from([("web.example".to_owned(), v4)])).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "-p [2001:db8::1]:80:web.example: rule \"[2001:db8::1]:80/tcp\": web.example has no address \
+         of IPv6, which the rule listens on; check the name, or write an address"
+    );
+}
+
+#[test]
+fn a_change_writes_what_changed() {
+    let specs: Vec<String> = (1..=10_000).map(|port| format!("{port}:10.0.0.1")).collect();
+    let mut specs: Vec<&str> = specs.iter().map(String::as_str).collect();
+    let mut kernel = Kernel::default();
+    let all = kernel.load(&rules(&specs), &externals());
+    // Forward rows for the first address and the others, and reply rows.
+    assert_eq!(all.translations.len(), 30_000);
+    let counter = kernel.compiler.counter("5000/tcp");
+
+    let same = kernel.load(&rules(&specs), &externals());
+    assert_eq!((same.translations.len(), same.pages.len()), (0, 0));
+
+    specs.push("20000:10.0.0.2");
+    let one = kernel.load(&rules(&specs), &externals());
+    assert_eq!((one.translations.len(), one.pages.len()), (3, 3));
+    assert_eq!(kernel.forward("198.51.100.1:20000", TCP).as_deref(), Some("10.0.0.2:20000"));
+    assert_eq!(kernel.compiler.counter("5000/tcp"), counter);
+
+    // Numbers are used again once nothing live refers to them.
+    let (rows, pages, _) = kernel.compiler.rows();
+    for turn in 0..10 {
+        let last = if turn % 2 == 0 { "20000:10.0.0.3" } else { "20000:10.0.0.2" };
+        *specs.last_mut().unwrap() = last;
+        kernel.load(&rules(&specs), &externals());
+    }
+    let (more_rows, more_pages, counters) = kernel.compiler.rows();
+    assert!(more_rows <= rows + 3 && more_pages <= pages + 3);
+    assert_eq!(counters, 10_001);
+}
+
+#[test]
+fn what_was_not_committed_does_no_harm() {
+    let mut kernel = loaded(&["80:10.0.0.1", "81:10.0.0.2"]);
+    let other = rules(&["80:10.0.0.9"]);
+    let plan = plan(&other, &Resolved::new()).unwrap();
+    for _ in 0..3 {
+        // Its rows are new numbers: writing them touches nothing that is live.
+        let update = kernel.compiler.compile(&other, &plan, &externals(), &EPHEMERAL);
+        for (number, row) in update.translations {
+            kernel.translations.insert(number, row);
+        }
+        for (number, page) in update.pages {
+            kernel.pages.insert(number, page);
+        }
+        assert_eq!(kernel.forward("198.51.100.1:80", TCP).as_deref(), Some("10.0.0.1:80"));
+        assert_eq!(kernel.reply("10.0.0.2:81", TCP).as_deref(), Some("198.51.100.1:81"));
+    }
+    kernel.load(&rules(&["80:10.0.0.1", "81:10.0.0.2"]), &externals());
+    assert_eq!(kernel.forward("198.51.100.1:81", TCP).as_deref(), Some("10.0.0.2:81"));
+}
+
+#[test]
+fn every_port_is_one_page() {
+    let mut kernel = Kernel::default();
+    let update = kernel.load(&rules(&["*:10.0.0.1/tcp"]), &externals());
+    // One each: first address, second address, reply.
+    assert_eq!((update.translations.len(), update.pages.len()), (3, 3));
+}
+
+/// Rules over few addresses and ports, so that they meet.
+fn few_rules() -> impl Strategy<Value = Vec<Rule>> {
+    let listen = prop_oneof![Just(""), Just("198.51.100.1:"), Just("198.51.100.7:")];
+    let ports = prop_oneof![
+        3 => (1u16..12).prop_map(|port| port.to_string()),
+        2 => (1u16..8, 1u16..8).prop_map(|(first, width)| format!("{first}-{}", first + width)),
+        1 => Just("*".to_owned()),
+    ];
+    let shift = prop_oneof![3 => Just(0u16), 1 => 0u16..4];
+    let rule = (listen, ports, 1u8..6, shift, prop_oneof![Just("tcp"), Just("udp"), Just("any")])
+        .prop_filter_map("a rule", |(listen, ports, backend, shift, protocol)| {
+            let to = match ports.split_once('-') {
+                _ if ports == "*" || shift == 0 => String::new(),
+                Some((first, last)) => {
+                    let moved = |port: &str| port.parse::<u16>().unwrap() + 256 * shift;
+                    format!(":{}-{}", moved(first), moved(last))
+                }
+                None => format!(":{}", ports.parse::<u16>().unwrap() + 256 * shift),
+            };
+            format!("{listen}{ports}:10.0.0.{backend}{to}/{protocol}").parse::<Rule>().ok()
+        });
+    prop::collection::vec(rule, 1..8)
+}
+
+proptest! {
+    #[test]
+    fn tables_say_what_the_rules_say(rules in few_rules()) {
+        prop_assume!(crate::rule::overlaps(&rules).is_empty());
+        let Ok(plan) = plan(&rules, &Resolved::new()) else { return Ok(()) };
+        let mut kernel = Kernel::default();
+        kernel.load(&rules, &externals());
+        for (address, protocol) in [("198.51.100.1", TCP), ("198.51.100.7", TCP), ("198.51.100.1", UDP)] {
+            for port in (1u16..20).chain(255..280) {
+                let claims = |rule: &&Rule| {
+                    let speaks = if protocol == TCP { rule.protocol.tcp() } else { rule.protocol.udp() };
+                    let here = rule.listen.address.is_none_or(|listen| listen.to_string() == address);
+                    speaks && here && rule.listen.ports.contains(port)
+                };
+                let winner = rules.iter().filter(claims).min_by_key(|rule| rule.precedence());
+                let expected = winner.map(|rule| {
+                    let to = &rule.to[0];
+                    let first = to.ports.map_or(rule.listen.ports.first(), |ports| ports.first());
+                    format!("{}:{}", to.host, port - rule.listen.ports.first() + first)
+                });
+                let external = format!("{address}:{port}");
+                prop_assert_eq!(kernel.forward(&external, protocol), expected.clone(), "{}", external);
+                // Whoever listens on one address only answers from there; the others from the first.
+                let Some(backend) = expected else { continue };
+                let from = match winner.and_then(|rule| rule.listen.address) {
+                    Some(listen) => format!("{listen}:{port}"),
+                    None => format!("198.51.100.1:{port}"),
+                };
+                prop_assert_eq!(kernel.reply(&backend, protocol), Some(from), "{:?}", plan);
+            }
+        }
+    }
+}
