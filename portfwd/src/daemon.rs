@@ -5,10 +5,8 @@
 //! interface are the same case.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::Interface;
@@ -22,10 +20,16 @@ use crate::api::{self, Request, Socket};
 use crate::compile::{Compiler, Plan, Resolved, plan};
 use crate::config::Config;
 use crate::datapath::{Capacity, Datapath, Mode, Port};
-use crate::network::{self, Externals, Link, Network, NextHop, Route, Snapshot};
+use crate::network::{self, Link, Network, Snapshot};
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
+
+mod hints;
+mod survey;
+
+use hints::Addresses;
+use survey::{Survey, missing_interfaces};
 
 /// Why the daemon does not run. Both are lines for the user.
 #[derive(Debug)]
@@ -225,157 +229,6 @@ pub async fn resolve_all(rules: &[Rule]) -> Result<Resolved, Failure> {
     Err(Failure::Configuration(lines.join("\n")))
 }
 
-/// Interfaces that are named and do not exist are mistakes at start; later they are waited for.
-fn missing_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Failure> {
-    let here = || {
-        let names: Vec<&str> = snapshot
-            .links
-            .iter()
-            .map(|link| link.name.as_str())
-            .filter(|name| *name != "lo")
-            .collect();
-        names.join(", ")
-    };
-    let missing: Vec<String> = config
-        .external
-        .iter()
-        .chain(&config.internal)
-        .filter(|interface| snapshot.link(&interface.name).is_none())
-        .map(|interface| {
-            format!(
-                "{}: there is no interface {}; this box has {}",
-                interface.place,
-                interface.name,
-                here()
-            )
-        })
-        .collect();
-    if missing.is_empty() { Ok(()) } else { Err(Failure::Configuration(missing.join("\n"))) }
-}
-
-/// What the network and the configuration together ask for.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-struct Survey {
-    /// Interfaces to attach to, by name.
-    roles: BTreeMap<String, Role>,
-    /// The next hops of the backends.
-    hops: Vec<NextHop>,
-    externals: Externals,
-    /// What keeps something from being forwarded, a line each.
-    problems: Vec<String>,
-}
-
-impl Survey {
-    async fn take(
-        network: &Network,
-        snapshot: &Snapshot,
-        config: &Config,
-        plan: &Plan,
-    ) -> Result<Self, network::NetworkError> {
-        let mut problems = Vec::new();
-        let mut hops = Vec::new();
-        let mut routes: BTreeMap<IpAddr, Option<NextHop>> = BTreeMap::new();
-        for leg in &plan.legs {
-            if routes.contains_key(&leg.backend) {
-                continue;
-            }
-            let rule = &config.rules[leg.rule];
-            let mut hop = None;
-            let problem = match network.route(leg.backend).await? {
-                Route::Via(via) => {
-                    hop = Some(via);
-                    None
-                }
-                Route::Local => Some(
-                    "is an address of this box, which XDP cannot forward to; let the service \
-                     listen on the port itself"
-                        .to_owned(),
-                ),
-                Route::Unreachable => Some(format!(
-                    "has no route; add one: ip route add {}/{} dev IFACE",
-                    leg.backend,
-                    if leg.backend.is_ipv4() { 32 } else { 128 }
-                )),
-            };
-            if let Some(problem) = problem {
-                problems.push(format!(
-                    "{}: rule \"{}\": backend {} {problem}",
-                    rule.place, rule.name, leg.backend
-                ));
-            }
-            hops.extend(hop);
-            routes.insert(leg.backend, hop);
-        }
-        hops.sort();
-        hops.dedup();
-
-        let mut roles: BTreeMap<String, Role> = config
-            .external
-            .iter()
-            .map(|interface| (interface.name.clone(), Role::External))
-            .collect();
-        let mut inside = |name: &str| {
-            let role = roles.entry(name.to_owned()).or_insert(Role::Internal);
-            if *role == Role::External {
-                *role = Role::Both;
-            }
-        };
-        if config.internal.is_empty() {
-            for link in hops.iter().filter_map(|hop| snapshot.link_by_index(hop.interface)) {
-                inside(&link.name);
-            }
-        } else {
-            for interface in &config.internal {
-                inside(&interface.name);
-            }
-            for (backend, hop) in &routes {
-                let Some(link) = hop.as_ref().and_then(|hop| snapshot.link_by_index(hop.interface))
-                else {
-                    continue;
-                };
-                if !config.internal.iter().any(|interface| interface.name == link.name) {
-                    problems.push(format!(
-                        "backend {backend} is reached by {}, which is not internal; add it to \
-                         [interfaces] internal, or correct the route",
-                        link.name
-                    ));
-                }
-            }
-        }
-        let external: Vec<u32> = config
-            .external
-            .iter()
-            .filter_map(|interface| snapshot.link(&interface.name))
-            .map(|link| link.index)
-            .collect();
-        for name in roles.keys() {
-            match snapshot.link(name) {
-                None => {
-                    problems.push(format!("{name}: there is no such interface now; waiting for it"))
-                }
-                Some(link) if !link.ethernet => problems.push(format!(
-                    "{name}: no Ethernet interface ({}), which XDP needs; name another",
-                    link.driver.as_deref().unwrap_or("kind unknown")
-                )),
-                Some(_) => {}
-            }
-        }
-        let externals = snapshot.external_addresses(&external);
-        for leg in &plan.legs {
-            let none = match leg.backend {
-                IpAddr::V4(_) => externals.v4.is_empty(),
-                IpAddr::V6(_) => externals.v6.is_empty(),
-            };
-            if leg.listen.is_none() && none {
-                let family = if leg.backend.is_ipv4() { "IPv4" } else { "IPv6" };
-                let rule = &config.rules[leg.rule];
-                debug!("rule \"{}\" waits for an external {family} address", rule.name);
-            }
-        }
-        Ok(Self { roles, hops, externals, problems })
-    }
-}
-
 /// A program on an interface.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Attachment {
@@ -397,20 +250,10 @@ struct Daemon {
     /// Problems that were told and still are there.
     told: BTreeSet<String>,
     /// Rules that packets go to and none come back from: since when.
-    silent: BTreeMap<String, Silence>,
+    silent: BTreeMap<String, hints::Silence>,
     reserved: Option<BTreeSet<u16>>,
     ephemeral: std::ops::RangeInclusive<u16>,
 }
-
-enum Silence {
-    Since(Instant),
-    Told,
-}
-
-/// How long a backend may be silent before that is worth a hint.
-const SILENCE: Duration = Duration::from_secs(5);
-/// Beyond this many rules nobody reads hints, and reading the counters would cost.
-const HINTED_RULES: usize = 1000;
 
 impl Daemon {
     /// Looks at the network, and makes everything as it should be.
@@ -638,75 +481,6 @@ impl Daemon {
         }
     }
 
-    /// What is known to lose packets, said before it does.
-    fn warn_of_pitfalls(&self, snapshot: &Snapshot) {
-        for (index, attachment) in &self.attached {
-            let Some(link) = snapshot.link_by_index(*index) else { continue };
-            let name = &attachment.name;
-            match link.driver.as_deref() {
-                Some("veth") => info!(
-                    "{name} is a veth: senders at its peer must fill in checksums themselves: there, \
-                     ethtool -K IFACE tx off"
-                ),
-                Some("bridge" | "tun" | "tap") => warn!(
-                    "{name} is a {}: packets of local machines and containers come without \
-                     checksums, or merged, and are forwarded broken; there, ethtool -K IFACE tx off \
-                     gro off",
-                    link.driver.as_deref().unwrap_or_default()
-                ),
-                _ => {}
-            }
-            let addresses = snapshot.addresses.iter().filter(|a| a.interface == *index).count();
-            if attachment.role != Role::Internal && addresses == 0 {
-                warn!(
-                    "{name} has no address: is it a port of a bridge or a bond? Then name that as \
-                     external"
-                );
-            }
-        }
-        let wide = self.config.rules.iter().find(|rule| rule.listen.ports == Ports::All);
-        let tracked = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
-            .is_ok_and(|count| count.trim() != "0");
-        if let (Some(rule), true) = (wide, tracked) {
-            warn!(
-                "rule \"{}\" claims every port, and this box tracks connections: if it masquerades \
-                 for other hosts, answers to them go to the backend instead; list the ports",
-                rule.name
-            );
-        }
-        info!("external addresses: {}", Addresses(&self.survey.externals));
-    }
-
-    /// "It loaded and nothing is forwarded": packets go to a backend and none come back.
-    fn hint_at_silence(&mut self) {
-        if self.config.rules.len() > HINTED_RULES {
-            return;
-        }
-        for rule in &self.config.rules {
-            let counts =
-                self.compiler.counter(&rule.name).and_then(|row| self.datapath.counts(row).ok());
-            let Some(counts) = counts else { continue };
-            if counts.forward.packets == 0 || counts.reply.packets > 0 {
-                continue;
-            }
-            let silence = self
-                .silent
-                .entry(rule.name.clone())
-                .or_insert_with(|| Silence::Since(Instant::now()));
-            if let Silence::Since(since) = silence
-                && since.elapsed() >= SILENCE
-            {
-                *silence = Silence::Told;
-                warn!(
-                    "rule \"{}\": packets go to {} and none come back: does it answer, and does its \
-                     default route lead through this box?",
-                    rule.name,
-                    rule.to.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-                );
-            }
-        }
-    }
-
     fn answer(&self, request: Request) {
         // Whoever asked may have gone; then nobody wants the answer.
         match request {
@@ -758,18 +532,5 @@ impl Daemon {
         for attachment in self.attached.values() {
             info!("{}: detached", attachment.name);
         }
-    }
-}
-
-/// Addresses in a message.
-struct Addresses<'a>(&'a Externals);
-
-impl fmt::Display for Addresses<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Externals { v4, v6 } = self.0;
-        let all: Vec<String> =
-            v4.iter().map(ToString::to_string).chain(v6.iter().map(ToString::to_string)).collect();
-        f.write_str(if all.is_empty() { "none yet" } else { "" })?;
-        f.write_str(&all.join(", "))
     }
 }

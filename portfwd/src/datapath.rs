@@ -379,7 +379,7 @@ impl Datapath {
         for index in &stale {
             map.remove(index).map_err(map_error("INTERFACES"))?;
         }
-        // A device is there before it is told of, and told off before it goes.
+        // A device is there before the programs are told of it; the kernel takes out what is gone.
         for (index, interface) in interfaces {
             let transmits = interface.flags & Interface::TRANSMITS != 0;
             let mut devices: DevMapHash<&mut MapData> =

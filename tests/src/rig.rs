@@ -14,10 +14,13 @@
 //! Client and server send every frame as it would be on a wire: one packet, with its checksums
 //! filled in. Nothing merges or splits frames before a capture sees them.
 
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::netns::Namespace;
 use crate::sys::{self, Offload};
@@ -148,6 +151,9 @@ impl Rig {
         }
         for address in options.external {
             router.ip(&format!("address add {address} dev wan0{}", no_dad(address)))?;
+            if let Some(Ok(IpAddr::V6(address))) = address.split('/').next().map(str::parse) {
+                wait_until_asked_for(&router, "wan0", address)?;
+            }
         }
         for (number, (server, lan)) in
             [Some(&server), second_server.as_ref()].into_iter().zip(["lan0", "lan1"]).enumerate()
@@ -204,6 +210,9 @@ fn connect(a: &End<'_>, b: &End<'_>) -> Result<()> {
             })
             .with_context(|| format!("cannot switch the offloads of {interface} off"))?;
     }
+    for End { namespace, interface, address } in [a, b] {
+        wait_until_asked_for(namespace, interface, address.v6)?;
+    }
     Ok(())
 }
 
@@ -218,6 +227,32 @@ impl End<'_> {
                 .with_context(|| format!("cannot switch GRO of {} off", self.interface))?;
             Ok(program)
         })
+    }
+}
+
+/// Waits until an interface answers to an address. The kernel sets IPv6 up in the background: a
+/// neighbour solicitation that comes before is lost, and sent again after a second.
+fn wait_until_asked_for(namespace: &Namespace, interface: &str, address: Ipv6Addr) -> Result<()> {
+    let [.., a, b, c] = address.octets();
+    let group = format!("ff0200000000000000000001ff{a:02x}{b:02x}{c:02x}");
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        // Each line: index, interface, group, and more.
+        let groups = namespace.enter(|| fs::read_to_string("/proc/thread-self/net/igmp6"))?;
+        let solicited: Vec<&str> = groups
+            .lines()
+            .filter_map(|line| {
+                let mut words = line.split_whitespace().skip(1);
+                (words.next() == Some(interface)).then(|| words.next())?
+            })
+            .filter(|group| group.starts_with("ff0200000000000000000001ff"))
+            .collect();
+        // The link-local address's group is joined last, after the route for multicast is there.
+        if solicited.len() > 1 && solicited.contains(&group.as_str()) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{interface} does not come up with {address}");
+        thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -57,6 +57,25 @@ fn client_and_server_meet_only_by_translation() {
 }
 
 #[test]
+fn a_first_packet_need_not_be_sent_twice() {
+    if !is_root() {
+        return;
+    }
+    let rig = Rig::new().unwrap();
+    let router = at(rig::WAN.v6.into(), 9);
+    let _server = Server::udp(&rig.router, router, Answer::Echo).unwrap();
+    let capture = Capture::start(&rig.client, "eth0").unwrap();
+    let socket = peers::udp_client(&rig.client, router).unwrap();
+    peers::exchange(&socket, b"hello").unwrap();
+    let frames = capture.stop().unwrap();
+    // ICMPv6, neighbour solicitation.
+    let is_question =
+        |data: &[u8]| data[12..14] == [0x86, 0xdd] && data[20] == 58 && data[54] == 135;
+    let sent = frames.iter().filter(|frame| frame.direction == Direction::Sent);
+    assert_eq!(sent.filter(|frame| is_question(&frame.data)).count(), 1, "{frames:02x?}");
+}
+
+#[test]
 fn both_sides_see_the_same_packets_all_valid() {
     if !is_root() {
         return;
@@ -146,7 +165,9 @@ fn a_bulk_download_is_captured_whole() {
     assert!(down.bytes > SIZE as u64 && down.packets > (SIZE / 1500) as u64);
     let arrived =
         client_side.count(|key| key.direction == Direction::Received && key.protocol == TCP);
-    assert_eq!(down, arrived);
+    // The kernel forwards in bursts, which may be more than fits.
+    let lost = rig.router.link_statistic("wan0", "tx.dropped").unwrap();
+    assert_eq!(down.packets, arrived.packets + lost);
 }
 
 #[test]

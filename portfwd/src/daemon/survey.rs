@@ -1,0 +1,151 @@
+//! What the network and the configuration together ask for.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use portfwd_ebpf::path::Role;
+
+use super::Failure;
+use crate::compile::Plan;
+use crate::config::Config;
+use crate::network::{Externals, Network, NetworkError, NextHop, Route, Snapshot};
+
+/// Interfaces that are named and do not exist are mistakes at start; later they are waited for.
+pub fn missing_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Failure> {
+    let here = || {
+        let names: Vec<&str> = snapshot
+            .links
+            .iter()
+            .map(|link| link.name.as_str())
+            .filter(|name| *name != "lo")
+            .collect();
+        names.join(", ")
+    };
+    let missing: Vec<String> = config
+        .external
+        .iter()
+        .chain(&config.internal)
+        .filter(|interface| snapshot.link(&interface.name).is_none())
+        .map(|interface| {
+            format!(
+                "{}: there is no interface {}; this box has {}",
+                interface.place,
+                interface.name,
+                here()
+            )
+        })
+        .collect();
+    if missing.is_empty() { Ok(()) } else { Err(Failure::Configuration(missing.join("\n"))) }
+}
+
+/// What the network and the configuration together ask for.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Survey {
+    /// Interfaces to attach to, by name.
+    pub roles: BTreeMap<String, Role>,
+    /// The next hops of the backends.
+    pub hops: Vec<NextHop>,
+    pub externals: Externals,
+    /// What keeps something from being forwarded, a line each.
+    pub problems: Vec<String>,
+}
+
+impl Survey {
+    pub async fn take(
+        network: &Network,
+        snapshot: &Snapshot,
+        config: &Config,
+        plan: &Plan,
+    ) -> Result<Self, NetworkError> {
+        let mut problems = Vec::new();
+        let mut hops = Vec::new();
+        let mut routes: BTreeMap<IpAddr, Option<NextHop>> = BTreeMap::new();
+        for leg in &plan.legs {
+            if routes.contains_key(&leg.backend) {
+                continue;
+            }
+            let rule = &config.rules[leg.rule];
+            let mut hop = None;
+            let problem = match network.route(leg.backend).await? {
+                Route::Via(via) => {
+                    hop = Some(via);
+                    None
+                }
+                Route::Local => Some(
+                    "is an address of this box, which XDP cannot forward to; let the service \
+                     listen on the port itself"
+                        .to_owned(),
+                ),
+                Route::Unreachable => Some(format!(
+                    "has no route; add one: ip route add {}/{} dev IFACE",
+                    leg.backend,
+                    if leg.backend.is_ipv4() { 32 } else { 128 }
+                )),
+            };
+            if let Some(problem) = problem {
+                problems.push(format!(
+                    "{}: rule \"{}\": backend {} {problem}",
+                    rule.place, rule.name, leg.backend
+                ));
+            }
+            hops.extend(hop);
+            routes.insert(leg.backend, hop);
+        }
+        hops.sort();
+        hops.dedup();
+
+        let mut roles: BTreeMap<String, Role> = config
+            .external
+            .iter()
+            .map(|interface| (interface.name.clone(), Role::External))
+            .collect();
+        let mut inside = |name: &str| {
+            let role = roles.entry(name.to_owned()).or_insert(Role::Internal);
+            if *role == Role::External {
+                *role = Role::Both;
+            }
+        };
+        if config.internal.is_empty() {
+            for link in hops.iter().filter_map(|hop| snapshot.link_by_index(hop.interface)) {
+                inside(&link.name);
+            }
+        } else {
+            for interface in &config.internal {
+                inside(&interface.name);
+            }
+            for (backend, hop) in &routes {
+                let Some(link) = hop.as_ref().and_then(|hop| snapshot.link_by_index(hop.interface))
+                else {
+                    continue;
+                };
+                if !config.internal.iter().any(|interface| interface.name == link.name) {
+                    problems.push(format!(
+                        "backend {backend} is reached by {}, which is not internal; add it to \
+                         [interfaces] internal, or correct the route",
+                        link.name
+                    ));
+                }
+            }
+        }
+        let external: Vec<u32> = config
+            .external
+            .iter()
+            .filter_map(|interface| snapshot.link(&interface.name))
+            .map(|link| link.index)
+            .collect();
+        for name in roles.keys() {
+            match snapshot.link(name) {
+                None => {
+                    problems.push(format!("{name}: there is no such interface now; waiting for it"))
+                }
+                Some(link) if !link.ethernet => problems.push(format!(
+                    "{name}: no Ethernet interface ({}), which XDP needs; name another",
+                    link.driver.as_deref().unwrap_or("kind unknown")
+                )),
+                Some(_) => {}
+            }
+        }
+        let externals = snapshot.external_addresses(&external);
+        Ok(Self { roles, hops, externals, problems })
+    }
+}
