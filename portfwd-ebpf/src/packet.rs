@@ -372,6 +372,7 @@ impl Ip<16> for Ipv6Hdr {
         const HOP_BY_HOP: u8 = 0;
         const ROUTING: u8 = 43;
         const FRAGMENT: u8 = 44;
+        const AUTHENTICATION: u8 = 51;
         const DESTINATION: u8 = 60;
 
         let mut len = usize::from(self.payload_len());
@@ -379,10 +380,11 @@ impl Ip<16> for Ipv6Hdr {
             return Err(Passed::Malformed);
         }
         let mut protocol = self.next_hdr;
-        for _ in 0..EXTENSION_HEADERS {
+        for _ in 0..=EXTENSION_HEADERS {
             match protocol {
                 HOP_BY_HOP | ROUTING | DESTINATION => {}
                 FRAGMENT => return Err(Passed::Fragment),
+                AUTHENTICATION => return Err(Passed::Extension),
                 _ => return Transport::take(frame, protocol, len),
             }
             let extension: &mut ExtensionHdr = frame.take().ok_or(Passed::Malformed)?;

@@ -120,8 +120,10 @@ impl Socket {
     pub async fn bind(path: &Path) -> anyhow::Result<Self> {
         if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty())
         {
-            std::fs::create_dir_all(directory)
-                .with_context(|| format!("{}: cannot make the directory", directory.display()))?;
+            std::fs::create_dir_all(directory).with_context(|| {
+                let directory = directory.display();
+                format!("{directory}: cannot make it; run as root, or name another with --socket")
+            })?;
         }
         match UnixStream::connect(path).await {
             Ok(_) => bail!(
@@ -144,7 +146,7 @@ impl Socket {
         }
         // Nobody may connect between bind and chmod: connections are accepted only later.
         let listener = UnixListener::bind(path).with_context(|| {
-            format!("{}: cannot bind; name another with --socket", path.display())
+            format!("{}: cannot bind; run as root, or name another with --socket", path.display())
         })?;
         let socket = Self { listener: Some(listener), path: path.to_owned() };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))

@@ -249,7 +249,7 @@ impl Compiler {
     /// Works out what to write for `plan` of `rules`. Nothing is live until it is written and
     /// [`commit`](Self::commit) said so; what is not committed is forgotten by the next call.
     ///
-    /// Ranges that touch the `ephemeral` ports, and `*`, ask for the box's own sockets.
+    /// Ranges ask for the box's own sockets on the `ephemeral` ports, `*` on all.
     pub fn compile(
         &mut self,
         rules: &[Rule],
@@ -277,19 +277,27 @@ impl Compiler {
             };
             let Some(first) = addresses.first() else { continue };
             let many = if addresses.len() > 1 { Translation::MANY_ADDRESSES } else { 0 };
-            let ask = if asks_sockets(leg.ports, ephemeral) { Translation::ASK_SOCKETS } else { 0 };
+            let claimed = (leg.ports.first(), leg.ports.last());
+            let asking = asking_ports(leg.ports, ephemeral);
 
             for (place, address) in addresses.iter().enumerate() {
                 let is_first = if many != 0 && place == 0 { Translation::FIRST_ADDRESS } else { 0 };
-                let row = self.translations.number(&Translation {
-                    address: any_address(leg.backend),
-                    shift: leg.shift,
-                    padding: [0; 2],
-                    flags: many | is_first | ask,
-                    counter,
-                });
+                let mut row = |ask| {
+                    self.translations.number(&Translation {
+                        address: any_address(leg.backend),
+                        shift: leg.shift,
+                        padding: [0; 2],
+                        flags: many | is_first | ask,
+                        counter,
+                    })
+                };
                 let endpoint = painted.entry((*address, Direction::Forward)).or_default();
-                endpoint.paint(leg, (leg.ports.first(), leg.ports.last()), row);
+                if asking != Some(claimed) {
+                    endpoint.paint(leg, claimed, row(0));
+                }
+                if let Some(asking) = asking {
+                    endpoint.paint(leg, asking, row(Translation::ASK_SOCKETS));
+                }
                 if leg.ports == Ports::All && leg.udp {
                     for port in DHCP_CLIENTS {
                         endpoint.udp.paint((port, port), 0);
@@ -355,13 +363,16 @@ fn of_family(externals: &Externals, like: IpAddr) -> Vec<IpAddr> {
 /// ports alone.
 const DHCP_CLIENTS: [u16; 2] = [68, 546];
 
-/// Whether a rule on these ports could swallow answers to what the box itself asked.
-fn asks_sockets(ports: Ports, ephemeral: &RangeInclusive<u16>) -> bool {
-    match ports {
-        Ports::One(_) => false,
-        Ports::Range { first, last } => first <= *ephemeral.end() && *ephemeral.start() <= last,
-        Ports::All => true,
-    }
+/// The ports of a rule, first and last, that the box itself may use: there its sockets come first.
+/// Nobody listens on a range for the box's sake, but its connections start from the ephemeral ports;
+/// with `*` nobody meant the box's own services.
+fn asking_ports(ports: Ports, ephemeral: &RangeInclusive<u16>) -> Option<(u16, u16)> {
+    let (first, last) = match ports {
+        Ports::One(_) => return None,
+        Ports::Range { first, last } => (first.max(*ephemeral.start()), last.min(*ephemeral.end())),
+        Ports::All => (ports.first(), ports.last()),
+    };
+    (first <= last).then_some((first, last))
 }
 
 fn any_address(address: IpAddr) -> AnyAddress {

@@ -85,11 +85,11 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let snapshot = network.snapshot().await?;
     missing_interfaces(&config, &snapshot)?;
     let survey = Survey::take(&network, &snapshot, &config, &plan).await?;
-    if let Some(problem) = survey.problems.first() {
-        return Err(Failure::System(anyhow::anyhow!("{problem}")));
-    }
+    none(&survey.problems)?;
     let ephemeral = sysctl::ephemeral_ports()?;
 
+    let (requests, mut inbox) = mpsc::channel(16);
+    let metrics = metrics::listen(config.metrics, requests.clone()).await?;
     let socket = Socket::bind(&socket).await?;
     let mut compiler = Compiler::default();
     let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
@@ -107,28 +107,26 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         compiler,
         datapath,
         attached: BTreeMap::new(),
+        unprepared: false,
         told: BTreeSet::new(),
         silent: BTreeMap::new(),
         reserved: None,
         ephemeral,
     };
-    let problems = daemon.settle(&snapshot);
-    if let Some(problem) = problems.into_iter().next() {
-        return Err(Failure::System(anyhow::anyhow!("{problem}")));
-    }
+    none(&daemon.settle(&snapshot))?;
+    // Whoever is refused finds the box's settings as they were.
+    daemon.prepare(&snapshot)?;
     daemon.reserve_ports()?;
     // Whether a peer can be sent to is known once the programs are attached.
     daemon.refresh().await;
     daemon.warn_of_pitfalls(&snapshot);
     daemon.keep_resolved().await;
 
-    let (requests, mut inbox) = mpsc::channel(16);
     let mut logger = match log_packets {
         // SAFETY: the logger owns its file descriptor, and never changes it.
         true => Some(unsafe { AsyncFd::register(daemon.datapath.logger()?) }?),
         false => None,
     };
-    let metrics = metrics::listen(daemon.config.metrics, requests.clone()).await?;
     info!(
         "forwarding {} rule{}; stop with Ctrl-C",
         daemon.config.rules.len(),
@@ -179,6 +177,14 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let _: Result<_, tokio::task::JoinError> = server.await;
     daemon.stop().await;
     Ok(())
+}
+
+/// Fails with all problems, if there are any.
+fn none(problems: &[String]) -> Result<(), Failure> {
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::System(anyhow::anyhow!("{}", problems.join("\n"))))
 }
 
 /// Ticks every `period`, the first time after one.
@@ -247,6 +253,8 @@ struct Daemon {
     datapath: Datapath,
     /// By interface index.
     attached: BTreeMap<u32, Attachment>,
+    /// Whether something was attached since the sysctls were set.
+    unprepared: bool,
     /// Problems that were told and still are there.
     told: BTreeSet<String>,
     /// Rules that packets go to and none come back from: since when.
@@ -271,6 +279,7 @@ impl Daemon {
                     problems.extend(self.load());
                 }
                 problems.extend(self.settle(&snapshot));
+                problems.extend(self.prepare(&snapshot).err().map(|error| error.to_string()));
                 self.tell(problems);
             }
             Err(error) => self.tell(vec![error.to_string()]),
@@ -330,7 +339,6 @@ impl Daemon {
                 info!("{}: detached", attachment.name);
             }
         }
-        let mut fresh = false;
         for (index, (link, role)) in &wanted {
             if self
                 .attached
@@ -354,14 +362,8 @@ impl Daemon {
                     }
                     let name = link.name.clone();
                     self.attached.insert(*index, Attachment { name, role: *role, mode });
-                    fresh = true;
+                    self.unprepared = true;
                 }
-                Err(error) => problems.push(error.to_string()),
-            }
-        }
-        if fresh {
-            match self.prepare(&wanted) {
-                Ok(changes) => changes.iter().for_each(|change| info!("{change}")),
                 Err(error) => problems.push(error.to_string()),
             }
         }
@@ -371,19 +373,23 @@ impl Daemon {
         problems
     }
 
-    /// Sets what forwarding needs of the kernel.
-    fn prepare(
-        &self,
-        wanted: &BTreeMap<u32, (&Link, Role)>,
-    ) -> Result<Vec<sysctl::Change>, sysctl::SysctlError> {
+    /// Sets what forwarding needs of the kernel, once something new is attached.
+    fn prepare(&mut self, snapshot: &Snapshot) -> Result<(), sysctl::SysctlError> {
+        if !self.unprepared {
+            return Ok(());
+        }
         let of = |not: Role| -> Vec<&Link> {
-            wanted.values().filter(|(_, role)| *role != not).map(|(link, _)| *link).collect()
+            let attached = self.attached.iter().filter(|(_, attachment)| attachment.role != not);
+            attached.filter_map(|(index, _)| snapshot.link_by_index(*index)).collect()
         };
         let families = Families {
             v4: self.plan.legs.iter().any(|leg| leg.backend.is_ipv4()),
             v6: self.plan.legs.iter().any(|leg| leg.backend.is_ipv6()),
         };
-        sysctl::prepare(&of(Role::Internal), &of(Role::External), families)
+        let changes = sysctl::prepare(&of(Role::Internal), &of(Role::External), families)?;
+        changes.iter().for_each(|change| info!("{change}"));
+        self.unprepared = false;
+        Ok(())
     }
 
     /// What the programs have to know of each interface.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::mem::{size_of, zeroed};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::ops::{AddAssign, Sub};
+use std::ops::AddAssign;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -226,13 +226,6 @@ impl AddAssign for Count {
     fn add_assign(&mut self, other: Self) {
         self.packets += other.packets;
         self.bytes += other.bytes;
-    }
-}
-
-impl Sub for Count {
-    type Output = Self;
-    fn sub(self, other: Self) -> Self {
-        Self { packets: self.packets - other.packets, bytes: self.bytes - other.bytes }
     }
 }
 

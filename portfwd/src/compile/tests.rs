@@ -161,12 +161,19 @@ fn the_narrower_rule_wins() {
 
 #[test]
 fn what_could_swallow_the_box_asks_for_its_sockets() {
-    let kernel =
-        loaded(&["*:10.0.0.1/udp", "40000-40010:10.0.0.2", "1000-2000:10.0.0.2", "40020:10.0.0.3"]);
+    let kernel = loaded(&[
+        "*:10.0.0.1/udp",
+        "40000-40010:10.0.0.2",
+        "1000-33000:10.0.0.2",
+        "40020:10.0.0.3",
+    ]);
     for (protocol, end, asks) in [
         (UDP, "198.51.100.1:80", true),
         (TCP, "198.51.100.1:40005", true),
         (TCP, "198.51.100.1:1005", false),
+        (TCP, "198.51.100.1:32767", false),
+        (TCP, "198.51.100.1:32768", true),
+        (TCP, "198.51.100.1:33000", true),
         (TCP, "198.51.100.1:40020", false),
     ] {
         let (_, flags) = kernel.find(Direction::Forward, end, protocol).unwrap();

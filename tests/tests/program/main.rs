@@ -1,0 +1,8 @@
+//! The real programs in the kernel, one frame at a time through BPF_PROG_TEST_RUN.
+
+mod headers;
+mod own;
+mod packet;
+mod router;
+mod routes;
+mod rules;
