@@ -246,7 +246,9 @@ impl Kernel for Xdp<'_> {
     // The level is a constant of the loaded program: what is off, the verifier removes.
     #[inline(always)]
     fn log(&self, flow: &Flow, verdict: Verdict) {
-        log::verdict(self.ctx, flow, verdict);
+        if log::is_on() {
+            log::verdict(self.ctx, flow, verdict);
+        }
     }
 }
 
@@ -264,10 +266,14 @@ mod log {
     use super::*;
 
     #[inline(always)]
+    pub fn is_on() -> bool {
+        aya_log_ebpf::macro_support::level_enabled(aya_log_ebpf::macro_support::Level::Debug)
+    }
+
+    /// Not inlined: a program and what it calls have 512 bytes of stack together, and what this one
+    /// needs would stand beside itself in each path to a verdict.
+    #[inline(never)]
     pub fn verdict(ctx: &XdpContext, flow: &Flow, verdict: Verdict) {
-        if !aya_log_ebpf::macro_support::level_enabled(aya_log_ebpf::macro_support::Level::Debug) {
-            return;
-        }
         let source_port = flow.source_port.number();
         let destination_port = flow.destination_port.number();
         let (what, how): (&str, &str) = match verdict {

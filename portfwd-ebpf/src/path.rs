@@ -208,19 +208,18 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
     let goes = came.translated(direction, address, port);
     let length = ip.length();
     let mut route = kernel.route(&goes, length, ip.class());
-    let mut too_big = false;
-    // Too big is told before the egress is known, which a reply depends on: ask again without a
-    // length. What must not be fragmented goes to the stack as it came, so that the stack's answer
-    // reaches the backend with the header that the backend sent.
-    if direction == Direction::Reply && route == Route::TooBig {
-        if ip.must_not_fragment() {
+    // Too big is told before the egress is known, which the verdict depends on: ask again without a
+    // length. A reply that must not be fragmented goes to the stack as it came, so that the stack's
+    // answer reaches the backend with the header that the backend sent.
+    let too_big = route == Route::TooBig;
+    if too_big {
+        if direction == Direction::Reply && ip.must_not_fragment() {
             return Err(Passed::TooBig);
         }
-        too_big = true;
         route = kernel.route(&goes, 0, ip.class());
     }
     let verdict = match direction {
-        Direction::Forward => forward(kernel, route),
+        Direction::Forward => forward(kernel, route, too_big),
         Direction::Reply => reply(kernel, route, too_big)?,
     };
 
@@ -304,18 +303,18 @@ fn present(number: u32) -> Option<u32> {
 /// A packet to a backend is the rule's whatever the route is. It leaves by an internal interface or
 /// not at all: where the route to the backend is gone, the default route would carry it outside.
 #[inline(always)]
-fn forward<K: Kernel>(kernel: &K, route: Route) -> Verdict {
+fn forward<K: Kernel>(kernel: &K, route: Route, too_big: bool) -> Verdict {
     let internal =
         |index| kernel.interface(index).filter(|interface| interface.has(Interface::INTERNAL));
     match route {
-        Route::Via { interface: index, .. } => match internal(index) {
-            Some(interface) => leave(interface, index),
-            None => Verdict::Drop(Dropped::NotInternal),
-        },
-        Route::NoNeighbour { interface: index } => match internal(index) {
-            Some(_) => Verdict::Stack(ToStack::NoNeighbour),
-            None => Verdict::Drop(Dropped::NotInternal),
-        },
+        Route::Via { interface: index, .. } | Route::NoNeighbour { interface: index } => {
+            match internal(index) {
+                None => Verdict::Drop(Dropped::NotInternal),
+                Some(_) if too_big => Verdict::Stack(ToStack::TooBig),
+                Some(interface) if matches!(route, Route::Via { .. }) => leave(interface, index),
+                Some(_) => Verdict::Stack(ToStack::NoNeighbour),
+            }
+        }
         Route::TooBig => Verdict::Stack(ToStack::TooBig),
         Route::Encapsulated => Verdict::Stack(ToStack::Encapsulated),
         Route::NotForwarded => Verdict::Drop(Dropped::NoRoute),

@@ -298,11 +298,6 @@ impl Compiler {
                 if let Some(asking) = asking {
                     endpoint.paint(leg, asking, row(Translation::ASK_SOCKETS));
                 }
-                if leg.ports == Ports::All && leg.udp {
-                    for port in DHCP_CLIENTS {
-                        endpoint.udp.paint((port, port), 0);
-                    }
-                }
             }
             let row = self.translations.number(&Translation {
                 address: any_address(*first),
@@ -359,9 +354,9 @@ fn of_family(externals: &Externals, like: IpAddr) -> Vec<IpAddr> {
     }
 }
 
-/// DHCPv4 and DHCPv6 clients read replies from raw sockets, which no lookup finds: `*` leaves their
-/// ports alone.
-const DHCP_CLIENTS: [u16; 2] = [68, 546];
+/// The UDP ports of `*`. DHCPv4 and DHCPv6 clients (68, 546) read replies from raw sockets, which no
+/// lookup finds: their ports are left alone.
+const ALL_BUT_DHCP: [(u16, u16); 3] = [(0, 67), (69, 545), (547, u16::MAX)];
 
 /// The ports of a rule, first and last, that the box itself may use: there its sockets come first.
 /// Nobody listens on a range for the box's sake, but its connections start from the ephemeral ports;
@@ -403,7 +398,9 @@ impl Painted {
         if leg.tcp {
             self.tcp.paint(ports, row);
         }
-        if leg.udp {
+        if leg.udp && leg.ports == Ports::All {
+            ALL_BUT_DHCP.iter().for_each(|ports| self.udp.paint(*ports, row));
+        } else if leg.udp {
             self.udp.paint(ports, row);
         }
     }

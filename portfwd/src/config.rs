@@ -179,6 +179,7 @@ impl Config {
                     let same = next.rules.iter_mut().find(|of_file| {
                         matches!(of_file.place, Place::File { .. })
                             && (of_file.listen, of_file.protocol) == (rule.listen, rule.protocol)
+                            && of_file.shares_family(&rule)
                     });
                     match same {
                         Some(of_file) => {
@@ -217,7 +218,7 @@ fn check_rules(rules: &[Rule]) -> Vec<(usize, ConfigError)> {
     for (index, rule) in rules.iter().enumerate() {
         let first = *names.entry(rule.name.as_str()).or_insert(index);
         // Two rules without a name have the same one only where they overlap, told above.
-        let unnamed = rule.name == Rule::default_name(rule.listen, rule.protocol)
+        let unnamed = rule.name == Rule::default_name(rule.listen, rule.protocol, &rule.to)
             && (rule.listen, rule.protocol) == (rules[first].listen, rules[first].protocol);
         if first != index && !unnamed {
             let message = format!(

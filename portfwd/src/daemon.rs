@@ -29,7 +29,7 @@ mod hints;
 mod survey;
 
 use hints::Addresses;
-use survey::{Survey, missing_interfaces};
+use survey::{Survey, check_interfaces};
 
 /// Why the daemon does not run. Both are lines for the user.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
 
     let (network, mut changes) = Network::open()?;
     let snapshot = network.snapshot().await?;
-    missing_interfaces(&config, &snapshot)?;
+    check_interfaces(&config, &snapshot)?;
     let survey = Survey::take(&network, &snapshot, &config, &plan).await?;
     none(&survey.problems)?;
     let ephemeral = sysctl::ephemeral_ports()?;
@@ -109,6 +109,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         attached: BTreeMap::new(),
         unprepared: false,
         told: BTreeSet::new(),
+        unresolved: BTreeSet::new(),
         silent: BTreeMap::new(),
         reserved: None,
         ephemeral,
@@ -257,6 +258,8 @@ struct Daemon {
     unprepared: bool,
     /// Problems that were told and still are there.
     told: BTreeSet<String>,
+    /// Names that did not resolve the last time, which was told.
+    unresolved: BTreeSet<String>,
     /// Rules that packets go to and none come back from: since when.
     silent: BTreeMap<String, hints::Silence>,
     reserved: Option<BTreeSet<u16>>,
@@ -460,9 +463,16 @@ impl Daemon {
 
     /// A backend's name has new addresses, or does not resolve now.
     async fn follow_names(&mut self, resolved: Resolved, failed: Vec<(String, String)>) {
-        for (name, reason) in failed {
-            warn!("cannot resolve \"{name}\": {reason}; its address stays as it was");
+        for (name, reason) in &failed {
+            if !self.unresolved.contains(name) {
+                warn!("cannot resolve \"{name}\": {reason}; its address stays as it was");
+            }
         }
+        let failed: BTreeSet<String> = failed.into_iter().map(|(name, _)| name).collect();
+        for name in self.unresolved.difference(&failed) {
+            info!("\"{name}\" resolves again");
+        }
+        self.unresolved = failed;
         if resolved == self.resolved {
             return;
         }

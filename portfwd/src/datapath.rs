@@ -34,7 +34,7 @@ pub enum DatapathError {
         "the kernel refuses BPF ({0}): run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
     )]
     NotPermitted(String),
-    #[error("this kernel has no BPF ({0}): it needs Linux 5.15 or newer with CONFIG_BPF_SYSCALL")]
+    #[error("this kernel has no BPF ({0}): portfwd needs CONFIG_BPF_SYSCALL and CONFIG_BPF_JIT")]
     NoBpf(String),
     #[error("cannot load the eBPF object: {0}")]
     Load(String),

@@ -67,9 +67,28 @@ enum Width {
 const FLOW_TABLE: &str = "needs the flow table, which this version does not have";
 
 impl Rule {
-    /// The name of a rule that was given none.
-    pub fn default_name(listen: Listen, protocol: Protocol) -> String {
-        format!("{listen}/{protocol}")
+    /// The name of a rule that was given none: `8080/tcp`. One without an address whose backend has
+    /// IPv6 ends in 6, `8080/tcp6`, as it goes beside the other.
+    pub fn default_name(listen: Listen, protocol: Protocol, to: &[Target]) -> String {
+        let is_v6 = |target: &Target| matches!(target.host, Host::Address(IpAddr::V6(_)));
+        let suffix = if listen.address.is_none() && to.iter().any(is_v6) { "6" } else { "" };
+        format!("{listen}/{protocol}{suffix}")
+    }
+
+    /// Whether this rule and another claim packets of one address family. Without an address to
+    /// listen on, the backend's family counts; a name may have both.
+    pub(crate) fn shares_family(&self, other: &Rule) -> bool {
+        self.families().any(|family| other.families().any(|others| family == others))
+    }
+
+    /// Whether it claims IPv6 packets: false, true, or both.
+    fn families(&self) -> impl Iterator<Item = bool> {
+        let is_v6 = self.listen.address.or_else(|| match self.to.first()?.host {
+            Host::Address(address) => Some(address),
+            Host::Name(_) => None,
+        });
+        let is_v6 = is_v6.map(|address| address.is_ipv6());
+        [false, true].into_iter().filter(move |family| is_v6.is_none_or(|is_v6| is_v6 == *family))
     }
 
     /// How narrow the rule is.
@@ -227,11 +246,12 @@ impl FromStr for Rule {
         };
         let (listen, to) = split_spec(ends)?;
         let listen = listen.parse()?;
+        let to = vec![to.parse()?];
         let rule = Rule {
-            name: Rule::default_name(listen, protocol),
+            name: Rule::default_name(listen, protocol, &to),
             protocol,
             listen,
-            to: vec![to.parse()?],
+            to,
             source: Source::Preserve,
             place: Place::Flag(format!("-p {spec}")),
         };
@@ -294,12 +314,13 @@ pub(crate) fn overlaps(rules: &[Rule]) -> Vec<(usize, usize)> {
         .iter()
         .enumerate()
         .flat_map(|(index, rule)| {
-            [(rule.protocol.tcp(), false), (rule.protocol.udp(), true)].into_iter().filter_map(
-                move |(claimed, udp)| {
-                    let class = (rule.listen.address, udp, rule.precedence());
-                    claimed.then_some((class, rule.listen.ports.first(), index))
-                },
-            )
+            let protocols = [(rule.protocol.tcp(), false), (rule.protocol.udp(), true)];
+            protocols.into_iter().filter(|(claimed, _)| *claimed).flat_map(move |(_, udp)| {
+                rule.families().map(move |v6| {
+                    let class = (rule.listen.address, v6, udp, rule.precedence());
+                    (class, rule.listen.ports.first(), index)
+                })
+            })
         })
         .collect();
     claims.sort_unstable();

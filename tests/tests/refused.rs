@@ -306,7 +306,7 @@ fn configurations() {
             "a backend beyond an interface that is not internal",
             "[interfaces]\nexternal = ['wan0']\ninternal = ['wan0']\n[[rule]]\nlisten = 80\nto = '192.168.77.10'\n",
             &[
-                "backend 192.168.77.10 is reached by lan0, which is not internal; add it to [interfaces] internal, or correct the route",
+                "*: rule \"*\": backend 192.168.77.10 is reached by lan0, which is not internal; add it to [interfaces] internal, or correct the route",
             ],
             1,
         ),
@@ -354,13 +354,13 @@ fn flags() {
         ),
         (
             "run -i lo -p 80:192.168.77.10",
-            &["lo: no Ethernet interface (*), which XDP needs; name another"],
-            1,
+            &["-i lo: lo is no Ethernet interface (*), which XDP needs; name another"],
+            2,
         ),
         (
             "run -i tun0 -p 80:192.168.77.10",
-            &["tun0: no Ethernet interface (tun), which XDP needs; name another"],
-            1,
+            &["-i tun0: tun0 is no Ethernet interface (tun), which XDP needs; name another"],
+            2,
         ),
         ("run -p 80:192.168.77.10", &["no external interface is named: *Add -i IFACE, or *"], 2),
         ("list", &["DIR/portfwd.sock: no portfwd is running there; *`portfwd run`*--socket"], 1),
@@ -420,7 +420,7 @@ fn rights() {
     for (error, line) in [
         (
             libc::ENOSYS,
-            "this kernel has no BPF (*): it needs Linux 5.15 or newer with CONFIG_BPF_SYSCALL",
+            "this kernel has no BPF (*): portfwd needs CONFIG_BPF_SYSCALL and CONFIG_BPF_JIT",
         ),
         (libc::EPERM, "the kernel refuses BPF (*): run as root, or with CAP_BPF, *"),
     ] {

@@ -39,6 +39,8 @@ struct Router {
     route_without_length: Route,
     sockets: bool,
     asked: Cell<bool>,
+    /// Endpoints, pages and translations that were looked up.
+    lookups: Cell<[u32; 3]>,
     counter: RefCell<Counter>,
     passed: RefCell<Vec<Passed>>,
 }
@@ -96,6 +98,7 @@ impl Router {
             route_without_length: route,
             sockets: false,
             asked: Cell::new(false),
+            lookups: Cell::default(),
             counter: RefCell::new(Counter {
                 translated: Default::default(),
                 last: 0,
@@ -110,6 +113,12 @@ impl Router {
         handle(self, role, Frame::new(frame))
     }
 
+    fn looked_up(&self, table: usize) {
+        let mut lookups = self.lookups.get();
+        lookups[table] += 1;
+        self.lookups.set(lookups);
+    }
+
     fn packets(&self, direction: Direction) -> u64 {
         self.counter.borrow().translated[direction as usize].packets
     }
@@ -120,15 +129,19 @@ impl Kernel for Router {
         0
     }
     fn endpoint_v4(&self, key: &EndpointKey<4>) -> Option<&Endpoint> {
+        self.looked_up(0);
         self.endpoints4.get(&(key.address.0, key.direction as u8))
     }
     fn endpoint_v6(&self, key: &EndpointKey<16>) -> Option<&Endpoint> {
+        self.looked_up(0);
         self.endpoints6.get(&(key.address.0, key.direction as u8))
     }
     fn page(&self, number: u32) -> Option<&Page> {
+        self.looked_up(1);
         self.page.get(&number)
     }
     fn translation(&self, number: u32) -> Option<&Translation> {
+        self.looked_up(2);
         self.rows.get(number as usize)
     }
     fn interface(&self, index: u32) -> Option<Interface> {
@@ -257,6 +270,21 @@ fn both_directions_both_families_both_protocols() {
                 assert_eq!((tally.packets, tally.bytes), (1, length));
             }
         }
+    }
+}
+
+#[test]
+fn a_packet_costs_the_same_lookups_whatever_the_rules_are() {
+    for (role, destination, port, lookups) in [
+        (Role::External, BOX, 8080, [1, 1, 1]),
+        (Role::External, BOX, 8081, [1, 1, 0]),
+        (Role::External, BOX, 80, [1, 0, 0]),
+        (Role::External, BACKEND, 80, [1, 0, 0]),
+        (Role::Both, BACKEND, 80, [2, 0, 0]),
+    ] {
+        let router = Router::new(HOP);
+        router.handle(role, &mut frame(UDP, (&CLIENT, 5000), (&destination, port), 64, b""));
+        assert_eq!(router.lookups.get(), lookups, "{role:?} {destination:?} {port}");
     }
 }
 

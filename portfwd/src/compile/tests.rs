@@ -179,9 +179,19 @@ fn what_could_swallow_the_box_asks_for_its_sockets() {
         let (_, flags) = kernel.find(Direction::Forward, end, protocol).unwrap();
         assert_eq!(flags & Translation::ASK_SOCKETS != 0, asks, "{end}");
     }
-    // DHCP clients read from raw sockets.
-    assert_eq!(kernel.forward("198.51.100.1:68", UDP), None);
-    assert_eq!(kernel.forward("198.51.100.1:546", UDP), None);
+}
+
+#[test]
+fn every_udp_port_is_none_of_dhcp_clients() {
+    // They read from raw sockets. A rule that names the port means it.
+    let kernel = loaded(&["198.51.100.7:*:10.0.0.1/udp", "68:10.0.0.2/udp"]);
+    let forward = |end| kernel.forward(end, UDP);
+    assert_eq!(forward("198.51.100.7:67").as_deref(), Some("10.0.0.1:67"));
+    assert_eq!(forward("198.51.100.7:68").as_deref(), Some("10.0.0.2:68"));
+    assert_eq!(forward("198.51.100.7:546"), None);
+    assert_eq!(forward("198.51.100.7:547").as_deref(), Some("10.0.0.1:547"));
+    assert_eq!(kernel.reply("10.0.0.1:68", UDP), None);
+    assert_eq!(kernel.reply("10.0.0.1:67", UDP).as_deref(), Some("198.51.100.7:67"));
 }
 
 #[test]

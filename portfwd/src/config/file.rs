@@ -174,7 +174,7 @@ impl Reader {
         // The rule as a whole is looked at only where its parts are good.
         let listen = listen.filter(|_| self.errors.len() == before)?;
         let rule = Rule {
-            name: name.map_or_else(|| Rule::default_name(listen, protocol), str::to_owned),
+            name: name.map_or_else(|| Rule::default_name(listen, protocol, &to), str::to_owned),
             protocol,
             listen,
             to,

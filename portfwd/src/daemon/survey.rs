@@ -7,35 +7,38 @@ use portfwd_ebpf::path::Role;
 
 use super::Failure;
 use crate::compile::Plan;
-use crate::config::Config;
-use crate::network::{Externals, Network, NetworkError, NextHop, Route, Snapshot};
+use crate::config::{Config, Interface};
+use crate::network::{Externals, Link, Network, NetworkError, NextHop, Route, Snapshot};
+use crate::rule::Rule;
 
-/// Interfaces that are named and do not exist are mistakes at start; later they are waited for.
-pub fn missing_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Failure> {
-    let here = || {
-        let names: Vec<&str> = snapshot
-            .links
-            .iter()
-            .map(|link| link.name.as_str())
-            .filter(|name| *name != "lo")
-            .collect();
-        names.join(", ")
-    };
-    let missing: Vec<String> = config
-        .external
-        .iter()
-        .chain(&config.internal)
-        .filter(|interface| snapshot.link(&interface.name).is_none())
-        .map(|interface| {
-            format!(
-                "{}: there is no interface {}; this box has {}",
-                interface.place,
-                interface.name,
-                here()
-            )
-        })
-        .collect();
-    if missing.is_empty() { Ok(()) } else { Err(Failure::Configuration(missing.join("\n"))) }
+/// Interfaces that are named and do not exist, or cannot serve, are mistakes at start; later they are
+/// waited for.
+pub fn check_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Failure> {
+    let mut mistakes = Vec::new();
+    for Interface { name, place } in config.external.iter().chain(&config.internal) {
+        match snapshot.link(name) {
+            Some(link) if link.ethernet => {}
+            Some(link) => mistakes.push(format!("{place}: {}", no_ethernet(link))),
+            None => {
+                let here: Vec<&str> = snapshot
+                    .links
+                    .iter()
+                    .filter(|link| link.ethernet)
+                    .map(|link| link.name.as_str())
+                    .collect();
+                mistakes.push(format!(
+                    "{place}: there is no interface {name}; this box has {}",
+                    here.join(", ")
+                ));
+            }
+        }
+    }
+    if mistakes.is_empty() { Ok(()) } else { Err(Failure::Configuration(mistakes.join("\n"))) }
+}
+
+fn no_ethernet(link: &Link) -> String {
+    let kind = link.driver.as_deref().unwrap_or("kind unknown");
+    format!("{} is no Ethernet interface ({kind}), which XDP needs; name another", link.name)
 }
 
 /// What the network and the configuration together ask for.
@@ -59,7 +62,7 @@ impl Survey {
     ) -> Result<Self, NetworkError> {
         let mut problems = Vec::new();
         let mut hops = Vec::new();
-        let mut routes: BTreeMap<IpAddr, Option<NextHop>> = BTreeMap::new();
+        let mut routes: BTreeMap<IpAddr, (&Rule, Option<NextHop>)> = BTreeMap::new();
         for leg in &plan.legs {
             if routes.contains_key(&leg.backend) {
                 continue;
@@ -89,7 +92,7 @@ impl Survey {
                 ));
             }
             hops.extend(hop);
-            routes.insert(leg.backend, hop);
+            routes.insert(leg.backend, (rule, hop));
         }
         hops.sort();
         hops.dedup();
@@ -113,16 +116,15 @@ impl Survey {
             for interface in &config.internal {
                 inside(&interface.name);
             }
-            for (backend, hop) in &routes {
-                let Some(link) = hop.as_ref().and_then(|hop| snapshot.link_by_index(hop.interface))
-                else {
+            for (backend, (rule, hop)) in &routes {
+                let Some(link) = hop.and_then(|hop| snapshot.link_by_index(hop.interface)) else {
                     continue;
                 };
                 if !config.internal.iter().any(|interface| interface.name == link.name) {
                     problems.push(format!(
-                        "backend {backend} is reached by {}, which is not internal; add it to \
+                        "{}: rule \"{}\": backend {backend} is reached by {}, which is not internal; add it to \
                          [interfaces] internal, or correct the route",
-                        link.name
+                        rule.place, rule.name, link.name
                     ));
                 }
             }
@@ -138,10 +140,7 @@ impl Survey {
                 None => {
                     problems.push(format!("{name}: there is no such interface now; waiting for it"))
                 }
-                Some(link) if !link.ethernet => problems.push(format!(
-                    "{name}: no Ethernet interface ({}), which XDP needs; name another",
-                    link.driver.as_deref().unwrap_or("kind unknown")
-                )),
+                Some(link) if !link.ethernet => problems.push(no_ethernet(link)),
                 Some(_) => {}
             }
         }

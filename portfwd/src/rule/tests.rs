@@ -225,7 +225,7 @@ fn specs_in_every_form() {
         ("80:10.0.0.5:8080", "80", Protocol::Tcp, "10.0.0.5:8080"),
         ("203.0.113.7:80:10.0.0.5", "203.0.113.7:80", Protocol::Tcp, "10.0.0.5"),
         ("80-89:10.0.0.5:180-189/tcp+udp", "80-89", Protocol::TcpUdp, "10.0.0.5:180-189"),
-        ("80:[fd00::10]", "80", Protocol::Tcp, "fd00::10"),
+        ("[2001:db8::1]:80:[fd00::10]", "[2001:db8::1]:80", Protocol::Tcp, "fd00::10"),
     ] {
         assert_eq!(
             rule(spec),
@@ -388,6 +388,15 @@ fn the_narrower_rule_comes_first() {
 }
 
 #[test]
+fn the_families_of_an_address_that_is_left_out_are_apart() {
+    let (v4, v6, both) = (rule("80:10.0.0.1"), rule("80:[fd00::1]"), rule("80:web.example"));
+    assert_eq!(overlaps(&[v4.clone(), v6.clone()]), []);
+    assert_eq!(overlaps(&[v4.clone(), both.clone()]), [(0, 1)]);
+    assert_eq!(overlaps(&[v6.clone(), both.clone()]), [(0, 1)]);
+    assert_eq!([v4.name, v6.name, both.name], ["80/tcp", "80/tcp6", "80/tcp"]);
+}
+
+#[test]
 fn equal_rules_overlap() {
     for (a, b, shared) in [
         ("80:10.0.0.1", "80:10.0.0.2", Some("tcp 80")),
@@ -492,13 +501,12 @@ fn rules() -> impl Strategy<Value = Rule> {
         .prop_filter_map("a rule that holds", |(protocol, address, ports, host, first, keep)| {
             let shifted = stretch(first.max(1), ports.width());
             let listen = Listen { address, ports };
-            let to = Target { host, ports: if keep { None } else { Some(shifted?) } };
+            let to = vec![Target { host, ports: if keep { None } else { Some(shifted?) } }];
             let good = listen.to_string().parse::<Listen>().is_ok()
-                && to.to_string().parse::<Target>().is_ok();
-            let name = Rule::default_name(listen, protocol);
+                && to[0].to_string().parse::<Target>().is_ok();
+            let name = Rule::default_name(listen, protocol, &to);
             let place = Place::Flag(String::new());
-            let rule =
-                Rule { name, protocol, listen, to: vec![to], source: Source::Preserve, place };
+            let rule = Rule { name, protocol, listen, to, source: Source::Preserve, place };
             (good && rule.check().is_empty()).then_some(rule)
         })
 }
@@ -510,12 +518,22 @@ fn crowds() -> impl Strategy<Value = Vec<Rule>> {
         9 => (1..30u16, 0..10u32).prop_map(|(first, more)| stretch(first, more + 1).unwrap()),
         1 => Just(Ports::All)
     ];
-    let rule = (protocols(), addresses, ports).prop_map(|(protocol, address, ports)| Rule {
-        protocol,
-        listen: Listen { address, ports },
-        ..rule("80:10.0.0.1")
-    });
+    let hosts = prop::sample::select(vec!["10.0.0.1", "[fd00::1]", "web.example"]);
+    let rule =
+        (protocols(), addresses, ports, hosts).prop_map(|(protocol, address, ports, host)| Rule {
+            protocol,
+            listen: Listen { address, ports },
+            ..rule(&format!("80:{host}"))
+        });
     prop::collection::vec(rule, 0..12)
+}
+
+/// The only family that a rule forwards.
+fn family(rule: &Rule) -> Option<bool> {
+    match (&rule.listen.address, &rule.to[0].host) {
+        (Some(address), _) | (None, Host::Address(address)) => Some(address.is_ipv6()),
+        (None, Host::Name(_)) => None,
+    }
 }
 
 /// Overlap by the words of the contract, port by port.
@@ -526,6 +544,7 @@ fn naive(a: &Rule, b: &Rule) -> bool {
         Ports::All => 2,
     };
     a.listen.address == b.listen.address
+        && family(a).is_none_or(|of_a| family(b).is_none_or(|of_b| of_a == of_b))
         && kind(a.listen.ports) == kind(b.listen.ports)
         && (a.protocol == Protocol::Any) == (b.protocol == Protocol::Any)
         && ((a.protocol.tcp() && b.protocol.tcp()) || (a.protocol.udp() && b.protocol.udp()))

@@ -7,6 +7,8 @@ use crate::packet::{Packet, TCP, Tcp, UDP, checksum, repair_ipv4};
 use crate::router::{Flow, Outcome, Version, WEB, in_both, with_router};
 
 type Applies = fn(&Packet) -> bool;
+/// What is different about a packet.
+type Change = fn(&mut Packet);
 
 const ANY: Applies = |_| true;
 const V4: Applies = |packet| packet.is_v4();
@@ -37,7 +39,7 @@ fn routing(segments_left: u8) -> (u8, Vec<u8>) {
 
 /// What is translated: a change to the packet that comes, and to the one that leaves.
 #[rustfmt::skip]
-const TRANSLATED: &[(&str, Applies, fn(&mut Packet))] = &[
+const TRANSLATED: &[(&str, Applies, Change)] = &[
     ("as it is", ANY, |_| {}),
     ("no payload", ANY, |packet| packet.payload.clear()),
     ("one byte", ANY, |packet| packet.payload = vec![0xa5]),
@@ -88,7 +90,6 @@ const TRANSLATED: &[(&str, Applies, fn(&mut Packet))] = &[
     ("data behind the datagram", UDP_ONLY, |packet| packet.padding = vec![1; 3]),
 ];
 
-/// Options of IPv4 with every length, over payloads of every parity, are in the table too.
 #[test]
 fn translated_packets_are_what_the_model_says() {
     if !is_root() {

@@ -1,6 +1,8 @@
 //! The real programs in the kernel, one frame at a time through BPF_PROG_TEST_RUN.
 
+mod change;
 mod headers;
+mod hostile;
 mod own;
 mod packet;
 mod router;

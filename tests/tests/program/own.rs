@@ -148,19 +148,24 @@ fn a_rule_for_one_port_or_for_low_ports_does_not_ask() {
     });
 }
 
-/// A wide range is asked for, whatever its protocol and wherever it touches the ephemeral ports.
 #[test]
-fn a_range_that_touches_the_ephemeral_ports_asks() {
+fn a_range_asks_on_its_ephemeral_ports_only() {
     if !is_root() {
         return;
     }
     with_router(|router| {
         for (rule, port, asks) in [
             ("32000-32767:@12.10/udp", 32767, false),
-            ("32000-32768:@12.10/udp", 32000, true),
-            ("60999-61500:@12.10/udp", 61500, true),
+            ("32000-32768:@12.10/udp", 32767, false),
+            ("32000-32768:@12.10/udp", 32768, true),
+            ("60999-61500:@12.10/udp", 60999, true),
+            ("60999-61500:@12.10/udp", 61000, false),
             ("61000-61500:@12.10/udp", 61000, false),
-            ("1024-65535:@12.10/udp", 1024, true),
+            ("1024-65535:@12.10/udp", 1024, false),
+            ("1024-65535:@12.10/udp", 45000, true),
+            ("1024-65535:@12.10/udp", 65535, false),
+            ("*:@12.10/udp", 1024, true),
+            ("*:@12.10/any", 65535, true),
         ] {
             router.load(&in_both(&[rule]));
             for version in Version::BOTH {

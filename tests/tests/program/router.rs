@@ -105,7 +105,7 @@ pub fn in_both(specs: &[&str]) -> Vec<String> {
 
 /// The link address of a host; the numbers read alike in hexadecimal.
 pub fn link_address(link: u8, host: u8) -> [u8; 6] {
-    let digits = |number: u8| number / 10 << 4 | number % 10;
+    let digits = |number: u8| ((number / 10) << 4) | (number % 10);
     [2, 0, 0, 0, digits(link), digits(host)]
 }
 
@@ -373,7 +373,7 @@ impl Router {
     /// Asserts that a frame is not translated.
     pub fn refuses(&mut self, name: &str, flow: &Flow, frame: &[u8], outcome: Outcome) {
         let seen = self.try_frame(flow.role, flow.link, frame);
-        assert_eq!(seen.outcome, outcome, "{name}: {flow:?}: {frame:02x?}");
+        assert_eq!(seen.outcome, outcome, "{name}: {flow:?}:\n{}", hex(frame));
     }
 }
 

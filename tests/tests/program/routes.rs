@@ -336,3 +336,28 @@ fn a_reply_that_is_too_big_is_the_stacks() {
         }
     });
 }
+
+#[test]
+fn a_route_that_encapsulates_is_the_stacks() {
+    if !is_root() {
+        return;
+    }
+    const TUNNEL: u8 = 109;
+    with_router(|router| {
+        router
+            .load(&in_both(&[&format!("8080:@{TUNNEL}.10:80/tcp+udp"), "8081:@12.10:80/tcp+udp"]));
+        for version in Version::BOTH {
+            let (kind, length) = if version == Version::V4 { ("ip", 24) } else { ("ip6", 64) };
+            let (network, end) = (version.address(TUNNEL, 0), version.address(LAN, 10));
+            let encap = format!("encap {kind} id 1 dst {end} dev link12");
+            ip_batch(&format!("route add {network}/{length} {encap}"));
+        }
+        for (version, protocol) in each() {
+            let flow = to_network(version, protocol, TUNNEL);
+            let (came, outcome) = (flow.came(), Outcome::Stack(ToStack::Encapsulated));
+            router.translates("encapsulated", &flow, &came, outcome, &flow.translated(&came));
+            let flow = reply_to(version, protocol, TUNNEL, 2);
+            router.refuses("reply", &flow, &flow.came().bytes(), Outcome::Pass(Passed::Inside));
+        }
+    });
+}
