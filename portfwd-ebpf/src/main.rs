@@ -127,7 +127,12 @@ impl Kernel for Xdp<'_> {
     }
 
     #[inline(always)]
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Route {
+    fn ingress(&self) -> Option<Interface> {
+        self.interface(self.ctx.ingress_ifindex() as u32)
+    }
+
+    #[inline(always)]
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, bool) {
         // SAFETY: all integers and arrays of them.
         let mut fib: fib_lookup = unsafe { core::mem::zeroed() };
         fib.family = flow.family;
@@ -139,24 +144,39 @@ impl Kernel for Xdp<'_> {
         fib.__bindgen_anon_2.flowinfo = u32::from_ne_bytes(class);
         fib.__bindgen_anon_3.ipv6_src = words(flow.source);
         fib.__bindgen_anon_4.ipv6_dst = words(flow.destination);
-        // SAFETY: the context is this run's, the struct is initialised and of the size given.
-        let result = unsafe {
-            bpf_fib_lookup(self.ctx.as_ptr(), &raw mut fib, size_of::<fib_lookup>() as i32, 0)
+        let lookup = |fib: &mut fib_lookup| {
+            // SAFETY: the context is this run's, the struct is initialised and of the size given.
+            let result = unsafe {
+                bpf_fib_lookup(self.ctx.as_ptr(), fib, size_of::<fib_lookup>() as i32, 0)
+            };
+            u32::try_from(result).unwrap_or(u32::MAX)
         };
-        // Too big is told before the egress is known; no neighbour, after (kernel d1c362e1dd68).
-        match u32::try_from(result).unwrap_or(u32::MAX) {
+        let mut result = lookup(&mut fib);
+        let fits = result != BPF_FIB_LKUP_RET_FRAG_NEEDED;
+        if !fits {
+            // Told before the egress is known: ask again without a length. Nothing else was written.
+            fib.__bindgen_anon_1.tot_len = 0;
+            result = lookup(&mut fib);
+        }
+        // Of a neighbour that is not resolved the egress is known (kernel d1c362e1dd68).
+        let route = match result {
+            // Kernels before 6.3 do not look at the neighbour's state, and give the zero address of
+            // one that is not resolved.
+            BPF_FIB_LKUP_RET_SUCCESS if fib.dmac == [0; 6] => {
+                Route::NoNeighbour { interface: fib.ifindex }
+            }
             BPF_FIB_LKUP_RET_SUCCESS => {
                 Route::Via { interface: fib.ifindex, source: fib.smac, destination: fib.dmac }
             }
             BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { interface: fib.ifindex },
-            BPF_FIB_LKUP_RET_FRAG_NEEDED => Route::TooBig,
             BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
             BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
             BPF_FIB_LKUP_RET_BLACKHOLE => Route::Blackhole,
             BPF_FIB_LKUP_RET_PROHIBIT => Route::Prohibited,
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingOff,
             _ => Route::NotForwarded,
-        }
+        };
+        (route, fits)
     }
 
     #[inline(always)]

@@ -97,8 +97,6 @@ pub enum Route {
     NoNeighbour {
         interface: u32,
     },
-    /// Larger than the route's MTU.
-    TooBig,
     /// Through a tunnel that the route itself encapsulates for.
     Encapsulated,
     /// To this box, or nowhere.
@@ -119,8 +117,11 @@ pub trait Kernel {
     fn translation(&self, number: u32) -> Option<&Translation>;
     /// The interface with this index, if it is one of ours.
     fn interface(&self, index: u32) -> Option<Interface>;
-    /// The route of a translated packet of `length` bytes, 0 for any; `class` as [`Ip::class`].
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Route;
+    /// The interface that the packet came by.
+    fn ingress(&self) -> Option<Interface>;
+    /// The route of a translated packet, `class` as [`Ip::class`], and whether its MTU lets `length`
+    /// bytes through.
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, bool);
     /// Whether a socket of this box is open for the packet.
     fn has_socket(&self, flow: &Flow) -> bool;
     /// By which address a client came, if it was not the first.
@@ -207,20 +208,20 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
     let port = port.shifted(translation.shift);
     let goes = came.translated(direction, address, port);
     let length = ip.length();
-    let mut route = kernel.route(&goes, length, ip.class());
-    // Too big is told before the egress is known, which the verdict depends on: ask again without a
-    // length. A reply that must not be fragmented goes to the stack as it came, so that the stack's
-    // answer reaches the backend with the header that the backend sent.
-    let too_big = route == Route::TooBig;
-    if too_big {
-        if direction == Direction::Reply && ip.must_not_fragment() {
-            return Err(Passed::TooBig);
-        }
-        route = kernel.route(&goes, 0, ip.class());
-    }
+    let (route, fits) = kernel.route(&goes, length, ip.class());
+    let merged = || kernel.ingress().is_some_and(|ingress| u32::from(length) > ingress.mtu);
+    let size = if fits {
+        Size::Fits
+    } else if merged() {
+        Size::Merged
+    } else if ip.must_not_fragment() {
+        Size::TooBigToSplit
+    } else {
+        Size::TooBig
+    };
     let verdict = match direction {
-        Direction::Forward => forward(kernel, route, too_big),
-        Direction::Reply => reply(kernel, route, too_big)?,
+        Direction::Forward => forward(kernel, route, size),
+        Direction::Reply => reply(kernel, route, size)?,
     };
 
     if let Verdict::Drop(reason) = verdict {
@@ -264,7 +265,7 @@ fn claim<'k, const N: usize, I: Ip<N>, K: Kernel>(
 ) -> Option<(Direction, &'k Endpoint)> {
     let generation = kernel.generation();
     let look = |direction, address| {
-        let key = EndpointKey { address, direction, generation, padding: [0; 2] };
+        let key = EndpointKey::new(address, direction, generation);
         I::endpoint(kernel, &key).map(|endpoint| (direction, endpoint))
     };
     let forward = match role {
@@ -300,22 +301,34 @@ fn present(number: u32) -> Option<u32> {
     (number != 0).then_some(number)
 }
 
+/// How a packet's length and its route's MTU go together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Size {
+    Fits,
+    /// The stack cuts it up.
+    TooBig,
+    /// The stack tells the sender.
+    TooBigToSplit,
+    /// Longer than any packet on the wire that it came by: several, merged by the stack or a driver
+    /// before this program saw them.
+    Merged,
+}
+
 /// A packet to a backend is the rule's whatever the route is. It leaves by an internal interface or
 /// not at all: where the route to the backend is gone, the default route would carry it outside.
 #[inline(always)]
-fn forward<K: Kernel>(kernel: &K, route: Route, too_big: bool) -> Verdict {
+fn forward<K: Kernel>(kernel: &K, route: Route, size: Size) -> Verdict {
     let internal =
         |index| kernel.interface(index).filter(|interface| interface.has(Interface::INTERNAL));
     match route {
         Route::Via { interface: index, .. } | Route::NoNeighbour { interface: index } => {
-            match internal(index) {
-                None => Verdict::Drop(Dropped::NotInternal),
-                Some(_) if too_big => Verdict::Stack(ToStack::TooBig),
-                Some(interface) if matches!(route, Route::Via { .. }) => leave(interface, index),
-                Some(_) => Verdict::Stack(ToStack::NoNeighbour),
+            match (internal(index), size) {
+                (None, _) => Verdict::Drop(Dropped::NotInternal),
+                (Some(_), Size::Merged) => Verdict::Drop(Dropped::Merged),
+                (Some(_), Size::TooBig | Size::TooBigToSplit) => Verdict::Stack(ToStack::TooBig),
+                (Some(interface), Size::Fits) => leave(interface, route),
             }
         }
-        Route::TooBig => Verdict::Stack(ToStack::TooBig),
         Route::Encapsulated => Verdict::Stack(ToStack::Encapsulated),
         Route::NotForwarded => Verdict::Drop(Dropped::NoRoute),
         Route::Unreachable => Verdict::Drop(Dropped::Unreachable),
@@ -328,7 +341,7 @@ fn forward<K: Kernel>(kernel: &K, route: Route, too_big: bool) -> Verdict {
 /// A packet of a backend is the rule's only if it leaves by an external interface; whatever else it
 /// is, the stack knows better.
 #[inline(always)]
-fn reply<K: Kernel>(kernel: &K, route: Route, too_big: bool) -> Result<Verdict, Passed> {
+fn reply<K: Kernel>(kernel: &K, route: Route, size: Size) -> Result<Verdict, Passed> {
     let (Route::Via { interface: index, .. } | Route::NoNeighbour { interface: index }) = route
     else {
         return Err(Passed::Inside);
@@ -337,20 +350,24 @@ fn reply<K: Kernel>(kernel: &K, route: Route, too_big: bool) -> Result<Verdict, 
         .interface(index)
         .filter(|interface| interface.has(Interface::EXTERNAL))
         .ok_or(Passed::Inside)?;
-    Ok(match route {
-        _ if too_big => Verdict::Stack(ToStack::TooBig),
-        Route::Via { .. } => leave(interface, index),
-        _ => Verdict::Stack(ToStack::NoNeighbour),
-    })
+    match size {
+        Size::Fits => Ok(leave(interface, route)),
+        Size::TooBig => Ok(Verdict::Stack(ToStack::TooBig)),
+        // As it came, so that the stack's answer reaches the backend with the header that it sent.
+        Size::TooBigToSplit => Err(Passed::TooBig),
+        Size::Merged => Ok(Verdict::Drop(Dropped::Merged)),
+    }
 }
 
-/// By a known neighbour: redirected, unless the interface cannot transmit.
+/// To a known neighbour: redirected, unless the interface cannot transmit.
 #[inline(always)]
-fn leave(interface: Interface, index: u32) -> Verdict {
-    if interface.has(Interface::TRANSMITS) {
-        Verdict::Redirect(index)
-    } else {
-        Verdict::Stack(ToStack::NoTransmit)
+fn leave(interface: Interface, route: Route) -> Verdict {
+    match route {
+        Route::Via { interface: index, .. } if interface.has(Interface::TRANSMITS) => {
+            Verdict::Redirect(index)
+        }
+        Route::Via { .. } => Verdict::Stack(ToStack::NoTransmit),
+        _ => Verdict::Stack(ToStack::NoNeighbour),
     }
 }
 

@@ -99,10 +99,19 @@ pub enum Direction {
 pub struct EndpointKey<const N: usize> {
     /// The packet's destination on forward, its source on reply.
     pub address: Address<N>,
-    pub direction: Direction,
+    /// A [`Direction`] as its number.
+    direction: u8,
     /// Which of the two rule sets that may be in the map at once; see [`Settings::generation`].
     pub generation: u8,
-    pub padding: [u8; 2],
+    padding: [u8; 2],
+}
+
+impl<const N: usize> EndpointKey<N> {
+    /// The key of `address` as the end that `direction` translates.
+    #[inline(always)]
+    pub const fn new(address: Address<N>, direction: Direction, generation: u8) -> Self {
+        Self { address, direction: direction as u8, generation, padding: [0; 2] }
+    }
 }
 
 /// Value of `ENDPOINTS_V4` and `ENDPOINTS_V6`: for each transport protocol the upper half of a page
@@ -175,6 +184,8 @@ pub struct ArrivalKey {
 pub struct Interface {
     /// The constants below.
     pub flags: u32,
+    /// Bytes of the largest IP packet that a wire would bring.
+    pub mtu: u32,
 }
 
 impl Interface {
@@ -312,6 +323,8 @@ reasons! {
         Prohibited = "prohibited",
         /// The route to the backend does not leave by an internal interface.
         NotInternal = "not_internal",
+        /// Merged from several packets, whose checksums are lost: turn GRO off below the interface.
+        Merged = "merged",
         /// Forwarding is off on the interface it came by (sysctl).
         ForwardingOff = "forwarding_off",
     }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -13,6 +12,7 @@ use axum::{Json, Router};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
+use rustix::fs::Mode;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
@@ -48,7 +48,7 @@ pub struct InterfaceInfo {
     pub name: String,
     /// external, internal or both.
     pub role: String,
-    /// native or generic; none while the interface is missing.
+    /// native or generic; none while it is missing or another program is in the way.
     pub attach: Option<String>,
 }
 
@@ -144,14 +144,14 @@ impl Socket {
             }
             Err(error) => bail!("{}: {error}; name another with --socket", path.display()),
         }
-        // Nobody may connect between bind and chmod: connections are accepted only later.
-        let listener = UnixListener::bind(path).with_context(|| {
+        // The mode counts from the first moment: whoever connects waits in the queue.
+        let before = rustix::process::umask(Mode::from_raw_mode(0o177));
+        let bound = UnixListener::bind(path);
+        rustix::process::umask(before);
+        let listener = bound.with_context(|| {
             format!("{}: cannot bind; run as root, or name another with --socket", path.display())
         })?;
-        let socket = Self { listener: Some(listener), path: path.to_owned() };
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
-            .with_context(|| format!("{}: cannot set its mode to 0600", path.display()))?;
-        Ok(socket)
+        Ok(Self { listener: Some(listener), path: path.to_owned() })
     }
 
     /// Serves until the task that runs this is dropped. Requests go to `requests`.

@@ -1,5 +1,6 @@
 //! The commands: from arguments to what runs, and from answers to tables.
 
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,12 +10,11 @@ use clap::{Args, Parser, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-use crate::api::{self, Count, List, Stats};
-use crate::compile::{Compiler, Plan, explain, plan};
+use crate::api::{self, Count, List, RuleStats, Stats};
+use crate::compile::{Capacity, Plan, explain, plan};
 use crate::config::{self, Config};
 use crate::daemon::{self, Failure, Options, resolve_all};
-use crate::datapath::{Capacity, Datapath, DatapathError, Verified};
-use crate::network::Externals;
+use crate::datapath::{Datapath, DatapathError, Verified};
 use crate::report;
 
 /// Where the configuration is unless told otherwise.
@@ -234,9 +234,7 @@ impl Check {
 
 /// Loads the programs, attaches nothing, and takes them off again.
 fn try_programs(config: &Config, plan: &Plan) -> Result<Vec<Verified>, DatapathError> {
-    let update =
-        Compiler::default().compile(&config.rules, plan, &Externals::default(), &(32768..=60999));
-    let capacity = Capacity::for_update(&update, config.rules.len() as u32);
+    let capacity = Capacity::for_plan(&config.rules, plan, &(32768..=60999));
     Ok(Datapath::load(capacity, false)?.verified().to_vec())
 }
 
@@ -318,7 +316,7 @@ fn interfaces_line(interfaces: &[api::InterfaceInfo]) -> String {
     let each: Vec<String> = interfaces
         .iter()
         .map(|interface| {
-            let attach = interface.attach.as_deref().unwrap_or("missing");
+            let attach = interface.attach.as_deref().unwrap_or("not attached");
             format!("{} ({}, {attach})", interface.name, interface.role)
         })
         .collect();
@@ -330,8 +328,10 @@ fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
         "rule", "listen", "to", "forward", "bytes", "per s", "reply", "bytes", "per s", "dropped",
     ]);
     right(&mut rules, 3..10);
+    let before: BTreeMap<&str, &RuleStats> =
+        before.rules.iter().map(|rule| (rule.rule.name.as_str(), rule)).collect();
     for rule in &stats.rules {
-        let earlier = before.rules.iter().find(|other| other.rule.name == rule.rule.name);
+        let earlier = before.get(rule.rule.name.as_str());
         let rate = |now: Count, then: Option<Count>| {
             let packets = now.packets.saturating_sub(then.unwrap_or(now).packets);
             format!("{:.0}", packets as f64 / elapsed.as_secs_f64())
@@ -349,7 +349,7 @@ fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
             rule.dropped.values().sum::<u64>().to_string(),
         ]);
     }
-    let list = |title: &str, counts: &std::collections::BTreeMap<String, u64>| {
+    let list = |title: &str, counts: &BTreeMap<String, u64>| {
         let each: Vec<String> = counts
             .iter()
             .filter(|(_, count)| **count > 0)
@@ -358,7 +358,7 @@ fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
         let each = if each.is_empty() { "none".to_owned() } else { each.join(", ") };
         format!("{title}: {each}")
     };
-    let mut to_stack = std::collections::BTreeMap::new();
+    let mut to_stack = BTreeMap::new();
     for (reason, count) in stats.rules.iter().flat_map(|rule| &rule.to_stack) {
         *to_stack.entry(reason.clone()).or_default() += count;
     }

@@ -186,9 +186,10 @@ fn ambiguous_replies(legs: &[Leg]) -> Vec<(usize, usize, u16)> {
 
 /// Why `rule` is stateless, for people.
 pub fn explain(rule: &Rule, plan: &Plan, number: usize) -> String {
-    let legs: Vec<&Leg> = plan.legs.iter().filter(|leg| leg.rule == number).collect();
     let mut lines = Vec::new();
-    for leg in &legs {
+    // Legs are in the order of their rules.
+    let first = plan.legs.partition_point(|leg| leg.rule < number);
+    for leg in plan.legs[first..].iter().take_while(|leg| leg.rule == number) {
         let (first, last) = leg.backend_ports();
         let ports = match rule.listen.ports {
             Ports::All => "the same port".to_owned(),
@@ -226,6 +227,45 @@ pub struct Update {
     pub generation: u8,
 }
 
+/// How many rows the tables hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capacity {
+    pub endpoints: u32,
+    pub translations: u32,
+    pub pages: u32,
+    pub counters: u32,
+}
+
+impl Capacity {
+    /// Enough for `plan` of `rules` with any number of external addresses, of either family where a
+    /// name may have both, and with room for as much again: while a change is written the old rows
+    /// and the new ones are there.
+    pub fn for_plan(rules: &[Rule], plan: &Plan, ephemeral: &RangeInclusive<u16>) -> Self {
+        // From two on, further addresses share the rows and pages of the second.
+        let externals = Externals {
+            v4: vec![Ipv4Addr::LOCALHOST, Ipv4Addr::BROADCAST],
+            v6: vec![Ipv6Addr::LOCALHOST, Ipv6Addr::UNSPECIFIED],
+        };
+        let update = Compiler::default().compile(rules, plan, &externals, ephemeral);
+        let is_name = |rule: &Rule| rule.to.iter().any(|to| matches!(to.host, Host::Name(_)));
+        let families = if rules.iter().any(is_name) { 2 } else { 1 };
+        let room = |rows: usize| (2 * families * rows) as u32 + 256;
+        Self {
+            endpoints: room(update.v4.len().max(update.v6.len())),
+            translations: room(update.translations.len()),
+            pages: room(update.pages.len()),
+            counters: rules.len().max(1) as u32,
+        }
+    }
+
+    /// Whether `update` fits.
+    pub fn holds(&self, update: &Update) -> bool {
+        update.v4.len().max(update.v6.len()) as u32 <= self.endpoints / 2
+            && update.translations.iter().all(|(number, _)| *number < self.translations)
+            && update.pages.iter().all(|(number, _)| *number < self.pages)
+    }
+}
+
 /// Keeps what is loaded, so that what does not change keeps its numbers.
 #[derive(Default)]
 pub struct Compiler {
@@ -239,11 +279,6 @@ impl Compiler {
     /// The counter of a rule's name.
     pub fn counter(&self, name: &str) -> Option<u32> {
         self.counters.get(name).copied()
-    }
-
-    /// Rows that the tables need at least, the empty row 0 among them: translations, pages, counters.
-    pub fn rows(&self) -> (u32, u32, u32) {
-        (self.translations.rows(), self.pages.rows(), self.counters.len() as u32)
     }
 
     /// Works out what to write for `plan` of `rules`. Nothing is live until it is written and
@@ -382,7 +417,7 @@ fn endpoint_key<const N: usize>(
     direction: Direction,
     generation: u8,
 ) -> EndpointKey<N> {
-    EndpointKey { address: Address(address), direction, generation, padding: [0; 2] }
+    EndpointKey::new(Address(address), direction, generation)
 }
 
 /// The ports of an endpoint while rules are painted on it, one over the other.
@@ -507,11 +542,6 @@ impl<T: Copy + Eq + Hash> Interner<T> {
                 entry.live = self.round;
             }
         }
-    }
-
-    /// One more than the highest number.
-    fn rows(&self) -> u32 {
-        self.next
     }
 }
 

@@ -6,21 +6,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::Interface;
-use tokio::io::unix::AsyncFd;
-use tokio::signal::unix::{SignalKind, signal};
+use rustix::event::{PollFd, PollFlags};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
 use crate::api::{self, Request, Socket};
-use crate::compile::{Compiler, Plan, Resolved, plan};
+use crate::compile::{Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::Config;
-use crate::datapath::{Capacity, Datapath, Mode, Port};
-use crate::network::{self, Link, Network, Snapshot};
+use crate::datapath::{Datapath, Mode, Port};
+use crate::network::{self, Changes, Externals, Link, Network, NextHop, Snapshot};
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
@@ -62,8 +63,8 @@ pub struct Options {
 /// Whatever keeps it from starting; then nothing is attached and nothing is left behind. Once it
 /// runs, trouble is told and forwarding resumes when it ends.
 pub async fn run(options: Options) -> Result<(), Failure> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
+    let interrupt = signal(SignalKind::interrupt())?;
+    let terminate = signal(SignalKind::terminate())?;
     let Options { config, socket, log_packets } = options;
     if config.rules.is_empty() {
         return Err(Failure::Configuration(
@@ -81,19 +82,19 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let plan = plan(&config.rules, &resolved)
         .map_err(|refused| Failure::Configuration(refused.to_string()))?;
 
-    let (network, mut changes) = Network::open()?;
+    let (network, changes) = Network::open()?;
     let snapshot = network.snapshot().await?;
     check_interfaces(&config, &snapshot)?;
-    let survey = Survey::take(&network, &snapshot, &config, &plan).await?;
+    let survey = Survey::take(&network, &snapshot, &config, &plan, &Survey::default()).await?;
     none(&survey.problems)?;
     let ephemeral = sysctl::ephemeral_ports()?;
 
-    let (requests, mut inbox) = mpsc::channel(16);
+    let (requests, inbox) = mpsc::channel(16);
     let metrics = metrics::listen(config.metrics, requests.clone()).await?;
     let socket = Socket::bind(&socket).await?;
     let mut compiler = Compiler::default();
     let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
-    let capacity = Capacity::for_update(&update, config.rules.len() as u32);
+    let capacity = Capacity::for_plan(&config.rules, &plan, &ephemeral);
     let mut datapath = Datapath::load(capacity, log_packets)?;
     datapath.apply(&update)?;
     compiler.commit();
@@ -103,6 +104,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         network,
         resolved,
         plan,
+        loaded: survey.externals.clone(),
         survey,
         compiler,
         datapath,
@@ -111,73 +113,29 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         told: BTreeSet::new(),
         unresolved: BTreeSet::new(),
         silent: BTreeMap::new(),
+        gateways: Vec::new(),
+        gateways_since: None,
         reserved: None,
         ephemeral,
     };
     none(&daemon.settle(&snapshot))?;
-    // Whoever is refused finds the box's settings as they were.
-    daemon.prepare(&snapshot)?;
-    daemon.reserve_ports()?;
-    // Whether a peer can be sent to is known once the programs are attached.
-    daemon.refresh().await;
-    daemon.warn_of_pitfalls(&snapshot);
-    daemon.keep_resolved().await;
-
-    let mut logger = match log_packets {
-        // SAFETY: the logger owns its file descriptor, and never changes it.
-        true => Some(unsafe { AsyncFd::register(daemon.datapath.logger()?) }?),
-        false => None,
-    };
-    info!(
-        "forwarding {} rule{}; stop with Ctrl-C",
-        daemon.config.rules.len(),
-        if daemon.config.rules.len() == 1 { "" } else { "s" }
-    );
-
-    let mut server = tokio::spawn(socket.serve(requests));
-    let mut neighbours = every(network::REFRESH);
-    let mut refresh_names = every(daemon.config.refresh);
-    let (answers, mut answered) = mpsc::channel(1);
-    loop {
-        tokio::select! {
-            _ = interrupt.recv() => break,
-            _ = terminate.recv() => break,
-            Some(request) = inbox.recv() => daemon.answer(request),
-            changed = changes.next() => match changed {
-                Ok(()) => daemon.refresh().await,
-                Err(error) => {
-                    warn!("{error}; looking every {} s instead", network::REFRESH.as_secs());
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                }
-            },
-            _ = neighbours.tick() => {
-                daemon.refresh().await;
-                daemon.keep_resolved().await;
-                daemon.hint_at_silence();
-            }
-            _ = refresh_names.tick() => {
-                let names = names::of(&daemon.config.rules);
-                // One round at a time: the channel holds one, and a slow resolver delays the next.
-                if let (false, Ok(permit)) = (names.is_empty(), answers.clone().try_reserve_owned()) {
-                    let before = daemon.resolved.clone();
-                    tokio::spawn(async move { permit.send(names::resolve(names, before).await) });
-                }
-            }
-            Some((resolved, failed)) = answered.recv() => daemon.follow_names(resolved, failed).await,
-            () = log_readable(&mut logger) => {}
-            ended = &mut server => {
-                return Err(Failure::System(anyhow::anyhow!("the control socket failed: {ended:?}")));
-            }
-        }
-    }
-    server.abort();
+    // Whoever was refused so far finds the box's settings as they were.
+    let inputs = Inputs { interrupt, terminate, changes, inbox };
+    let server = tokio::spawn(socket.serve(requests));
+    let ended = daemon.serve(&snapshot, inputs, server, log_packets).await;
     if let Some(metrics) = metrics {
         metrics.abort();
     }
-    // The task owns the socket; its file is gone once the task is.
-    let _: Result<_, tokio::task::JoinError> = server.await;
-    daemon.stop().await;
-    Ok(())
+    daemon.stop();
+    ended
+}
+
+/// What wakes the daemon.
+struct Inputs {
+    interrupt: Signal,
+    terminate: Signal,
+    changes: Changes,
+    inbox: mpsc::Receiver<Request>,
 }
 
 /// Fails with all problems, if there are any.
@@ -195,18 +153,20 @@ fn every(period: Duration) -> tokio::time::Interval {
     interval
 }
 
-/// Passes the programs' messages on as they come; never returns where there are none.
-async fn log_readable(logger: &mut Option<AsyncFd<aya_log::EbpfLogger<&'static dyn log::Log>>>) {
-    match logger {
-        Some(logger) => match logger.readable_mut().await {
-            Ok(mut guard) => {
-                guard.get_inner_mut().flush();
-                guard.clear_ready();
+/// Passes the programs' messages on from a thread of its own: more may come than can be written, and
+/// the daemon has other things to do.
+fn log_from(mut logger: aya_log::EbpfLogger<&'static dyn log::Log>) -> std::io::Result<()> {
+    let pass_on = move || {
+        loop {
+            let mut readable = [PollFd::new(&logger, PollFlags::IN)];
+            match rustix::event::poll(&mut readable, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => logger.flush(),
+                Err(error) => return warn!("no more messages of the programs: {error}"),
             }
-            Err(_) => std::future::pending().await,
-        },
-        None => std::future::pending().await,
-    }
+        }
+    };
+    // It ends with the process.
+    std::thread::Builder::new().name("packet log".to_owned()).spawn(pass_on).map(drop)
 }
 
 /// Resolves all names, of which none may fail at start.
@@ -250,6 +210,8 @@ struct Daemon {
     resolved: Resolved,
     plan: Plan,
     survey: Survey,
+    /// The external addresses that the tables have.
+    loaded: Externals,
     compiler: Compiler,
     datapath: Datapath,
     /// By interface index.
@@ -262,24 +224,100 @@ struct Daemon {
     unresolved: BTreeSet<String>,
     /// Rules that packets go to and none come back from: since when.
     silent: BTreeMap<String, hints::Silence>,
+    gateways: Vec<NextHop>,
+    gateways_since: Option<Instant>,
     reserved: Option<BTreeSet<u16>>,
     ephemeral: std::ops::RangeInclusive<u16>,
 }
 
+/// How long gateways are taken for known: to find them, the whole routing table is read.
+const GATEWAYS_LAST: Duration = Duration::from_secs(30);
+
 impl Daemon {
+    /// Forwards until a signal comes or the control socket fails.
+    async fn serve(
+        &mut self,
+        snapshot: &Snapshot,
+        inputs: Inputs,
+        mut server: JoinHandle<std::io::Result<()>>,
+        log_packets: bool,
+    ) -> Result<(), Failure> {
+        let Inputs { mut interrupt, mut terminate, mut changes, mut inbox } = inputs;
+        self.prepare(snapshot)?;
+        self.reserve_ports()?;
+        // Whether a peer can be sent to is known once the programs are attached.
+        self.refresh().await;
+        self.warn_of_pitfalls(snapshot);
+        self.keep_resolved().await;
+        if log_packets {
+            log_from(self.datapath.logger()?)?;
+        }
+        let rules = self.config.rules.len();
+        info!("forwarding {rules} rule{}; stop with Ctrl-C", if rules == 1 { "" } else { "s" });
+
+        let mut told_of_changes = true;
+        let mut neighbours = every(network::REFRESH);
+        let mut refresh_names = every(self.config.refresh);
+        let (answers, mut answered) = mpsc::channel(1);
+        let ended = loop {
+            tokio::select! {
+                _ = interrupt.recv() => break Ok(()),
+                _ = terminate.recv() => break Ok(()),
+                Some(request) = inbox.recv() => self.answer(request),
+                changed = changes.next(), if told_of_changes => {
+                    if let Err(error) = changed {
+                        let seconds = network::REFRESH.as_secs();
+                        warn!("{error}; looking for changes every {seconds} s instead");
+                        told_of_changes = false;
+                    }
+                    self.refresh().await;
+                }
+                _ = neighbours.tick() => {
+                    self.refresh().await;
+                    self.keep_resolved().await;
+                    self.hint_at_silence();
+                }
+                _ = refresh_names.tick() => {
+                    let names = names::of(&self.config.rules);
+                    // One round at a time: the channel holds one, and a slow resolver delays the next.
+                    if let (false, Ok(permit)) = (names.is_empty(), answers.clone().try_reserve_owned()) {
+                        let before = self.resolved.clone();
+                        tokio::spawn(async move { permit.send(names::resolve(names, before).await) });
+                    }
+                }
+                Some((resolved, failed)) = answered.recv() => {
+                    self.follow_names(resolved, failed).await;
+                }
+                ended = &mut server => {
+                    break Err(Failure::System(anyhow::anyhow!("the control socket failed: {ended:?}")));
+                }
+            }
+        };
+        if !server.is_finished() {
+            server.abort();
+            // The task owns the socket; its file is gone once the task is.
+            let _: Result<_, tokio::task::JoinError> = server.await;
+        }
+        ended
+    }
+
     /// Looks at the network, and makes everything as it should be.
     async fn refresh(&mut self) {
         let snapshot = match self.network.snapshot().await {
             Ok(snapshot) => snapshot,
             Err(error) => return self.tell(vec![error.to_string()]),
         };
-        match Survey::take(&self.network, &snapshot, &self.config, &self.plan).await {
+        let Self { network, config, plan, survey, .. } = self;
+        match Survey::take(network, &snapshot, config, plan, survey).await {
             Ok(survey) => {
-                let old = std::mem::replace(&mut self.survey, survey);
+                self.survey = survey;
                 let mut problems = self.survey.problems.clone();
-                if old.externals != self.survey.externals {
-                    info!("external addresses: {}", Addresses(&self.survey.externals));
-                    problems.extend(self.load());
+                if self.loaded != self.survey.externals {
+                    let problem = self.load();
+                    if problem.is_none() {
+                        info!("external addresses: {}", Addresses(&self.loaded));
+                    }
+                    problems.extend(problem);
                 }
                 problems.extend(self.settle(&snapshot));
                 problems.extend(self.prepare(&snapshot).err().map(|error| error.to_string()));
@@ -303,9 +341,9 @@ impl Daemon {
 
     /// Loads the plan with the addresses there are. Returns what kept it from that.
     fn load(&mut self) -> Option<String> {
-        let Self { config, plan, survey, compiler, datapath, ephemeral, .. } = self;
+        let Self { config, plan, survey, loaded, compiler, datapath, ephemeral, .. } = self;
         let update = compiler.compile(&config.rules, plan, &survey.externals, ephemeral);
-        if !datapath.capacity().holds(&update, config.rules.len() as u32) {
+        if !datapath.capacity().holds(&update) {
             return Some(
                 "the tables are too small for what the rules mean now; restart portfwd to make \
                  them larger"
@@ -315,6 +353,7 @@ impl Daemon {
         match datapath.apply(&update) {
             Ok(()) => {
                 compiler.commit();
+                loaded.clone_from(&survey.externals);
                 None
             }
             Err(error) => Some(error.to_string()),
@@ -342,6 +381,8 @@ impl Daemon {
                 info!("{}: detached", attachment.name);
             }
         }
+        // A program that starts knows the interfaces already.
+        problems.extend(self.tell_programs(&wanted));
         for (index, (link, role)) in &wanted {
             if self
                 .attached
@@ -370,9 +411,7 @@ impl Daemon {
                 Err(error) => problems.push(error.to_string()),
             }
         }
-        if let Err(error) = self.datapath.set_interfaces(&self.interfaces(&wanted)) {
-            problems.push(error.to_string());
-        }
+        problems.extend(self.tell_programs(&wanted));
         problems
     }
 
@@ -389,35 +428,38 @@ impl Daemon {
             v4: self.plan.legs.iter().any(|leg| leg.backend.is_ipv4()),
             v6: self.plan.legs.iter().any(|leg| leg.backend.is_ipv6()),
         };
-        let changes = sysctl::prepare(&of(Role::Internal), &of(Role::External), families)?;
+        let mut changes = Vec::new();
+        let (external, internal) = (of(Role::Internal), of(Role::External));
+        let prepared = sysctl::prepare(&external, &internal, families, &mut changes);
         changes.iter().for_each(|change| info!("{change}"));
+        prepared?;
         self.unprepared = false;
         Ok(())
     }
 
-    /// What the programs have to know of each interface.
-    fn interfaces(&self, wanted: &BTreeMap<u32, (&Link, Role)>) -> BTreeMap<u32, Interface> {
+    /// Tells the programs what they have to know of each interface. Returns what kept it from that.
+    fn tell_programs(&mut self, wanted: &BTreeMap<u32, (&Link, Role)>) -> Option<String> {
         // Generic XDP sends by the stack's own transmit, which every interface has.
         let all_generic = self.attached.values().all(|attachment| attachment.mode == Mode::Generic);
-        wanted
-            .iter()
-            .filter_map(|(index, (link, role))| {
-                let attachment = self.attached.get(index)?;
-                let place = match role {
-                    Role::External => Interface::EXTERNAL,
-                    Role::Internal => Interface::INTERNAL,
-                    Role::Both => Interface::EXTERNAL | Interface::INTERNAL,
-                };
-                // Where the kernel does not say (before 6.3), a driver with native XDP transmits,
-                // but veth only to a peer that is ready.
-                let transmits = all_generic
-                    || link.can_transmit_xdp.unwrap_or(
-                        attachment.mode == Mode::Native && link.driver.as_deref() != Some("veth"),
-                    );
-                let transmits = if transmits { Interface::TRANSMITS } else { 0 };
-                Some((*index, Interface { flags: place | transmits }))
-            })
-            .collect()
+        let row = |index: &u32, link: &Link, role: Role| {
+            let place = match role {
+                Role::External => Interface::EXTERNAL,
+                Role::Internal => Interface::INTERNAL,
+                Role::Both => Interface::EXTERNAL | Interface::INTERNAL,
+            };
+            // Where the kernel does not say (before 6.3), a driver with native XDP transmits, but
+            // veth only to a peer that is ready.
+            let transmits = self.attached.get(index).is_some_and(|attachment| {
+                let likely =
+                    attachment.mode == Mode::Native && link.driver.as_deref() != Some("veth");
+                all_generic || link.can_transmit_xdp.unwrap_or(likely)
+            });
+            let transmits = if transmits { Interface::TRANSMITS } else { 0 };
+            Interface { flags: place | transmits, mtu: link.mtu }
+        };
+        let rows =
+            wanted.iter().map(|(index, (link, role))| (*index, row(index, link, *role))).collect();
+        self.datapath.set_interfaces(&rows).err().map(|error| error.to_string())
     }
 
     /// Single ports among those that the kernel picks for the box's own connections are reserved.
@@ -441,20 +483,20 @@ impl Daemon {
     /// Has the kernel resolve the next hops of backends and the gateways to clients, before a packet
     /// needs them.
     async fn keep_resolved(&mut self) {
-        let external: Vec<u32> = self
-            .attached
-            .iter()
-            .filter(|(_, attachment)| attachment.role != Role::Internal)
-            .map(|(index, _)| *index)
-            .collect();
-        let gateways = match self.network.gateways(&external).await {
-            Ok(gateways) => gateways,
-            Err(error) => {
-                debug!("{error}");
-                Vec::new()
+        if self.gateways_since.is_none_or(|since| since.elapsed() >= GATEWAYS_LAST) {
+            let external: Vec<u32> = self
+                .attached
+                .iter()
+                .filter(|(_, attachment)| attachment.role != Role::Internal)
+                .map(|(index, _)| *index)
+                .collect();
+            match self.network.gateways(&external).await {
+                Ok(gateways) => self.gateways = gateways,
+                Err(error) => debug!("{error}"),
             }
-        };
-        for hop in self.survey.hops.iter().chain(&gateways) {
+            self.gateways_since = Some(Instant::now());
+        }
+        for hop in self.survey.hops.iter().chain(&self.gateways) {
             if let Err(error) = self.network.keep_resolved(hop).await {
                 debug!("{error}");
             }
@@ -490,6 +532,8 @@ impl Daemon {
                     return warn!("{problem}");
                 }
                 self.resolved = resolved;
+                // A family may be new.
+                self.unprepared = true;
                 self.refresh().await;
                 self.keep_resolved().await;
             }
@@ -537,7 +581,7 @@ impl Daemon {
     }
 
     /// Takes back what was done to the box, but for the sysctls that make it a router.
-    async fn stop(self) {
+    fn stop(self) {
         if let Some(ports) = &self.reserved {
             match sysctl::release_ports(ports) {
                 Ok(Some(change)) => info!("{change}"),

@@ -17,7 +17,7 @@ use portfwd_ebpf::table::{
 };
 use thiserror::Error;
 
-use crate::compile::Update;
+use crate::compile::{Capacity, Update};
 use crate::config::Attach;
 
 /// The compiled eBPF half; `build.rs` makes it.
@@ -104,41 +104,6 @@ pub struct Port<'a> {
     pub mtu: u32,
 }
 
-/// How many rows the tables hold.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Capacity {
-    pub endpoints: u32,
-    pub translations: u32,
-    pub pages: u32,
-    pub counters: u32,
-}
-
-impl Capacity {
-    /// Enough for `update` and `counters` rules, with room for as much again: while a change is
-    /// written the old rows and the new ones are there.
-    pub fn for_update(update: &Update, counters: u32) -> Self {
-        let room = |rows: usize| (2 * rows as u32 + 64).max(256);
-        let highest = |numbers: &mut dyn Iterator<Item = u32>| numbers.max().unwrap_or(0) as usize;
-        Self {
-            endpoints: 2 * room(update.v4.len().max(update.v6.len())),
-            translations: room(highest(&mut update.translations.iter().map(|(number, _)| *number))),
-            pages: room(highest(&mut update.pages.iter().map(|(number, _)| *number))),
-            counters: room(counters as usize),
-        }
-    }
-
-    /// Whether `update` fits.
-    pub fn holds(&self, update: &Update, counters: u32) -> bool {
-        let below = |limit: u32, mut numbers: Box<dyn Iterator<Item = u32> + '_>| {
-            numbers.all(|number| number < limit)
-        };
-        update.v4.len().max(update.v6.len()) as u32 <= self.endpoints / 2
-            && below(self.translations, Box::new(update.translations.iter().map(|row| row.0)))
-            && below(self.pages, Box::new(update.pages.iter().map(|row| row.0)))
-            && counters <= self.counters
-    }
-}
-
 /// A rule's counts, summed over CPUs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Counts {
@@ -184,7 +149,7 @@ unsafe impl<T: Row> Pod for Plain<T> {}
 pub struct Datapath {
     ebpf: Ebpf,
     verified: Vec<Verified>,
-    links: BTreeMap<u32, XdpLink>,
+    links: BTreeMap<u32, (XdpLink, Mode)>,
     capacity: Capacity,
     generation: u8,
     /// Whether packets may still look at the generation before the live one.
@@ -341,9 +306,9 @@ impl Datapath {
             HashMap::try_from(self.map_mut(map)).map_err(map_error(map))?;
         let stale: Vec<_> = endpoints
             .keys()
-            .filter_map(Result::ok)
-            .filter(|key| key.0.generation == generation)
-            .collect();
+            .filter(|key| !matches!(key, Ok(key) if key.0.generation != generation))
+            .collect::<Result<_, _>>()
+            .map_err(map_error(map))?;
         for key in stale {
             endpoints.remove(&key).map_err(map_error(map))?;
         }
@@ -371,25 +336,29 @@ impl Datapath {
     ) -> Result<(), DatapathError> {
         let mut map: HashMap<&mut MapData, u32, Plain<Interface>> =
             HashMap::try_from(self.map_mut("INTERFACES")).map_err(map_error("INTERFACES"))?;
-        let stale: Vec<u32> = map
-            .keys()
-            .filter_map(Result::ok)
-            .filter(|index| !interfaces.contains_key(index))
-            .collect();
-        for index in &stale {
+        let there: BTreeMap<u32, Interface> = map
+            .iter()
+            .map(|row| row.map(|(index, Plain(interface))| (index, interface)))
+            .collect::<Result<_, _>>()
+            .map_err(map_error("INTERFACES"))?;
+        for index in there.keys().filter(|index| !interfaces.contains_key(index)) {
             map.remove(index).map_err(map_error("INTERFACES"))?;
         }
-        // A device is there before the programs are told of it; the kernel takes out what is gone.
+        // Only what differs is written: for a moment, a row that is written anew is not there. The
+        // kernel takes devices out that are gone.
+        let mut devices: DevMapHash<&mut MapData> =
+            DevMapHash::try_from(self.map_mut("DEVICES")).map_err(map_error("DEVICES"))?;
         for (index, interface) in interfaces {
-            let transmits = interface.flags & Interface::TRANSMITS != 0;
-            let mut devices: DevMapHash<&mut MapData> =
-                DevMapHash::try_from(self.map_mut("DEVICES")).map_err(map_error("DEVICES"))?;
-            if transmits {
+            if interface.has(Interface::TRANSMITS) && devices.get(*index, 0).is_err() {
                 devices.insert(*index, *index, None, 0).map_err(map_error("DEVICES"))?;
             }
-            let mut map: HashMap<&mut MapData, u32, Plain<Interface>> =
-                HashMap::try_from(self.map_mut("INTERFACES")).map_err(map_error("INTERFACES"))?;
-            map.insert(index, Plain(*interface), 0).map_err(map_error("INTERFACES"))?;
+        }
+        let mut map: HashMap<&mut MapData, u32, Plain<Interface>> =
+            HashMap::try_from(self.map_mut("INTERFACES")).map_err(map_error("INTERFACES"))?;
+        for (index, interface) in interfaces {
+            if there.get(index) != Some(interface) {
+                map.insert(index, Plain(*interface), 0).map_err(map_error("INTERFACES"))?;
+            }
         }
         Ok(())
     }
@@ -406,7 +375,14 @@ impl Datapath {
         role: Role,
         attach: Attach,
     ) -> Result<(Mode, Option<String>), AttachError> {
-        self.detach(port.index);
+        // The program of a link is replaced without a gap.
+        if let Some((link, mode)) = self.links.remove(&port.index)
+            && let xdp = xdp_mut(&mut self.ebpf, role)
+            && let Ok(link) = xdp.attach_to_link(link).and_then(|id| xdp.take_link(id))
+        {
+            self.links.insert(port.index, (link, mode));
+            return Ok((mode, None));
+        }
         match attach {
             Attach::Native => {
                 self.attach_as(port, role, Mode::Native).map(|()| (Mode::Native, None))
@@ -441,13 +417,13 @@ impl Datapath {
                     None => AttachError::Other { interface, mode, message },
                 }
             })?;
-        self.links.insert(port.index, link);
+        self.links.insert(port.index, (link, mode));
         Ok(())
     }
 
     /// Detaches from an interface, which may be gone.
     pub fn detach(&mut self, index: u32) {
-        if let Some(link) = self.links.remove(&index) {
+        if let Some((link, _)) = self.links.remove(&index) {
             // The link's file descriptor is closed either way, and that is what detaches.
             let _: Result<(), ProgramError> = link.detach();
         }

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     ops::RangeInclusive,
 };
@@ -52,17 +52,17 @@ fn quoted(value: &str) -> &str {
     if value.is_empty() { "\"\"" } else { value }
 }
 
-/// Makes the kernel forward between these interfaces, and returns what was changed for that, in
-/// order.
+/// Makes the kernel forward between these interfaces, and adds what was changed for that to
+/// `changes`, in order.
 ///
 /// A one-armed interface is in both lists. What is right already is not written, so a read-only
-/// /proc/sys is fine then. A change before an error stays.
+/// /proc/sys is fine then. What was changed before an error stays changed, and is in `changes`.
 pub fn prepare(
     external: &[&Link],
     internal: &[&Link],
     families: Families,
-) -> Result<Vec<Change>, SysctlError> {
-    let mut changes = Vec::new();
+    changes: &mut Vec<Change>,
+) -> Result<(), SysctlError> {
     let served: BTreeSet<&str> =
         external.iter().chain(internal).map(|link| link.name.as_str()).collect();
     if families.v4 {
@@ -88,22 +88,55 @@ pub fn prepare(
         }
     }
     if families.v6 {
-        for link in external {
-            // A router does not listen to router advertisements, unless told so with 2: the box
-            // would lose the default route that it has learned.
-            let accept_ra = Key::of_interface("ipv6", &link.name, "accept_ra");
-            let forwarding = Key::of_interface("ipv6", &link.name, "forwarding").number()?;
-            if forwarding == 0 && accept_ra.number()? == 1 {
-                changes.extend(accept_ra.set("2")?);
+        // Writing this one, too, sets the forwarding of every interface, and of those to come.
+        let all = Key::of_interface("ipv6", "all", "forwarding");
+        if all.number()? == 0 {
+            // The default first: an interface that comes now is in the list, or has it already.
+            changes.extend(keep_listening("default")?);
+            for name in interfaces()? {
+                match keep_listening(&name) {
+                    // It has gone since it was listed.
+                    Err(SysctlError::Read { cause, .. })
+                        if cause.kind() == io::ErrorKind::NotFound => {}
+                    change => changes.extend(change?),
+                }
             }
         }
-        // Writing this one, too, sets the forwarding of every interface.
-        changes.extend(Key::of_interface("ipv6", "all", "forwarding").enable()?);
+        changes.extend(all.enable()?);
         for name in &served {
+            changes.extend(keep_listening(name)?);
             changes.extend(Key::of_interface("ipv6", name, "forwarding").enable()?);
         }
     }
-    Ok(changes)
+    Ok(())
+}
+
+/// For an interface that is about to become a router's: has it listen to router advertisements if
+/// it does so now.
+///
+/// A router ignores them unless accept_ra is 2, and the box would lose the default routes that it
+/// has learned, be it on the external interface or on one that only leads to the administrator.
+/// `default` is what new interfaces begin with: one that is taken away and made again listens as it
+/// did. Where forwarding is on already, nothing is changed: that router's owner wants it so.
+fn keep_listening(interface: &str) -> Result<Option<Change>, SysctlError> {
+    let setting = |name| Key::of_interface("ipv6", interface, name);
+    if setting("forwarding").number()? == 0 && setting("accept_ra").number()? == 1 {
+        setting("accept_ra").set("2")
+    } else {
+        Ok(None)
+    }
+}
+
+/// The interfaces that have IPv6, sorted.
+fn interfaces() -> Result<BTreeSet<String>, SysctlError> {
+    let key = Key::new("ipv6/conf");
+    let failed = |cause| SysctlError::Read { key: key.to_string(), cause };
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(key.path()).map_err(failed)? {
+        names.extend(entry.map_err(failed)?.file_name().into_string());
+    }
+    names.retain(|name| !["all", "default", "lo"].contains(&name.as_str()));
+    Ok(names)
 }
 
 /// Ports that were reserved, and the change that did it.

@@ -32,3 +32,13 @@ pub fn is_root() -> bool {
     }
     root
 }
+
+/// The portfwd to test: what PORTFWD_BIN names. `cargo xtask test` sets it.
+///
+/// # Panics
+///
+/// It is not set.
+pub fn binary() -> std::path::PathBuf {
+    let binary = std::env::var_os("PORTFWD_BIN");
+    binary.expect("PORTFWD_BIN names the portfwd to test, as `cargo xtask test` sees to").into()
+}

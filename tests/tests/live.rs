@@ -1,23 +1,20 @@
 //! The network changes underneath a running portfwd, and how it starts and ends.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use portfwd_tests::peers::{self, Answer, Background, Server};
 use portfwd_tests::rig::{self, Addresses, Options, Rig};
-use portfwd_tests::{Namespace, Portfwd, TempDir, is_root, netns};
+use portfwd_tests::{Namespace, Portfwd, TempDir, binary, is_root, netns};
 
 /// Both families, each with a rule that follows the external addresses.
 const RULES: [&str; 4] =
     ["-p", "7004:192.168.77.10:7000/tcp+udp", "-p", "7006:[fd77::10]:7000/tcp+udp"];
-
-fn binary() -> PathBuf {
-    std::env::var_os("PORTFWD_BIN").expect("PORTFWD_BIN is the path of portfwd").into()
-}
 
 fn start(rig: &Rig, arguments: &[&str], directory: &TempDir) -> Portfwd {
     Portfwd::start(&rig.router, &binary(), arguments, directory.path()).unwrap()
@@ -358,6 +355,95 @@ fn a_backends_name_is_followed() {
     let (status, said) = portfwd.stop().unwrap();
     assert!(status.success(), "{said}");
     assert_eq!(said.matches("\"backend.example\" is ").count(), 1, "{said}");
+}
+
+#[test]
+fn connections_survive_an_address_that_comes() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let servers = rig::SERVER.both().map(|address| {
+        Server::tcp(&rig.server, SocketAddr::new(address, 7000), Answer::Echo).unwrap()
+    });
+    let portfwd = start(&rig, &[&["-i", "wan0"][..], &RULES].concat(), &directory);
+    let mut open = rig::WAN
+        .both()
+        .map(|address| peers::connect(&rig.client, listen(&address.to_string())).unwrap());
+    let mut echo = |round: u8| {
+        for stream in &mut open {
+            let mut answer = [0; 3];
+            stream.write_all(&[round; 3]).unwrap();
+            stream.read_exact(&mut answer).unwrap();
+            assert_eq!(answer, [round; 3]);
+        }
+    };
+    echo(1);
+    // The kernel lists an IPv6 address that comes before those that are there.
+    for address in ["198.51.100.7/24", "2001:db8:1::7/64"] {
+        rig.router.ip(&format!("address add {address} dev wan0 nodad")).unwrap();
+    }
+    told(&portfwd, "external addresses: 198.51.100.1, 198.51.100.7, 2001:db8:1::1, 2001:db8:1::7");
+    echo(2);
+    for address in ["198.51.100.7", "2001:db8:1::7"] {
+        peers::connect(&rig.client, listen(address)).unwrap();
+    }
+    echo(3);
+    drop((portfwd, servers));
+}
+
+#[test]
+fn packets_for_a_backend_whose_route_is_gone_do_not_go_outside() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    rig.router.ip(&format!("route add default via {}", rig::CLIENT.v4)).unwrap();
+    let portfwd = start(&rig, &[&["-i", "wan0"][..], &RULES].concat(), &directory);
+    both_reached(&rig.client);
+    let roles = || {
+        let list = portfwd.json("list").unwrap();
+        let all = list["interfaces"].as_array().unwrap().clone();
+        all.iter().map(|one| format!("{} {}", one["name"], one["role"])).collect::<Vec<_>>()
+    };
+    let before = roles();
+
+    rig.router.ip("route del 192.168.77.0/24 dev lan0").unwrap();
+    told(&portfwd, "reached through 198.51.100.2 by wan0, where clients are");
+    let dropped = || {
+        let stats = portfwd.stats().unwrap();
+        stats["verdicts"]["dropped"]["not_internal"].as_u64().unwrap()
+    };
+    assert_eq!(dropped(), 0);
+    assert!(!answers(&rig.client, listen(&rig::WAN.v4.to_string())));
+    until("it is dropped", 5, || dropped() == 1);
+    assert_eq!(roles(), before);
+    reached(&rig.client, listen(&rig::WAN.v6.to_string()));
+
+    rig.router.ip("route add 192.168.77.0/24 dev lan0 src 192.168.77.1").unwrap();
+    both_reached(&rig.client);
+    told(&portfwd, "all is well again");
+}
+
+#[test]
+fn an_interface_takes_on_a_second_role() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    // Nobody is at this address; what counts is where it is.
+    let extra = ["-p", "7010:198.51.100.200:7000"];
+    rig.router.ip("route add 198.51.100.200/32 dev lan0").unwrap();
+    let portfwd = start(&rig, &[&["-i", "wan0"][..], &RULES, &extra].concat(), &directory);
+    both_reached(&rig.client);
+    let said = portfwd.stderr();
+    assert!(said.contains("wan0: external, native XDP"), "{said}");
+    rig.router.ip("route del 198.51.100.200/32 dev lan0").unwrap();
+    told(&portfwd, "wan0: both, native XDP");
+    both_reached(&rig.client);
+    assert!(!portfwd.stderr().contains("detached"), "{}", portfwd.stderr());
 }
 
 #[test]

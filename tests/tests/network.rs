@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{IpAddr, TcpListener};
+use std::net::{IpAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-use portfwd::network::{Changes, NeighbourState, Network, NextHop, Route};
+use portfwd::network::{Changes, Link, NeighbourState, Network, NextHop, Route};
 use portfwd::sysctl::{self, Families};
 use portfwd_tests::{Namespace, is_root, netns};
 use tokio::time::{Instant, sleep, timeout};
@@ -24,13 +25,20 @@ impl Wire {
             // Link-local addresses are there at once, and not in the middle of a test.
             namespace.set_sysctl("net.ipv6.conf.default.accept_dad", "0").unwrap();
         }
+        let wire = Self { router, host };
+        wire.plug();
+        wire
+    }
+
+    /// Makes the two links.
+    fn plug(&self) {
+        let Self { router, host } = self;
         router.ip(&format!("link add r0 type veth peer name h0 netns {}", host.name())).unwrap();
-        for (namespace, link, number) in [(&router, "r0", 1), (&host, "h0", 2)] {
+        for (namespace, link, number) in [(router, "r0", 1), (host, "h0", 2)] {
             namespace.ip(&format!("address add 10.0.0.{number}/24 dev {link}")).unwrap();
             namespace.ip(&format!("address add fd00::{number}/64 dev {link} nodad")).unwrap();
             namespace.ip(&format!("link set {link} up")).unwrap();
         }
-        Self { router, host }
     }
 
     fn ip(&self, arguments: &str) -> String {
@@ -73,7 +81,7 @@ fn a_snapshot_shows_links_and_addresses() {
         assert_eq!((r0.up, r0.mtu, r0.ethernet), (true, 1500, true));
         assert_eq!(r0.driver.as_deref(), Some("veth"));
         assert_eq!(snapshot.link_by_index(r0.index), Some(r0));
-        assert_eq!((r0.native_xdp, r0.can_transmit_xdp), (Some(true), Some(false)));
+        assert_eq!(r0.can_transmit_xdp, Some(false));
         assert!(!snapshot.link("lo").unwrap().ethernet);
         let externals = snapshot.external_addresses(&[r0.index]);
         let text =
@@ -91,6 +99,19 @@ fn a_snapshot_shows_links_and_addresses() {
         }
         wire.host.ip("link set h0 down").unwrap();
         assert!(!network.snapshot().await.unwrap().link("r0").unwrap().up);
+
+        // What stands on what. The other end of a veth is not below it.
+        wire.ip("link add br0 type bridge");
+        wire.ip("link add v0 type veth peer name v1");
+        wire.ip("link set v0 master br0");
+        wire.ip("link set v1 master br0");
+        let snapshot = network.snapshot().await.unwrap();
+        let [br0, v0, v1] = ["br0", "v0", "v1"].map(|name| snapshot.link(name).unwrap());
+        assert_eq!((v0.master, v0.parent), (Some(br0.index), None));
+        assert_eq!(snapshot.bottoms(v0), [v0]);
+        let mut ports = [v0, v1];
+        ports.sort_by_key(|port| port.index);
+        assert_eq!(snapshot.bottoms(br0), ports);
     });
 }
 
@@ -329,6 +350,7 @@ fn forwarding_is_switched_on_where_it_is_off() {
     let wire = Wire::new();
     // A name with a dot, as VLANs have it.
     wire.ip("link add r0.100 type veth peer name other");
+    wire.ip("link add management type veth peer name router");
     wire.run(async || {
         let (network, _changes) = Network::open().unwrap();
         let snapshot = network.snapshot().await.unwrap();
@@ -338,10 +360,13 @@ fn forwarding_is_switched_on_where_it_is_off() {
         let read = |key: &str| fs::read_to_string(format!("/proc/sys/net/{key}")).unwrap();
         write("ipv6/conf/all/forwarding", "0");
         write("ipv4/conf/all/rp_filter", "1");
-        write("ipv6/conf/r0/accept_ra", "1");
+        // One asks for no advertisements, one is a router's already.
+        write("ipv6/conf/other/accept_ra", "0");
+        write("ipv6/conf/router/forwarding", "1");
         let both = Families { v4: true, v6: true };
         let prepare = |families| -> Vec<String> {
-            let changes = sysctl::prepare(&[r0], &[vlan], families).unwrap();
+            let mut changes = Vec::new();
+            sysctl::prepare(&[r0], &[vlan], families, &mut changes).unwrap();
             changes.iter().map(ToString::to_string).collect()
         };
         assert_eq!(prepare(Families::default()), [""; 0]);
@@ -354,7 +379,10 @@ fn forwarding_is_switched_on_where_it_is_off() {
                 "set net.ipv4.ip_forward = 1",
                 "set net.ipv4.conf.r0/100.accept_local = 1",
                 "set net.ipv4.conf.r0/100.rp_filter = 2",
+                "set net.ipv6.conf.default.accept_ra = 2",
+                "set net.ipv6.conf.management.accept_ra = 2",
                 "set net.ipv6.conf.r0.accept_ra = 2",
+                "set net.ipv6.conf.r0/100.accept_ra = 2",
                 "set net.ipv6.conf.all.forwarding = 1",
             ]
         );
@@ -362,6 +390,7 @@ fn forwarding_is_switched_on_where_it_is_off() {
         assert_eq!(read("ipv4/conf/r0/forwarding"), "1\n");
         assert_eq!(read("ipv6/conf/r0.100/forwarding"), "1\n");
         assert_eq!(prepare(both), [""; 0]);
+        assert_eq!(read("ipv6/conf/router/accept_ra"), "1\n");
         write("ipv4/conf/r0/forwarding", "0");
         write("ipv6/conf/r0.100/forwarding", "0");
         assert_eq!(
@@ -371,7 +400,87 @@ fn forwarding_is_switched_on_where_it_is_off() {
                 "set net.ipv6.conf.r0/100.forwarding = 1 (was 0)"
             ]
         );
+        // What was done before an error is told.
+        write("ipv4/conf/r0/forwarding", "0");
+        let gone = Link { name: "zz".to_owned(), ..Link::default() };
+        let mut changes = Vec::new();
+        sysctl::prepare(&[r0], &[&gone], both, &mut changes).unwrap_err();
+        let changes: Vec<String> = changes.iter().map(ToString::to_string).collect();
+        assert_eq!(changes, ["set net.ipv4.conf.r0.forwarding = 1 (was 0)"]);
     });
+}
+
+/// Lets the host say that it is a router, again and again for two seconds, until the router has a
+/// default route to it. Returns whether it has.
+fn learns_a_route(wire: &Wire) -> bool {
+    // RFC 4861, 4.2: type, code, checksum (filled in by the kernel), hop limit, flags, 1800 s, ...
+    const ADVERTISEMENT: [u8; 16] = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+    let mut sent = 0;
+    let deadline = std::time::Instant::now() + Duration::from_secs(2);
+    while std::time::Instant::now() < deadline {
+        // It cannot be sent before the link has its own address.
+        let said = wire.host.enter(|| raw_icmpv6("h0").send_to(&ADVERTISEMENT, "[ff02::1]:0"));
+        sent += u32::from(said.is_ok());
+        std::thread::sleep(Duration::from_millis(20));
+        if has_learned_route(wire) {
+            return true;
+        }
+    }
+    assert!(sent > 10, "{sent}");
+    false
+}
+
+fn has_learned_route(wire: &Wire) -> bool {
+    wire.ip("-6 route show default dev r0").contains("proto ra")
+}
+
+/// A socket whose packets to groups leave by this interface, with a hop limit of 255.
+fn raw_icmpv6(interface: &str) -> UdpSocket {
+    // SAFETY: a bare system call; the descriptor is new and nobody else's.
+    let socket = unsafe {
+        let fd = libc::socket(libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_ICMPV6);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    };
+    let name = std::ffi::CString::new(interface).unwrap();
+    // SAFETY: a string that ends with zero.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) } as libc::c_int;
+    for (option, value) in [(libc::IPV6_MULTICAST_HOPS, 255), (libc::IPV6_MULTICAST_IF, index)] {
+        let length = size_of_val(&value) as libc::socklen_t;
+        let value = (&raw const value).cast();
+        // SAFETY: the kernel reads one int.
+        let status = unsafe {
+            libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_IPV6, option, value, length)
+        };
+        assert_eq!(status, 0, "{}", std::io::Error::last_os_error());
+    }
+    socket.into()
+}
+
+#[test]
+fn learned_default_routes_outlive_that_the_box_becomes_a_router() {
+    if !is_root() {
+        return;
+    }
+    // Nothing is served on r0: it might lead to the administrator.
+    let prepare = || {
+        let mut changes = Vec::new();
+        sysctl::prepare(&[], &[], Families { v4: false, v6: true }, &mut changes).unwrap();
+        changes.len()
+    };
+    let wire = Wire::new();
+    assert!(learns_a_route(&wire));
+    assert_ne!(wire.router.enter(prepare), 0);
+    assert!(has_learned_route(&wire));
+    wire.ip("link del r0");
+    wire.plug();
+    assert!(learns_a_route(&wire));
+
+    // A box that was a router before, and as such ignores advertisements.
+    let wire = Wire::new();
+    wire.router.set_sysctl("net.ipv6.conf.all.forwarding", "1").unwrap();
+    assert_eq!(wire.router.enter(prepare), 0);
+    assert!(!learns_a_route(&wire));
 }
 
 #[test]

@@ -11,14 +11,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use portfwd_tests::peers::Background;
-use portfwd_tests::{Namespace, Portfwd, Rig, TempDir, is_root};
+use portfwd_tests::{Namespace, Portfwd, Rig, TempDir, binary, is_root};
 
 /// How long any command may take that should not run on.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-fn binary() -> PathBuf {
-    std::env::var_os("PORTFWD_BIN").expect("PORTFWD_BIN is the path of portfwd").into()
-}
 
 /// What a command that has ended printed, and its status.
 #[derive(Debug)]

@@ -30,13 +30,14 @@ const BACK: Route =
 
 /// A box with one rule, 8080 to port 80 of the backend, for TCP and UDP in both families.
 struct Router {
-    endpoints4: HashMap<([u8; 4], u8), Endpoint>,
-    endpoints6: HashMap<([u8; 16], u8), Endpoint>,
+    endpoints4: HashMap<EndpointKey<4>, Endpoint>,
+    endpoints6: HashMap<EndpointKey<16>, Endpoint>,
     page: HashMap<u32, Page>,
     rows: Vec<Translation>,
     arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
     route: Route,
-    route_without_length: Route,
+    route_mtu: u16,
+    ingress_mtu: u32,
     sockets: bool,
     asked: Cell<bool>,
     /// Endpoints, pages and translations that were looked up.
@@ -80,13 +81,13 @@ impl Router {
             Endpoint { tcp: numbers, udp: numbers }
         };
         let endpoints4 = HashMap::from([
-            ((BOX, Direction::Forward as u8), endpoint(8080, 1)),
-            ((SECOND, Direction::Forward as u8), endpoint(8080, 5)),
-            ((BACKEND, Direction::Reply as u8), endpoint(80, 2)),
+            (EndpointKey::new(Address(BOX), Direction::Forward, 0), endpoint(8080, 1)),
+            (EndpointKey::new(Address(SECOND), Direction::Forward, 0), endpoint(8080, 5)),
+            (EndpointKey::new(Address(BACKEND), Direction::Reply, 0), endpoint(80, 2)),
         ]);
         let endpoints6 = HashMap::from([
-            ((BOX6, Direction::Forward as u8), endpoint(8080, 3)),
-            ((BACKEND6, Direction::Reply as u8), endpoint(80, 4)),
+            (EndpointKey::new(Address(BOX6), Direction::Forward, 0), endpoint(8080, 3)),
+            (EndpointKey::new(Address(BACKEND6), Direction::Reply, 0), endpoint(80, 4)),
         ]);
         Self {
             endpoints4,
@@ -95,7 +96,8 @@ impl Router {
             rows,
             arrivals: RefCell::default(),
             route,
-            route_without_length: route,
+            route_mtu: 1500,
+            ingress_mtu: 1500,
             sockets: false,
             asked: Cell::new(false),
             lookups: Cell::default(),
@@ -130,11 +132,11 @@ impl Kernel for Router {
     }
     fn endpoint_v4(&self, key: &EndpointKey<4>) -> Option<&Endpoint> {
         self.looked_up(0);
-        self.endpoints4.get(&(key.address.0, key.direction as u8))
+        self.endpoints4.get(key)
     }
     fn endpoint_v6(&self, key: &EndpointKey<16>) -> Option<&Endpoint> {
         self.looked_up(0);
-        self.endpoints6.get(&(key.address.0, key.direction as u8))
+        self.endpoints6.get(key)
     }
     fn page(&self, number: u32) -> Option<&Page> {
         self.looked_up(1);
@@ -150,10 +152,13 @@ impl Kernel for Router {
             OUTSIDE => Some(Interface::EXTERNAL | Interface::TRANSMITS),
             _ => None,
         }
-        .map(|flags| Interface { flags })
+        .map(|flags| Interface { flags, mtu: 1500 })
     }
-    fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> Route {
-        if length == 0 { self.route_without_length } else { self.route }
+    fn ingress(&self) -> Option<Interface> {
+        Some(Interface { flags: 0, mtu: self.ingress_mtu })
+    }
+    fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> (Route, bool) {
+        (self.route, length <= self.route_mtu)
     }
     fn has_socket(&self, _flow: &Flow) -> bool {
         self.asked.set(true);
@@ -352,8 +357,8 @@ fn routes_decide_before_a_byte_is_changed() {
 
 #[test]
 fn a_reply_that_is_too_big_asks_the_sender_or_is_cut_up() {
-    let mut rule = Router::new(Route::TooBig);
-    rule.route_without_length = BACK;
+    let mut rule = Router::new(BACK);
+    rule.route_mtu = 28;
     let mut may = frame(UDP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"x");
     may[20] &= !0x40; // etherparse sets "don't fragment"
     let checksum = {
@@ -371,8 +376,15 @@ fn a_reply_that_is_too_big_asks_the_sender_or_is_cut_up() {
     assert_eq!(rule.handle(Role::Internal, &mut must_not), Verdict::Pass(Passed::TooBig));
     assert_eq!(must_not, before);
 
+    // Longer than anything on the wire that it came by: merged, and its checksum is gone.
+    rule.ingress_mtu = 28;
+    let verdict = rule.handle(Role::Internal, &mut must_not);
+    assert_eq!(verdict, Verdict::Drop(Dropped::Merged));
+    assert_eq!(must_not, before);
+
     // Too big for another network inside: none of ours.
-    rule.route_without_length = HOP;
+    rule.route = HOP;
+    rule.ingress_mtu = 1500;
     let mut may = frame(UDP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"x");
     may[20] &= !0x40;
     assert_eq!(rule.handle(Role::Internal, &mut may), Verdict::Pass(Passed::Inside));
@@ -468,12 +480,14 @@ proptest! {
     fn what_passes_is_unchanged_and_what_is_translated_stays_valid(
         mut bytes in prop_oneof![nearly_valid(), prop::collection::vec(any::<u8>(), 0..200)],
         route in prop_oneof![
-            Just(HOP), Just(BACK), Just(Route::TooBig), Just(Route::NotForwarded),
+            Just(HOP), Just(BACK), Just(Route::NotForwarded),
             Just(Route::NoNeighbour { interface: INSIDE }),
         ],
+        route_mtu in prop_oneof![Just(1500), 20u16..80],
     ) {
         let before = bytes.clone();
-        let rule = Router::new(route);
+        let mut rule = Router::new(route);
+        rule.route_mtu = route_mtu;
         let verdict = rule.handle(Role::Both, &mut bytes);
         let translated = rule.packets(Direction::Forward) + rule.packets(Direction::Reply);
         match verdict {

@@ -1,15 +1,21 @@
 //! What users meet and do not expect: "it loaded and nothing is forwarded".
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
-use portfwd_ebpf::path::Role;
 use tracing::{info, warn};
 
 use super::Daemon;
 use crate::network::{Externals, Snapshot};
-use crate::rule::Ports;
+use crate::rule::{Ports, Rule};
+
+mod links;
+mod sockets;
+
+use sockets::{Socket, taken_away};
 
 /// Packets go to a rule's backend and none come back.
 pub enum Silence {
@@ -27,26 +33,15 @@ impl Daemon {
     pub fn warn_of_pitfalls(&self, snapshot: &Snapshot) {
         for (index, attachment) in &self.attached {
             let Some(link) = snapshot.link_by_index(*index) else { continue };
-            let name = &attachment.name;
-            match link.driver.as_deref() {
-                Some("veth") => info!(
-                    "{name} is a veth: senders at its peer must fill in checksums themselves: there, \
-                     ethtool -K IFACE tx off"
-                ),
-                Some("bridge" | "tun" | "tap") => warn!(
-                    "{name} is a {}: packets of local machines and containers come without \
-                     checksums, or merged, and are forwarded broken; there, ethtool -K IFACE tx off \
-                     gro off",
-                    link.driver.as_deref().unwrap_or_default()
-                ),
-                _ => {}
-            }
-            let addresses = snapshot.addresses.iter().filter(|a| a.interface == *index).count();
-            if attachment.role != Role::Internal && addresses == 0 {
-                warn!(
-                    "{name} has no address: is it a port of a bridge or a bond? Then name that as \
-                     external"
+            if link.driver.as_deref() == Some("veth") {
+                info!(
+                    "{} is a veth: senders at its peer must fill in checksums themselves: there, \
+                     ethtool -K IFACE tx off",
+                    link.name
                 );
+            }
+            for pitfall in links::pitfalls(snapshot, link, attachment.role, attachment.mode) {
+                warn!("{pitfall}");
             }
         }
         for leg in self.plan.legs.iter().filter(|leg| leg.listen.is_none()) {
@@ -60,17 +55,26 @@ impl Daemon {
                 warn!("rule \"{rule}\" waits: no external interface has an {family} address yet");
             }
         }
-        let wide = self.config.rules.iter().find(|rule| rule.listen.ports == Ports::All);
-        let tracked = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
-            .is_ok_and(|count| count.trim() != "0");
-        if let (Some(rule), true) = (wide, tracked) {
-            warn!(
-                "rule \"{}\" claims every port, and this box tracks connections: if it masquerades \
-                 for other hosts, answers to them go to the backend instead; list the ports",
-                rule.name
-            );
+        if self.config.rules.len() <= HINTED_RULES {
+            self.warn_of_addresses_and_ports(snapshot);
         }
         info!("external addresses: {}", Addresses(&self.survey.externals));
+    }
+
+    fn warn_of_addresses_and_ports(&self, snapshot: &Snapshot) {
+        let Self { config, plan, survey, ephemeral, .. } = self;
+        for line in foreign_addresses(&config.rules, snapshot) {
+            warn!("{line}");
+        }
+        let sockets = Socket::all();
+        for line in taken_away(&sockets, &config.rules, plan, &survey.externals, ephemeral) {
+            warn!("{line}");
+        }
+        let tracked = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
+            .is_ok_and(|count| count.trim() != "0");
+        if tracked && let Some(line) = claimed_sources(&config.rules, ephemeral) {
+            warn!("{line}");
+        }
     }
 
     /// "It loaded and nothing is forwarded": packets go to a backend and none come back.
@@ -104,15 +108,87 @@ impl Daemon {
     }
 }
 
+/// A line for each rule that listens on an address which the box does not have.
+fn foreign_addresses(rules: &[Rule], snapshot: &Snapshot) -> Vec<String> {
+    let own: BTreeSet<IpAddr> = snapshot.addresses.iter().map(|it| it.address).collect();
+    let foreign = |rule: &Rule| {
+        let address = rule.listen.address.filter(|address| !own.contains(address))?;
+        Some(format!(
+            "rule \"{}\" listens on {address}, which is not an address of this box: packets come \
+             here only if they are routed here",
+            rule.name
+        ))
+    };
+    rules.iter().filter_map(foreign).collect()
+}
+
+/// A line for the first rule that claims many of the ports from which clients connect. A box that
+/// masquerades lets them keep theirs. A single port is not worth a line.
+fn claimed_sources(rules: &[Rule], ephemeral: &RangeInclusive<u16>) -> Option<String> {
+    let many = |ports| !matches!(ports, Ports::One(_));
+    let rule = rules
+        .iter()
+        .map(|rule| (rule, rule.listen.ports))
+        .find(|(_, ports)| many(*ports) && ports.last() >= *ephemeral.start());
+    rule.map(|(rule, ports)| {
+        format!(
+            "rule \"{}\" claims {}, and this box tracks connections: if it masquerades for other \
+             hosts, answers to their connections from these ports go to the backend instead; claim \
+             ports below {} only",
+            rule.name,
+            if ports == Ports::All { "every port".to_owned() } else { format!("ports {ports}") },
+            ephemeral.start()
+        )
+    })
+}
+
 /// Addresses in a message.
 pub struct Addresses<'a>(pub &'a Externals);
 
 impl fmt::Display for Addresses<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Externals { v4, v6 } = self.0;
-        let all: Vec<String> =
-            v4.iter().map(ToString::to_string).chain(v6.iter().map(ToString::to_string)).collect();
+        let all: Vec<String> = self.0.iter().map(|address| address.to_string()).collect();
         f.write_str(if all.is_empty() { "none yet" } else { "" })?;
         f.write_str(&all.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::LocalAddress;
+
+    fn rules(specs: &[&str]) -> Vec<Rule> {
+        specs.iter().map(|spec| spec.parse().expect(spec)).collect()
+    }
+
+    #[test]
+    fn an_address_that_the_box_lacks_is_told() {
+        let address = LocalAddress {
+            interface: 2,
+            address: [203, 0, 113, 7].into(),
+            prefix_length: 24,
+            global: true,
+            tentative: false,
+            secondary: false,
+        };
+        let snapshot = Snapshot { links: Vec::new(), addresses: vec![address] };
+        let rules = rules(&["80:10.0.0.1", "203.0.113.7:80:10.0.0.1", "203.0.113.9:80:10.0.0.1"]);
+        assert_eq!(
+            foreign_addresses(&rules, &snapshot).join("\n"),
+            "rule \"203.0.113.9:80/tcp\" listens on 203.0.113.9, which is not an address of this \
+             box: packets come here only if they are routed here"
+        );
+    }
+
+    #[test]
+    fn ports_that_masqueraded_clients_use_are_told() {
+        let told = |spec| claimed_sources(&rules(&[spec]), &(32768..=60999)).is_some();
+        for spec in ["*:10.0.0.1/any", "1000-32768:10.0.0.1", "61000-62000:10.0.0.1"] {
+            assert!(told(spec), "{spec}");
+        }
+        for spec in ["40000:10.0.0.1", "1000-32767:10.0.0.1"] {
+            assert!(!told(spec), "{spec}");
+        }
     }
 }

@@ -54,11 +54,15 @@ pub struct Survey {
 }
 
 impl Survey {
+    /// Asks for the routes to the backends and puts everything together. What was so `before` stays
+    /// as long as it can: an interface that led to a backend is internal also while the route is
+    /// away, and the first external address is the first while it is there, as flows depend on it.
     pub async fn take(
         network: &Network,
         snapshot: &Snapshot,
         config: &Config,
         plan: &Plan,
+        before: &Self,
     ) -> Result<Self, NetworkError> {
         let mut problems = Vec::new();
         let mut hops = Vec::new();
@@ -108,9 +112,26 @@ impl Survey {
                 *role = Role::Both;
             }
         };
+        let is_external =
+            |name: &str| config.external.iter().any(|interface| interface.name == name);
         if config.internal.is_empty() {
-            for link in hops.iter().filter_map(|hop| snapshot.link_by_index(hop.interface)) {
-                inside(&link.name);
+            for (backend, (rule, hop)) in &routes {
+                let Some(hop) = hop else { continue };
+                let Some(link) = snapshot.link_by_index(hop.interface) else { continue };
+                // Where the route to the backend is gone, the default route takes its place.
+                if is_external(&link.name) && hop.address != *backend {
+                    problems.push(format!(
+                        "{}: rule \"{}\": backend {backend} is reached through {} by {}, where \
+                         clients are; if that is meant, add {} to [interfaces] internal, else \
+                         correct the route",
+                        rule.place, rule.name, hop.address, link.name, link.name
+                    ));
+                } else {
+                    inside(&link.name);
+                }
+            }
+            for (name, _) in before.roles.iter().filter(|(_, role)| **role != Role::External) {
+                inside(name);
             }
         } else {
             for interface in &config.internal {
@@ -144,7 +165,15 @@ impl Survey {
                 Some(_) => {}
             }
         }
-        let externals = snapshot.external_addresses(&external);
+        let mut externals = snapshot.external_addresses(&external);
+        keep_order(&mut externals.v4, &before.externals.v4);
+        keep_order(&mut externals.v6, &before.externals.v6);
         Ok(Self { roles, hops, externals, problems })
     }
+}
+
+/// Those that were there before come first, as they were.
+fn keep_order<T: PartialEq>(addresses: &mut [T], before: &[T]) {
+    let place = |address: &T| before.iter().position(|other| other == address);
+    addresses.sort_by_key(|address| place(address).unwrap_or(usize::MAX));
 }

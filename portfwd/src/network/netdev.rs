@@ -24,7 +24,6 @@ const CTRL_ATTR_MCAST_GRP_ID: u16 = 2;
 const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
-const NETDEV_XDP_ACT_BASIC: u64 = 1;
 const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
 
 /// The bits of `NETDEV_A_DEV_XDP_FEATURES`.
@@ -32,11 +31,6 @@ const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
 pub(super) struct XdpFeatures(u64);
 
 impl XdpFeatures {
-    /// The driver runs XDP programs itself.
-    pub(super) fn native(self) -> bool {
-        self.0 & NETDEV_XDP_ACT_BASIC != 0
-    }
-
     /// The driver sends frames that are redirected to it, as it is set up now.
     pub(super) fn transmit(self) -> bool {
         self.0 & NETDEV_XDP_ACT_NDO_XMIT != 0

@@ -7,7 +7,7 @@ use std::{
 
 use rtnetlink::packet_route::{
     address::{AddressAttribute, AddressFlags, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp},
+    link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
 };
 
 use super::netdev::XdpFeatures;
@@ -22,7 +22,7 @@ pub struct Snapshot {
 }
 
 /// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     pub index: u32,
     pub name: String,
@@ -40,10 +40,11 @@ pub struct Link {
     /// It depends on more than the driver: on a veth it is false until the peer has an XDP program
     /// or GRO switched on.
     pub can_transmit_xdp: Option<bool>,
-    /// The driver runs XDP programs itself. `None` if the kernel cannot say.
-    pub native_xdp: Option<bool>,
-    /// The id of the XDP program on it, whosever it is. One of them, if several are attached.
-    pub xdp_program: Option<u32>,
+    /// The bridge, bond or VRF that it belongs to, by its index.
+    pub master: Option<u32>,
+    /// The link that it stands on, by its index: of a VLAN or a macvlan, its parent. `None` if that
+    /// is in another namespace.
+    pub parent: Option<u32>,
 }
 
 /// An address of the box.
@@ -69,6 +70,14 @@ pub struct Externals {
     pub v6: Vec<Ipv6Addr>,
 }
 
+impl Externals {
+    /// IPv4 first.
+    pub fn iter(&self) -> impl Iterator<Item = IpAddr> {
+        let v4 = self.v4.iter().copied().map(IpAddr::V4);
+        v4.chain(self.v6.iter().copied().map(IpAddr::V6))
+    }
+}
+
 impl Snapshot {
     pub fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)
@@ -76,6 +85,30 @@ impl Snapshot {
 
     pub fn link_by_index(&self, index: u32) -> Option<&Link> {
         self.links.iter().find(|link| link.index == index)
+    }
+
+    /// The links to which the frames of this one come first: the ports of a bridge or a bond, the
+    /// parent of a VLAN, and so on down to those that stand on no other. `link` alone if it is such
+    /// a one.
+    pub fn bottoms<'a>(&'a self, link: &'a Link) -> Vec<&'a Link> {
+        let mut open = vec![link];
+        let mut seen = vec![link.index];
+        let mut bottoms = Vec::new();
+        while let Some(link) = open.pop() {
+            let below = |it: &&Link| it.master == Some(link.index) || link.parent == Some(it.index);
+            let below: Vec<&Link> = self.links.iter().filter(below).collect();
+            if below.is_empty() {
+                bottoms.push(link);
+            }
+            for link in below {
+                if !seen.contains(&link.index) {
+                    seen.push(link.index);
+                    open.push(link);
+                }
+            }
+        }
+        bottoms.sort_by_key(|link| link.index);
+        bottoms
     }
 
     /// The addresses of these interfaces that others can reach: global or site scope and in use.
@@ -114,7 +147,7 @@ impl Snapshot {
 
 pub(super) fn link(message: &LinkMessage, features: Option<XdpFeatures>) -> Link {
     let header = &message.header;
-    let (mut bus, mut device) = (None, None);
+    let (mut bus, mut device, mut elsewhere) = (None, None, false);
     let mut link = Link {
         index: header.index,
         name: String::new(),
@@ -123,8 +156,8 @@ pub(super) fn link(message: &LinkMessage, features: Option<XdpFeatures>) -> Link
         ethernet: header.link_layer_type == LinkLayerType::Ether,
         driver: None,
         can_transmit_xdp: features.map(XdpFeatures::transmit),
-        native_xdp: features.map(XdpFeatures::native),
-        xdp_program: None,
+        master: None,
+        parent: None,
     };
     for attribute in &message.attributes {
         match attribute {
@@ -136,19 +169,17 @@ pub(super) fn link(message: &LinkMessage, features: Option<XdpFeatures>) -> Link
                     _ => None,
                 });
             }
-            LinkAttribute::Xdp(xdp) => {
-                link.xdp_program = xdp.iter().find_map(|it| match it {
-                    LinkXdp::ProgId(id)
-                    | LinkXdp::DrvProgId(id)
-                    | LinkXdp::SkbProgId(id)
-                    | LinkXdp::HwProgId(id) => Some(*id),
-                    _ => None,
-                });
-            }
+            LinkAttribute::Controller(index) => link.master = Some(*index),
+            LinkAttribute::Link(index) => link.parent = Some(*index),
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             LinkAttribute::ParentDevBusName(name) => bus = Some(name),
             LinkAttribute::ParentDevName(name) => device = Some(name),
             _ => {}
         }
+    }
+    // What these two call so is the other end.
+    if elsewhere || matches!(link.driver.as_deref(), Some("veth" | "netkit")) {
+        link.parent = None;
     }
     if let (None, Some(bus), Some(device)) = (&link.driver, bus, device) {
         // Not /sys/class/net: what it shows is of the namespace in which it was mounted.

@@ -1,6 +1,7 @@
 //! Rules that change, and what loading costs.
 
-use portfwd::datapath::{Capacity, Datapath};
+use portfwd::compile::Capacity;
+use portfwd::datapath::Datapath;
 use portfwd_ebpf::table::Passed;
 use portfwd_tests::is_root;
 

@@ -10,8 +10,8 @@ use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, Stdio};
 
-use portfwd::compile::{Compiler, Resolved, Update, plan};
-use portfwd::datapath::{Action, Capacity, Counts, Datapath};
+use portfwd::compile::{Capacity, Compiler, Resolved, Update, plan};
+use portfwd::datapath::{Action, Counts, Datapath};
 use portfwd::network::Externals;
 use portfwd::rule::Rule;
 use portfwd_ebpf::path::Role;
@@ -167,7 +167,7 @@ pub fn interfaces() -> BTreeMap<u32, Interface> {
     LINKS
         .iter()
         .filter(|(link, _)| *link != OTHER)
-        .map(|(link, flags)| (u32::from(*link), Interface { flags: *flags }))
+        .map(|(link, flags)| (u32::from(*link), Interface { flags: *flags, mtu: 1500 }))
         .collect()
 }
 

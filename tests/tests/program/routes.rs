@@ -185,7 +185,7 @@ fn interfaces_are_what_they_were_last_said_to_be() {
             let mut links = interfaces();
             for link in [WAN, LAN] {
                 match flags {
-                    Some(flags) => links.insert(link.into(), Interface { flags }),
+                    Some(flags) => links.insert(link.into(), Interface { flags, mtu: 1500 }),
                     None => links.remove(&link.into()),
                 };
             }
@@ -333,6 +333,28 @@ fn a_reply_that_is_too_big_is_the_stacks() {
                 let may = Packet { fragment: 0, ..big(inside.came()) };
                 router.refuses("inside", &inside, &may.bytes(), Outcome::Pass(Passed::Inside));
             }
+        }
+    });
+}
+
+/// Longer than the interface that it came by can bring: its checksum is lost.
+#[test]
+fn what_was_merged_on_its_way_is_dropped() {
+    if !is_root() {
+        return;
+    }
+    let merged = |packet: Packet| Packet { payload: vec![1; 2000], ..packet };
+    with_router(|router| {
+        router.load(&in_both(&WEB));
+        for (version, protocol) in each() {
+            let outcome = Outcome::Drop(Dropped::Merged);
+            let forward = Flow::forward(version, protocol, 8080, (10, 80));
+            router.refuses("forward", &forward, &merged(forward.came()).bytes(), outcome);
+            let outside = reply_to(version, protocol, NARROW_OUTSIDE, 2);
+            router.refuses("reply", &outside, &merged(outside.came()).bytes(), outcome);
+            let inside = reply_to(version, protocol, NARROW_INSIDE, 10);
+            let outcome = Outcome::Pass(Passed::Inside);
+            router.refuses("inside", &inside, &merged(inside.came()).bytes(), outcome);
         }
     });
 }
