@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -132,7 +133,6 @@ impl Socket {
             ),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                use std::os::unix::fs::FileTypeExt as _;
                 if !std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
                     bail!(
                         "{}: not a socket; remove it, or name another with --socket",
@@ -211,7 +211,9 @@ pub async fn stats(
 /// No daemon there, no permission, or an answer that is none.
 pub async fn get_json<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
     let shown = socket.display();
+    let is_file = || std::fs::metadata(socket).is_ok_and(|file| !file.file_type().is_socket());
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
+        _ if is_file() => anyhow::anyhow!("{shown}: not a socket; name the daemon's with --socket"),
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
             "{shown}: no portfwd is running there; start it with `portfwd run`, or name its socket with --socket"
         ),

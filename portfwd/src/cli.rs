@@ -179,6 +179,9 @@ impl Run {
 #[derive(Serialize)]
 struct Checked {
     file: PathBuf,
+    /// What is not wrong, but has to come from flags.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    lacks: Vec<&'static str>,
     rules: Vec<CheckedRule>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     programs: Vec<CheckedProgram>,
@@ -207,15 +210,27 @@ impl Check {
         let plan = plan(&config.rules, &resolved)
             .map_err(|refused| Failure::Configuration(refused.to_string()))?;
         let programs = if verbose { try_programs(&config, &plan)? } else { Vec::new() };
+        let lacks = [
+            (config.rules.is_empty(), "no rule: `portfwd run` needs -p SPEC beside it"),
+            (
+                config.external.is_empty(),
+                "no external interface: `portfwd run` needs -i IFACE beside it",
+            ),
+        ];
+        let lacks = lacks.into_iter().filter_map(|(lacks, what)| lacks.then_some(what)).collect();
         let checked = Checked {
             file: self.file.clone(),
+            lacks,
             rules: config
                 .rules
                 .iter()
                 .enumerate()
                 .map(|(number, rule)| CheckedRule {
                     rule: report::rule(rule),
-                    explanation: explain(rule, &plan, number),
+                    explanation: match self.explain || json {
+                        true => explain(&config.rules, &plan, number),
+                        false => String::new(),
+                    },
                 })
                 .collect(),
             programs: programs
@@ -243,6 +258,9 @@ impl Checked {
         let count = self.rules.len();
         let plural = if count == 1 { "" } else { "s" };
         let mut text = format!("{}: {count} rule{plural}, no mistakes", self.file.display());
+        for lack in &self.lacks {
+            text.push_str(&format!("\n{lack}"));
+        }
         if explain {
             for CheckedRule { rule, explanation } in &self.rules {
                 text.push_str(&format!("\n\n{}", rule.name));

@@ -15,7 +15,7 @@ use portfwd_ebpf::table::{
 };
 
 use crate::network::Externals;
-use crate::rule::{Host, Ports, Precedence, Rule};
+use crate::rule::{Host, Ports, Precedence, Rule, shared_claim};
 
 /// The addresses of a host: at most one of each family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -184,8 +184,9 @@ fn ambiguous_replies(legs: &[Leg]) -> Vec<(usize, usize, u16)> {
     found.into_iter().map(|((a, b), port)| (a, b, port)).collect()
 }
 
-/// Why `rule` is stateless, for people.
-pub fn explain(rule: &Rule, plan: &Plan, number: usize) -> String {
+/// What the rule at this place of `rules` means and why it is stateless, for people.
+pub fn explain(rules: &[Rule], plan: &Plan, number: usize) -> String {
+    let rule = &rules[number];
     let mut lines = Vec::new();
     // Legs are in the order of their rules.
     let first = plan.legs.partition_point(|leg| leg.rule < number);
@@ -206,6 +207,14 @@ pub fn explain(rule: &Rule, plan: &Plan, number: usize) -> String {
         let backend = leg.backend;
         lines.push(format!("{listen}, {} {} -> {backend}, {ports}", rule.protocol, leg.ports));
     }
+    let narrower: Vec<String> = rules
+        .iter()
+        .filter(|other| other.precedence() < rule.precedence() && other.shares_family(rule))
+        .filter(|other| rule.listen.address.is_none_or(|a| other.listen.address == Some(a)))
+        .filter_map(|other| Some((other, shared_claim(rule, other)?)))
+        .map(|(other, claim)| format!("except {claim}: rule \"{}\" is narrower", other.name))
+        .collect();
+    lines.extend(narrower);
     lines.push(
         "stateless: one backend, and no other rule answers differently from its ports".to_owned(),
     );

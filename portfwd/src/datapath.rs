@@ -50,7 +50,7 @@ pub enum DatapathError {
 #[derive(Debug, Error)]
 pub enum AttachError {
     #[error(
-        "{interface}: another XDP program is attached; take it off with `ip link set dev {interface} xdp off`, or `bpftool net detach xdp dev {interface}`"
+        "{interface}: another XDP program is attached, to it or to its bridge or bond; stop the portfwd that it belongs to, or take it off with `ip link set dev {interface} xdp off`, or `bpftool net detach xdp dev {interface}`"
     )]
     Busy { interface: String },
     #[error(

@@ -241,6 +241,9 @@ impl FromStr for Rule {
 
     fn from_str(spec: &str) -> Result<Self, Invalid> {
         let (ends, protocol) = match spec.rsplit_once('/') {
+            Some((_, rest)) if rest.contains(':') => {
+                return invalid!("the protocol stands last; write PORT:BACKEND[:PORT]/PROTO");
+            }
             Some((ends, protocol)) => (ends, protocol.parse()?),
             None => (spec, Protocol::Tcp),
         };
@@ -290,10 +293,20 @@ fn split_spec(text: &str) -> Result<(&str, &str), Invalid> {
         };
     };
     let (listen, to) = (&text[..divide], &text[divide + 1..]);
+    let first = to.split(':').next().unwrap_or_default();
+    if !first.is_empty() && is_ports(first) {
+        return invalid!(
+            "{first:?} is a port where the backend's address belongs; write \
+             [ADDR:]PORT:BACKEND[:PORT], as in 8080:192.168.1.10:80"
+        );
+    }
     if !to.starts_with('[') && to.matches(':').count() > 1 {
         // With dots it is more likely an IPv6 address to listen on and an IPv4 backend.
         return if to.parse::<Ipv6Addr>().is_ok() && !to.contains('.') {
-            invalid!("an IPv6 address needs brackets in a SPEC; write {listen}:[{to}]")
+            invalid!(
+                "an IPv6 address needs brackets in a SPEC; write {listen}:[ADDRESS] or \
+                 {listen}:[ADDRESS]:PORT"
+            )
         } else {
             invalid!(
                 "{text:?} has too many colons; write [ADDR:]PORT:BACKEND[:PORT], with IPv6 \

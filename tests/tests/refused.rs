@@ -285,8 +285,8 @@ fn configurations() {
             "backends without a route",
             "[interfaces]\nexternal = ['wan0']\n[[rule]]\nname = 'a'\nlisten = 80\nto = '10.9.9.9'\n[[rule]]\nname = 'b'\nlisten = 81\nto = '2001:db8:9::9'\n",
             &[
-                "DIR/portfwd.toml:3: rule \"a\": backend 10.9.9.9 has no route; add one: ip route add 10.9.9.9/32 dev IFACE",
-                "DIR/portfwd.toml:7: rule \"b\": backend 2001:db8:9::9 has no route; add one: ip route add 2001:db8:9::9/128 dev IFACE",
+                "DIR/portfwd.toml:3: rule \"a\": backend 10.9.9.9 has no route; add one: ip route add 10.9.9.9/32 via GATEWAY, or dev IFACE",
+                "DIR/portfwd.toml:7: rule \"b\": backend 2001:db8:9::9 has no route; add one: ip route add 2001:db8:9::9/128 via GATEWAY, or dev IFACE",
             ],
             1,
         ),
@@ -528,7 +528,7 @@ fn what_is_in_the_way() {
             "another program",
             &mut place.command(&other),
             &[&format!(
-                "{busy}: another XDP program is attached; take it off with `ip link set dev {busy} xdp off`, or `bpftool net detach xdp dev {busy}`"
+                "{busy}: another XDP program is attached, to it or to its bridge or bond; stop the portfwd that it belongs to, or take it off with `ip link set dev {busy} xdp off`, or `bpftool net detach xdp dev {busy}`"
             )],
             1,
         );
@@ -589,11 +589,13 @@ fn check_of_a_good_file() {
         ended.stdout
     };
     let short = check("");
-    assert!(short.ends_with("portfwd.toml: 2 rules, no mistakes\n"), "{short}");
+    let lacks = "no external interface: `portfwd run` needs -i IFACE beside it";
+    let text = format!("portfwd.toml: 2 rules, no mistakes\n{lacks}\n");
+    assert!(short.ends_with(&text), "{short}");
     let long = check("--explain");
     for line in [
         "\nweb\n  every external IPv4 address, tcp 80 -> 192.168.77.10, port 8080\n  stateless: ",
-        "\ndmz\n  every external IPv4 address, any * -> 192.168.77.11, the same port\n  stateless: ",
+        "\ndmz\n  every external IPv4 address, any * -> 192.168.77.11, the same port\n  except tcp 80: rule \"web\" is narrower\n  stateless: ",
     ] {
         assert!(long.contains(line), "{line} is not in {long}");
     }

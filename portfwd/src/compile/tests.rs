@@ -217,11 +217,28 @@ fn a_name_serves_both_families() {
     let update = kernel.compiler.compile(&rules, &plan, &externals(), &EPHEMERAL);
     assert_eq!((update.v4.len(), update.v6.len()), (3, 2));
     assert_eq!(
-        explain(&rules[0], &plan, 0),
+        explain(&rules, &plan, 0),
         "every external IPv4 address, tcp 80 -> 10.0.0.1, port 8080\n\
          every external IPv6 address, tcp 80 -> fd00::1, port 8080\n\
          stateless: one backend, and no other rule answers differently from its ports"
     );
+}
+
+#[test]
+fn a_rule_is_explained_with_those_that_come_before_it() {
+    let specs = ["80-90:10.0.0.1", "203.0.113.7:85-99:10.0.0.2", "81:10.0.0.3", "81:10.0.0.4/udp"];
+    let rules = rules(&specs);
+    let plan = plan(&rules, &Resolved::new()).unwrap();
+    let text = explain(&rules, &plan, 0);
+    assert!(
+        text.contains(
+            "\nexcept tcp 203.0.113.7:85-90: rule \"203.0.113.7:85-99/tcp\" is narrower\n\
+                           except tcp 81: rule \"81/tcp\" is narrower\n"
+        ),
+        "{text}"
+    );
+    assert_eq!(text.matches("except").count(), 2);
+    assert!(!explain(&rules, &plan, 1).contains("except"));
 }
 
 #[test]

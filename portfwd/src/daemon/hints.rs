@@ -35,8 +35,8 @@ impl Daemon {
             let Some(link) = snapshot.link_by_index(*index) else { continue };
             if link.driver.as_deref() == Some("veth") {
                 info!(
-                    "{} is a veth: senders at its peer must fill in checksums themselves: there, \
-                     ethtool -K IFACE tx off",
+                    "{} is a veth: its peer must fill in checksums itself, and take XDP frames; there, \
+                     ethtool -K IFACE tx off gro on",
                     link.name
                 );
             }

@@ -84,7 +84,7 @@ impl Survey {
                         .to_owned(),
                 ),
                 Route::Unreachable => Some(format!(
-                    "has no route; add one: ip route add {}/{} dev IFACE",
+                    "has no route; add one: ip route add {}/{} via GATEWAY, or dev IFACE",
                     leg.backend,
                     if leg.backend.is_ipv4() { 32 } else { 128 }
                 )),

@@ -256,10 +256,25 @@ fn bad_specs_are_refused() {
             "203.0.113.7:80",
             "\"203.0.113.7:80\" lacks a port or a backend; write 203.0.113.7:PORT:BACKEND",
         ),
-        ("80:fd00::10", "an IPv6 address needs brackets in a SPEC; write 80:[fd00::10]"),
+        (
+            "80:fd00::10",
+            "an IPv6 address needs brackets in a SPEC; write 80:[ADDRESS] or 80:[ADDRESS]:PORT",
+        ),
+        (
+            "80:8080:192.168.1.20",
+            "\"8080\" is a port where the backend's address belongs; write \
+             [ADDR:]PORT:BACKEND[:PORT], as in 8080:192.168.1.10:80",
+        ),
+        (
+            "192.168.1.20:80:8080",
+            "\"8080\" is a port where the backend's address belongs; write \
+             [ADDR:]PORT:BACKEND[:PORT], as in 8080:192.168.1.10:80",
+        ),
+        ("80/tcp:10.0.0.1", "the protocol stands last; write PORT:BACKEND[:PORT]/PROTO"),
         (
             "[2001:db8::1]:443:fd00::10/tcp",
-            "an IPv6 address needs brackets in a SPEC; write [2001:db8::1]:443:[fd00::10]",
+            "an IPv6 address needs brackets in a SPEC; write [2001:db8::1]:443:[ADDRESS] or \
+             [2001:db8::1]:443:[ADDRESS]:PORT",
         ),
         (
             "2001:db8::1:443:10.0.0.1",
