@@ -191,7 +191,8 @@ struct Checked {
 struct CheckedRule {
     #[serde(flatten)]
     rule: api::RuleInfo,
-    explanation: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    explanation: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -227,10 +228,7 @@ impl Check {
                 .enumerate()
                 .map(|(number, rule)| CheckedRule {
                     rule: report::rule(rule),
-                    explanation: match self.explain || json {
-                        true => explain(&config.rules, &plan, number),
-                        false => String::new(),
-                    },
+                    explanation: self.explain.then(|| explain(&config.rules, &plan, number)),
                 })
                 .collect(),
             programs: programs
@@ -243,7 +241,7 @@ impl Check {
                 })
                 .collect(),
         };
-        print(json, &checked, || checked.text(self.explain))
+        print(json, &checked, || checked.text())
     }
 }
 
@@ -254,19 +252,18 @@ fn try_programs(config: &Config, plan: &Plan) -> Result<Vec<Verified>, DatapathE
 }
 
 impl Checked {
-    fn text(&self, explain: bool) -> String {
+    fn text(&self) -> String {
         let count = self.rules.len();
         let plural = if count == 1 { "" } else { "s" };
         let mut text = format!("{}: {count} rule{plural}, no mistakes", self.file.display());
         for lack in &self.lacks {
             text.push_str(&format!("\n{lack}"));
         }
-        if explain {
-            for CheckedRule { rule, explanation } in &self.rules {
-                text.push_str(&format!("\n\n{}", rule.name));
-                for line in explanation.lines() {
-                    text.push_str(&format!("\n  {line}"));
-                }
+        for CheckedRule { rule, explanation } in &self.rules {
+            let Some(explanation) = explanation else { continue };
+            text.push_str(&format!("\n\n{}", rule.name));
+            for line in explanation.lines() {
+                text.push_str(&format!("\n  {line}"));
             }
         }
         if !self.programs.is_empty() {

@@ -599,7 +599,7 @@ fn check_of_a_good_file() {
     ] {
         assert!(long.contains(line), "{line} is not in {long}");
     }
-    let json: serde_json::Value = serde_json::from_str(&check("--json")).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&check("--explain --json")).unwrap();
     assert_eq!(json["rules"][0]["name"], "web");
     assert_eq!(json["rules"][0]["stateful"], false);
     assert!(json["rules"][1]["explanation"].as_str().unwrap().contains("any *"));
