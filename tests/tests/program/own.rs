@@ -1,6 +1,9 @@
 //! The router's own traffic under rules that could swallow it. The sockets are real.
 
+use std::fs;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use portfwd_ebpf::table::Passed;
 use portfwd_tests::is_root;
@@ -21,6 +24,28 @@ fn flow(protocol: u8, from: SocketAddr, to: SocketAddr, backend: u8) -> Flow {
         source: from,
         destination: to,
         ..Flow::forward(version, protocol, to.port(), (backend, to.port()))
+    }
+}
+
+/// Closes a socket, and waits until the kernel lets go of it: a child that another test forks holds
+/// it, too, until it runs its program.
+fn close(socket: impl Sized, protocol: &str, port: u16) {
+    const LISTENING: &str = "0A";
+    drop(socket);
+    let is_open = || {
+        let tables = ["", "6"].map(|family| {
+            fs::read_to_string(format!("/proc/thread-self/net/{protocol}{family}")).unwrap()
+        });
+        tables.concat().lines().any(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            fields.get(1).is_some_and(|local| local.ends_with(&format!(":{port:04X}")))
+                && (protocol == "udp" || fields[3] == LISTENING)
+        })
+    };
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while is_open() {
+        assert!(Instant::now() < deadline, "{protocol} {port} stays open");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -53,15 +78,15 @@ fn what_a_udp_socket_is_open_for_is_its_own() {
                     &strange,
                     &stranger.goes(&strange),
                 );
-                drop(socket);
+                close(socket, "udp", port);
 
                 let socket = UdpSocket::bind(version.at(WAN, 7, port)).unwrap();
                 router.redirects("another address", &flow, &came, &flow.goes(&came));
-                drop(socket);
+                close(socket, "udp", port);
                 let every = if version == Version::V4 { "0.0.0.0" } else { "::" };
                 let socket = UdpSocket::bind((every, port)).unwrap();
                 router.refuses("every address", &flow, &came.bytes(), OWN);
-                drop(socket);
+                close(socket, "udp", port);
                 router.redirects("after", &flow, &came, &flow.goes(&came));
             }
         }
@@ -85,7 +110,7 @@ fn what_a_tcp_listener_is_open_for_is_its_own() {
                 router.refuses("listening", &flow, &came.bytes(), OWN);
                 let udp = Flow { protocol: UDP, ..flow.clone() };
                 router.redirects("UDP", &udp, &udp.came(), &udp.goes(&udp.came()));
-                drop(listener);
+                close(listener, "tcp", port);
                 router.redirects("after", &flow, &came, &flow.goes(&came));
             }
         }
@@ -170,7 +195,7 @@ fn a_range_asks_on_its_ephemeral_ports_only() {
             router.load(&in_both(&[rule]));
             for version in Version::BOTH {
                 let (client, here) = (version.at(WAN, 2, 5000), version.at(WAN, 1, port));
-                let _socket = UdpSocket::bind(here).unwrap();
+                let socket = UdpSocket::bind(here).unwrap();
                 let flow = flow(UDP, client, here, 10);
                 let came = flow.came();
                 if asks {
@@ -178,6 +203,7 @@ fn a_range_asks_on_its_ephemeral_ports_only() {
                 } else {
                     router.redirects(rule, &flow, &came, &flow.goes(&came));
                 }
+                close(socket, "udp", port);
             }
         }
     });
