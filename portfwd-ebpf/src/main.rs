@@ -17,15 +17,15 @@ use aya_ebpf::{
         bpf_skc_lookup_tcp,
     },
     macros::{map, xdp},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, xdp::DevMapHash},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, xdp::DevMap},
     programs::XdpContext,
 };
 use portfwd_ebpf::{
     packet::{Frame, TCP},
     path::{self, Flow, Kernel, Role, Route, Verdict},
     table::{
-        AnyAddress, ArrivalKey, Counter, Endpoint, EndpointKey, Interface, Page, Passed, Settings,
-        Translation,
+        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, Interface, LinkAddresses,
+        Page, Passed, RouteSet, Settings, Translation, Trust,
     },
 };
 
@@ -33,11 +33,15 @@ use portfwd_ebpf::{
 #[map]
 static SETTINGS: Array<Settings> = Array::with_max_entries(1, 0);
 #[map]
-static ENDPOINTS_V4: HashMap<EndpointKey<4>, Endpoint> =
-    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+static LISTENS_V4: HashMap<Address<4>, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map]
-static ENDPOINTS_V6: HashMap<EndpointKey<16>, Endpoint> =
-    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+static LISTENS_V6: HashMap<Address<16>, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static BACKENDS_V4: HashMap<Address<4>, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static BACKENDS_V6: HashMap<Address<16>, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static ENDPOINTS: Array<Endpoint> = Array::with_max_entries(1024, 0);
 #[map]
 static PAGES: Array<Page> = Array::with_max_entries(1024, 0);
 #[map]
@@ -49,9 +53,19 @@ static PASSED: PerCpuArray<u64> = PerCpuArray::with_max_entries(Passed::COUNT as
 #[map]
 static INTERFACES: HashMap<u32, Interface> = HashMap::with_max_entries(1024, 0);
 #[map]
-static DEVICES: DevMapHash = DevMapHash::with_max_entries(1024, 0);
+static DEVICES: DevMap = DevMap::with_max_entries(1024, 0);
+#[map]
+static TRUST: Array<Trust> = Array::with_max_entries(2, 0);
+#[map]
+static ROUTES_V4: PerCpuArray<RouteSet<4>> = PerCpuArray::with_max_entries(1 << 15, 0);
+#[map]
+static ROUTES_V6: PerCpuArray<RouteSet<16>> = PerCpuArray::with_max_entries(1 << 15, 0);
 #[map]
 static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
+
+/// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
+#[unsafe(no_mangle)]
+static ROUTE_SET_BITS: u32 = 14;
 
 #[xdp]
 fn external(ctx: XdpContext) -> u32 {
@@ -74,9 +88,7 @@ fn run(ctx: &XdpContext, role: Role) -> u32 {
     // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
     let frame = unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) };
     match path::handle(&Xdp { ctx }, role, frame) {
-        Verdict::Redirect(interface) => {
-            DEVICES.redirect(interface, 0).unwrap_or(xdp_action::XDP_DROP)
-        }
+        Verdict::Redirect(device) => DEVICES.redirect(device, 0).unwrap_or(xdp_action::XDP_DROP),
         Verdict::Stack(_) | Verdict::Pass(_) => xdp_action::XDP_PASS,
         Verdict::Drop(_) => xdp_action::XDP_DROP,
     }
@@ -88,28 +100,65 @@ struct Xdp<'a> {
 
 impl Kernel for Xdp<'_> {
     #[inline(always)]
-    fn generation(&self) -> u8 {
+    fn generation(&self) -> u32 {
         // SAFETY: the row always exists; the control plane writes this word while packets read it.
         SETTINGS
             .get_ptr(0)
             .map_or(0, |settings| unsafe { (&raw const (*settings).generation).read_volatile() })
-            as u8
-    }
-
-    // Endpoints, pages and translations do not change while packets can reach them: see "One
-    // change, one write" in ARCHITECTURE.md.
-    #[inline(always)]
-    fn endpoint_v4(&self, key: &EndpointKey<4>) -> Option<&Endpoint> {
-        // SAFETY: as above.
-        unsafe { ENDPOINTS_V4.get(key) }
     }
 
     #[inline(always)]
-    fn endpoint_v6(&self, key: &EndpointKey<16>) -> Option<&Endpoint> {
-        // SAFETY: as above.
-        unsafe { ENDPOINTS_V6.get(key) }
+    fn endpoint_v4(&self, direction: Direction, address: &Address<4>) -> Option<&Endpoint> {
+        endpoint(match direction {
+            Direction::Forward => LISTENS_V4.get_ptr(address)?,
+            Direction::Reply => BACKENDS_V4.get_ptr(address)?,
+        })
     }
 
+    #[inline(always)]
+    fn endpoint_v6(&self, direction: Direction, address: &Address<16>) -> Option<&Endpoint> {
+        endpoint(match direction {
+            Direction::Forward => LISTENS_V6.get_ptr(address)?,
+            Direction::Reply => BACKENDS_V6.get_ptr(address)?,
+        })
+    }
+
+    #[inline(always)]
+    fn trust_v4(&self) -> Trust {
+        trust(0)
+    }
+
+    #[inline(always)]
+    fn trust_v6(&self) -> Trust {
+        trust(1)
+    }
+
+    #[inline(always)]
+    fn routes_v4<R>(
+        &self,
+        direction: Direction,
+        destination: &Address<4>,
+        look: impl FnOnce(&mut RouteSet<4>) -> R,
+    ) -> Option<R> {
+        let routes = ROUTES_V4.get_ptr_mut(route_set(direction, destination))?;
+        // SAFETY: this CPU's own.
+        Some(look(unsafe { &mut *routes }))
+    }
+
+    #[inline(always)]
+    fn routes_v6<R>(
+        &self,
+        direction: Direction,
+        destination: &Address<16>,
+        look: impl FnOnce(&mut RouteSet<16>) -> R,
+    ) -> Option<R> {
+        let routes = ROUTES_V6.get_ptr_mut(route_set(direction, destination))?;
+        // SAFETY: this CPU's own.
+        Some(look(unsafe { &mut *routes }))
+    }
+
+    // Pages and translations do not change while packets can reach them: see "One change, one write"
+    // in ARCHITECTURE.md.
     #[inline(always)]
     fn page(&self, number: u32) -> Option<&Page> {
         PAGES.get(number)
@@ -162,12 +211,17 @@ impl Kernel for Xdp<'_> {
         let route = match result {
             // Kernels before 6.3 do not look at the neighbour's state, and give the zero address of
             // one that is not resolved.
-            BPF_FIB_LKUP_RET_SUCCESS if fib.dmac == [0; 6] => {
+            BPF_FIB_LKUP_RET_SUCCESS
+                if link_source_and_destination(&fib)[3..].iter().all(|half| *half == 0) =>
+            {
                 Route::NoNeighbour { interface: fib.ifindex }
             }
-            BPF_FIB_LKUP_RET_SUCCESS => {
-                Route::Via { interface: fib.ifindex, source: fib.smac, destination: fib.dmac }
-            }
+            BPF_FIB_LKUP_RET_SUCCESS => Route::Via {
+                interface: fib.ifindex,
+                // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
+                mtu: u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }),
+                link: link_addresses(&fib),
+            },
             BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { interface: fib.ifindex },
             BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
             BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
@@ -265,11 +319,48 @@ impl Kernel for Xdp<'_> {
 
     // The level is a constant of the loaded program: what is off, the verifier removes.
     #[inline(always)]
-    fn log(&self, flow: &Flow, verdict: Verdict) {
+    fn log(&self, flow: impl FnOnce() -> Flow, verdict: Verdict) {
         if log::is_on() {
-            log::verdict(self.ctx, flow, verdict);
+            log::verdict(self.ctx, &flow(), verdict);
         }
     }
+}
+
+/// The endpoint of an address. Which it is never changes, as long as the address is there.
+#[inline(always)]
+fn endpoint<'a>(row: *const u32) -> Option<&'a Endpoint> {
+    // SAFETY: from a lookup of this run. The half that is live does not change.
+    ENDPOINTS.get(unsafe { *row })
+}
+
+#[inline(always)]
+fn trust(family: u32) -> Trust {
+    // SAFETY: the rows always exist; the control plane writes their words while packets read them.
+    TRUST.get_ptr(family).map_or_else(Trust::default, |trust| unsafe { trust.read_volatile() })
+}
+
+/// Which row of the routes is a destination's.
+#[inline(always)]
+fn route_set<const N: usize>(direction: Direction, destination: &Address<N>) -> u32 {
+    // SAFETY: a constant of the loaded program.
+    let bits = unsafe { (&raw const ROUTE_SET_BITS).read_volatile() };
+    (direction as u32) << bits | destination.route_set(bits)
+}
+
+/// The source's three halfwords, then the destination's, read one by one: what the compiler would
+/// join is not aligned, as anything on the stack must be.
+#[inline(always)]
+fn link_source_and_destination(fib: &fib_lookup) -> [u16; 6] {
+    let halfwords = (&raw const fib.smac).cast::<u16>();
+    // SAFETY: `smac` is aligned to four, and `dmac` follows it.
+    core::array::from_fn(|at| unsafe { halfwords.add(at).read_volatile() })
+}
+
+#[inline(always)]
+fn link_addresses(fib: &fib_lookup) -> LinkAddresses {
+    let [a, b, c, d, e, f] = link_source_and_destination(fib);
+    // SAFETY: the same twelve bytes.
+    LinkAddresses::from_bytes(unsafe { core::mem::transmute([d, e, f, a, b, c]) })
 }
 
 /// An address in the words of the kernel's structs, which are in network order too.

@@ -11,7 +11,9 @@ use network_types::{
 
 use crate::checksum::{Change, Checksum};
 use crate::path::Kernel;
-use crate::table::{Address, Direction, Endpoint, EndpointKey, Passed, Port};
+use crate::table::{
+    Address, Claims, Direction, Endpoint, LinkAddresses, Passed, Port, Ports, RouteSet, Trust,
+};
 
 /// A header as it lies in a frame.
 ///
@@ -93,23 +95,44 @@ impl<'a> Frame<'a> {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Ethernet {
-    pub destination: [u8; 6],
-    pub source: [u8; 6],
-    pub ether_type: [u8; 2],
+    /// [`LinkAddresses`], at any alignment.
+    link: [u8; 12],
+    ether_type: [u8; 2],
+}
+
+/// What an Ethernet frame carries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct EtherType(u16);
+
+impl EtherType {
+    pub const IPV4: Self = Self::of([0x08, 0x00]);
+    pub const IPV6: Self = Self::of([0x86, 0xdd]);
+    /// IEEE 802.1Q, the inner or only tag.
+    pub const VLAN: Self = Self::of([0x81, 0x00]);
+    /// IEEE 802.1ad, the outer of two tags.
+    pub const SERVICE_VLAN: Self = Self::of([0x88, 0xa8]);
+
+    /// One number to compare, not two bytes.
+    const fn of(bytes: [u8; 2]) -> Self {
+        Self(u16::from_ne_bytes(bytes))
+    }
 }
 
 impl Ethernet {
-    pub const IPV4: [u8; 2] = [0x08, 0x00];
-    pub const IPV6: [u8; 2] = [0x86, 0xdd];
-    /// IEEE 802.1Q, the inner or only tag.
-    pub const VLAN: [u8; 2] = [0x81, 0x00];
-    /// IEEE 802.1ad, the outer of two tags.
-    pub const SERVICE_VLAN: [u8; 2] = [0x88, 0xa8];
+    #[inline(always)]
+    pub fn ether_type(&self) -> EtherType {
+        EtherType::of(self.ether_type)
+    }
 
     /// Whether the frame goes to a group: the first bit on the wire.
     #[inline(always)]
     pub fn is_group(&self) -> bool {
-        self.destination[0] & 1 == 1
+        self.link[0] & 1 == 1
+    }
+
+    #[inline(always)]
+    pub fn set_link(&mut self, link: &LinkAddresses) {
+        self.link = link.bytes();
     }
 }
 
@@ -158,6 +181,15 @@ impl<'a> Transport<'a> {
         match self {
             Self::Tcp(_) => TCP,
             Self::Udp(_) => UDP,
+        }
+    }
+
+    /// What rules claim of this protocol.
+    #[inline(always)]
+    pub fn claimed(&self, claims: &Claims) -> Ports {
+        match self {
+            Self::Tcp(_) => claims.tcp,
+            Self::Udp(_) => claims.udp,
         }
     }
 
@@ -221,8 +253,26 @@ pub trait Ip<const N: usize>: Header {
     /// IPv4 TOS byte first, or IPv6 traffic class and flow label.
     fn class(&self) -> [u8; 4];
 
-    /// Looks an endpoint up in the map of this family.
-    fn endpoint<'k, K: Kernel>(kernel: &'k K, key: &EndpointKey<N>) -> Option<&'k Endpoint>;
+    /// Looks the end that `direction` translates up in the map of this family.
+    fn endpoint<'k, K: Kernel>(
+        kernel: &'k K,
+        direction: Direction,
+        address: &Address<N>,
+    ) -> Option<&'k Endpoint>;
+
+    /// Whether the FIB refuses some packets for their source: those are not for remembered routes.
+    fn is_source_strict(&self) -> bool;
+
+    /// How far remembered routes of this family can be relied on.
+    fn trust<K: Kernel>(kernel: &K) -> Trust;
+
+    /// Looks at a set of remembered routes of this family, or changes it.
+    fn routes<K: Kernel, R>(
+        kernel: &K,
+        direction: Direction,
+        destination: &Address<N>,
+        look: impl FnOnce(&mut RouteSet<N>) -> R,
+    ) -> Option<R>;
 
     /// Goes on from this header, which was just taken from `frame`, to the transport header.
     /// `available` is what the frame held from the start of this header on.
@@ -271,8 +321,32 @@ impl Ip<4> for Ipv4Hdr {
     }
 
     #[inline(always)]
-    fn endpoint<'k, K: Kernel>(kernel: &'k K, key: &EndpointKey<4>) -> Option<&'k Endpoint> {
-        kernel.endpoint_v4(key)
+    fn endpoint<'k, K: Kernel>(
+        kernel: &'k K,
+        direction: Direction,
+        address: &Address<4>,
+    ) -> Option<&'k Endpoint> {
+        kernel.endpoint_v4(direction, address)
+    }
+
+    #[inline(always)]
+    fn is_source_strict(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn trust<K: Kernel>(kernel: &K) -> Trust {
+        kernel.trust_v4()
+    }
+
+    #[inline(always)]
+    fn routes<K: Kernel, R>(
+        kernel: &K,
+        direction: Direction,
+        destination: &Address<4>,
+        look: impl FnOnce(&mut RouteSet<4>) -> R,
+    ) -> Option<R> {
+        kernel.routes_v4(direction, destination, look)
     }
 
     #[inline(always)]
@@ -359,8 +433,33 @@ impl Ip<16> for Ipv6Hdr {
     }
 
     #[inline(always)]
-    fn endpoint<'k, K: Kernel>(kernel: &'k K, key: &EndpointKey<16>) -> Option<&'k Endpoint> {
-        kernel.endpoint_v6(key)
+    fn endpoint<'k, K: Kernel>(
+        kernel: &'k K,
+        direction: Direction,
+        address: &Address<16>,
+    ) -> Option<&'k Endpoint> {
+        kernel.endpoint_v6(direction, address)
+    }
+
+    #[inline(always)]
+    fn is_source_strict(&self) -> bool {
+        // Multicast, link-local, loopback (rt6_need_strict), and a few more that begin alike.
+        matches!(self.src_addr[0], 0x00 | 0xfe | 0xff)
+    }
+
+    #[inline(always)]
+    fn trust<K: Kernel>(kernel: &K) -> Trust {
+        kernel.trust_v6()
+    }
+
+    #[inline(always)]
+    fn routes<K: Kernel, R>(
+        kernel: &K,
+        direction: Direction,
+        destination: &Address<16>,
+        look: impl FnOnce(&mut RouteSet<16>) -> R,
+    ) -> Option<R> {
+        kernel.routes_v6(direction, destination, look)
     }
 
     #[inline(always)]

@@ -5,10 +5,10 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
-use crate::packet::{Ethernet, Frame, Ip, Transport};
+use crate::packet::{EtherType, Ethernet, Frame, Ip};
 use crate::table::{
-    AnyAddress, ArrivalKey, Counter, Direction, Dropped, Endpoint, EndpointKey, Interface, Page,
-    Passed, Port, ToStack, Translation,
+    Address, AnyAddress, ArrivalKey, Claims, Counter, Direction, Dropped, Endpoint, Hop, Interface,
+    LinkAddresses, Page, Passed, Port, Ports, RouteSet, Tag, ToStack, Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -25,7 +25,7 @@ pub enum Role {
 /// What becomes of a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
-    /// Translated; send it out by the interface with this index.
+    /// Translated; send it out by this row of `DEVICES`.
     Redirect(u32),
     /// Translated; the stack sends it.
     Stack(ToStack),
@@ -87,11 +87,11 @@ impl Flow {
 /// The route of a packet: the results of `bpf_fib_lookup`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Route {
-    /// By this interface, with these link addresses.
+    /// By this interface, with these link addresses; packets of up to `mtu` bytes.
     Via {
         interface: u32,
-        source: [u8; 6],
-        destination: [u8; 6],
+        mtu: u32,
+        link: LinkAddresses,
     },
     /// By this interface, whose neighbour is not resolved.
     NoNeighbour {
@@ -109,12 +109,28 @@ pub enum Route {
 
 /// What the path asks of the kernel: maps and helpers.
 pub trait Kernel {
-    /// The live generation of endpoints.
-    fn generation(&self) -> u8;
-    fn endpoint_v4(&self, key: &EndpointKey<4>) -> Option<&Endpoint>;
-    fn endpoint_v6(&self, key: &EndpointKey<16>) -> Option<&Endpoint>;
+    /// The live generation of endpoints: 0 or 1.
+    fn generation(&self) -> u32;
+    fn endpoint_v4(&self, direction: Direction, address: &Address<4>) -> Option<&Endpoint>;
+    fn endpoint_v6(&self, direction: Direction, address: &Address<16>) -> Option<&Endpoint>;
     fn page(&self, number: u32) -> Option<&Page>;
     fn translation(&self, number: u32) -> Option<&Translation>;
+    /// How far remembered routes can be relied on.
+    fn trust_v4(&self) -> Trust;
+    fn trust_v6(&self) -> Trust;
+    /// The set of the routes that this CPU remembers which is this destination's.
+    fn routes_v4<R>(
+        &self,
+        direction: Direction,
+        destination: &Address<4>,
+        look: impl FnOnce(&mut RouteSet<4>) -> R,
+    ) -> Option<R>;
+    fn routes_v6<R>(
+        &self,
+        direction: Direction,
+        destination: &Address<16>,
+        look: impl FnOnce(&mut RouteSet<16>) -> R,
+    ) -> Option<R>;
     /// The interface with this index, if it is one of ours.
     fn interface(&self, index: u32) -> Option<Interface>;
     /// The interface that the packet came by.
@@ -135,7 +151,7 @@ pub trait Kernel {
     /// CLOCK_MONOTONIC in nanoseconds, coarse.
     fn now(&self) -> u64;
     /// Tells what became of a packet that a rule claimed, as it came in.
-    fn log(&self, flow: &Flow, verdict: Verdict);
+    fn log(&self, flow: impl FnOnce() -> Flow, verdict: Verdict);
 }
 
 /// Decides and does what becomes of `frame`.
@@ -156,10 +172,10 @@ fn ethernet<K: Kernel>(kernel: &K, role: Role, frame: &mut Frame<'_>) -> Result<
     if ethernet.is_group() {
         return Err(Passed::Group);
     }
-    match ethernet.ether_type {
-        Ethernet::IPV4 => ip::<4, Ipv4Hdr, K>(kernel, role, ethernet, frame),
-        Ethernet::IPV6 => ip::<16, Ipv6Hdr, K>(kernel, role, ethernet, frame),
-        Ethernet::VLAN | Ethernet::SERVICE_VLAN => Err(Passed::Vlan),
+    match ethernet.ether_type() {
+        EtherType::IPV4 => ip::<4, Ipv4Hdr, K>(kernel, role, ethernet, frame),
+        EtherType::IPV6 => ip::<16, Ipv6Hdr, K>(kernel, role, ethernet, frame),
+        EtherType::VLAN | EtherType::SERVICE_VLAN => Err(Passed::Vlan),
         _ => Err(Passed::NotIp),
     }
 }
@@ -173,7 +189,7 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
 ) -> Result<Verdict, Passed> {
     let available = frame.remaining();
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let (direction, endpoint) = claim(kernel, role, ip).ok_or(Passed::NoRule)?;
+    let (direction, claims) = claim(kernel, role, ip).ok_or(Passed::NoRule)?;
 
     let mut transport = ip.transport(frame, available)?;
     let (source_port, destination_port) = transport.ports();
@@ -181,9 +197,9 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => destination_port,
         Direction::Reply => source_port,
     };
-    let translation = translation(kernel, endpoint, &transport, port).ok_or(Passed::NoRule)?;
+    let translation = translation(kernel, transport.claimed(claims), port).ok_or(Passed::NoRule)?;
 
-    let came = Flow {
+    let came = || Flow {
         family: I::FAMILY,
         protocol: transport.protocol(),
         source_port,
@@ -191,24 +207,143 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
         source: ip.source().widen(),
         destination: ip.destination().widen(),
     };
-    if translation.has(Translation::ASK_SOCKETS) && kernel.has_socket(&came) {
+    if translation.has(Translation::ASK_SOCKETS) && kernel.has_socket(&came()) {
         return Err(Passed::Own);
     }
     if ip.ttl() <= 1 {
         return Err(Passed::Ttl);
     }
 
-    let mut address = translation.address;
+    let mut address: Address<N> = translation.address.narrow();
     if direction == Direction::Reply
         && translation.has(Translation::MANY_ADDRESSES)
-        && let Some(arrival) = kernel.arrival(&came.reversed().arrival())
+        && let Some(arrival) = kernel.arrival(&came().reversed().arrival())
     {
-        address = arrival;
+        address = arrival.narrow();
     }
     let port = port.shifted(translation.shift);
-    let goes = came.translated(direction, address, port);
     let length = ip.length();
-    let (route, fits) = kernel.route(&goes, length, ip.class());
+    let now = kernel.now();
+
+    let destination = match direction {
+        Direction::Forward => address,
+        Direction::Reply => ip.destination(),
+    };
+    let goes = || came().translated(direction, address.widen(), port);
+    // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
+    let tag = tag(kernel, direction, ip, now);
+    let remembered = tag.and_then(|tag| {
+        I::routes(kernel, direction, &destination, |set| set.find(&destination, tag).copied())?
+    });
+    let (verdict, link) = match remembered {
+        Some(hop) if u32::from(length) <= hop.mtu => {
+            (Verdict::Redirect(hop.device), Some(hop.link))
+        }
+        _ => {
+            let (verdict, hop) = ask(kernel, direction, ip, &goes())?;
+            if let (Some(tag), Some(hop)) = (tag, hop) {
+                I::routes(kernel, direction, &destination, |set| {
+                    set.remember(destination, tag, hop);
+                });
+            }
+            (verdict, hop.map(|hop| hop.link))
+        }
+    };
+
+    kernel.log(came, verdict);
+    if let Verdict::Drop(reason) = verdict {
+        kernel.count(translation.counter, |counter| counter.dropped[reason as usize] += 1);
+        return Ok(verdict);
+    }
+    if direction == Direction::Forward && translation.has(Translation::MANY_ADDRESSES) {
+        remember_arrival(kernel, translation, &came(), &goes());
+    }
+    // The stack takes a hop off and writes the link addresses itself.
+    let mut hops = 0;
+    if let Some(link) = link {
+        ethernet.set_link(&link);
+        hops = 1;
+    }
+    let addresses = ip.rewrite(direction, address, hops);
+    transport.rewrite(direction, port, addresses);
+    kernel.count(translation.counter, |counter| {
+        let tally = &mut counter.translated[direction as usize];
+        tally.packets += 1;
+        tally.bytes += u64::from(length);
+        counter.last = now;
+        if let Verdict::Stack(reason) = verdict {
+            counter.to_stack[reason as usize] += 1;
+        }
+    });
+    Ok(verdict)
+}
+
+/// What rules claim at the address that this interface's role translates.
+#[inline(always)]
+fn claim<'k, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &'k K,
+    role: Role,
+    ip: &I,
+) -> Option<(Direction, &'k Claims)> {
+    let look = |direction, address: Address<N>| {
+        let endpoint = I::endpoint(kernel, direction, &address)?;
+        let [even, odd] = &endpoint.generations;
+        Some((direction, if kernel.generation() == 0 { even } else { odd }))
+    };
+    let forward = match role {
+        Role::External | Role::Both => look(Direction::Forward, ip.destination()),
+        Role::Internal => None,
+    };
+    match (forward, role) {
+        (None, Role::Internal | Role::Both) => look(Direction::Reply, ip.source()),
+        (forward, _) => forward,
+    }
+}
+
+/// The translation of a port: a comparison, or two array loads.
+#[inline(always)]
+fn translation<K: Kernel>(kernel: &K, ports: Ports, port: Port) -> Option<&Translation> {
+    let row = if ports.first <= ports.last {
+        let number = port.number();
+        (ports.first <= number && number <= ports.last).then_some(ports.row)
+    } else {
+        let [high, low] = port.0;
+        let root = kernel.page(present(ports.row)?)?;
+        let leaf = kernel.page(present(root.0[usize::from(high)])?)?;
+        Some(leaf.0[usize::from(low)])
+    };
+    kernel.translation(present(row?)?)
+}
+
+/// Row 0 of each table is none.
+#[inline(always)]
+fn present(number: u32) -> Option<u32> {
+    (number != 0).then_some(number)
+}
+
+/// Under which routes are remembered now; none while they cannot be relied on.
+#[inline(always)]
+fn tag<const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    ip: &I,
+    now: u64,
+) -> Option<Tag> {
+    let trust = I::trust(kernel);
+    let trusted = trust.generation != 0 && now < trust.until && !ip.is_source_strict();
+    trusted.then(|| Tag::new(trust.generation, direction))
+}
+
+/// Asks the FIB. With the way if it is one by which packets can be redirected at once.
+#[inline(always)]
+fn ask<const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    ip: &I,
+    goes: &Flow,
+) -> Result<(Verdict, Option<Hop>), Passed> {
+    let length = ip.length();
+    let (route, fits) = kernel.route(goes, length, ip.class());
     let merged = || kernel.ingress().is_some_and(|ingress| u32::from(length) > ingress.mtu);
     let size = if fits {
         Size::Fits
@@ -223,82 +358,12 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => forward(kernel, route, size),
         Direction::Reply => reply(kernel, route, size)?,
     };
-
-    if let Verdict::Drop(reason) = verdict {
-        kernel.count(translation.counter, |counter| counter.dropped[reason as usize] += 1);
-        kernel.log(&came, verdict);
-        return Ok(verdict);
-    }
-    if direction == Direction::Forward && translation.has(Translation::MANY_ADDRESSES) {
-        remember_arrival(kernel, translation, &came, &goes);
-    }
-    // The stack takes a hop off and writes the link addresses itself.
-    let mut hops = 0;
-    if let Verdict::Redirect(_) = verdict
-        && let Route::Via { source, destination, .. } = route
-    {
-        ethernet.source = source;
-        ethernet.destination = destination;
-        hops = 1;
-    }
-    let addresses = ip.rewrite(direction, address.narrow(), hops);
-    transport.rewrite(direction, port, addresses);
-    kernel.count(translation.counter, |counter| {
-        let tally = &mut counter.translated[direction as usize];
-        tally.packets += 1;
-        tally.bytes += u64::from(length);
-        counter.last = kernel.now();
-        if let Verdict::Stack(reason) = verdict {
-            counter.to_stack[reason as usize] += 1;
+    Ok(match (verdict, route) {
+        (Verdict::Redirect(device), Route::Via { mtu, link, .. }) => {
+            (verdict, Some(Hop { device, mtu, link }))
         }
-    });
-    kernel.log(&came, verdict);
-    Ok(verdict)
-}
-
-/// The rules' ports at the address that this interface's role translates.
-#[inline(always)]
-fn claim<'k, const N: usize, I: Ip<N>, K: Kernel>(
-    kernel: &'k K,
-    role: Role,
-    ip: &I,
-) -> Option<(Direction, &'k Endpoint)> {
-    let generation = kernel.generation();
-    let look = |direction, address| {
-        let key = EndpointKey::new(address, direction, generation);
-        I::endpoint(kernel, &key).map(|endpoint| (direction, endpoint))
-    };
-    let forward = match role {
-        Role::External | Role::Both => look(Direction::Forward, ip.destination()),
-        Role::Internal => None,
-    };
-    match (forward, role) {
-        (None, Role::Internal | Role::Both) => look(Direction::Reply, ip.source()),
-        (forward, _) => forward,
-    }
-}
-
-/// The translation of a port: two array loads.
-#[inline(always)]
-fn translation<'k, K: Kernel>(
-    kernel: &'k K,
-    endpoint: &Endpoint,
-    transport: &Transport<'_>,
-    port: Port,
-) -> Option<&'k Translation> {
-    let [high, low] = port.0;
-    let pages = match transport {
-        Transport::Tcp(_) => &endpoint.tcp,
-        Transport::Udp(_) => &endpoint.udp,
-    };
-    let page = kernel.page(present(pages[usize::from(high)])?)?;
-    kernel.translation(present(page.0[usize::from(low)])?)
-}
-
-/// Row 0 of each table is none.
-#[inline(always)]
-fn present(number: u32) -> Option<u32> {
-    (number != 0).then_some(number)
+        _ => (verdict, None),
+    })
 }
 
 /// How a packet's length and its route's MTU go together.
@@ -363,8 +428,8 @@ fn reply<K: Kernel>(kernel: &K, route: Route, size: Size) -> Result<Verdict, Pas
 #[inline(always)]
 fn leave(interface: Interface, route: Route) -> Verdict {
     match route {
-        Route::Via { interface: index, .. } if interface.has(Interface::TRANSMITS) => {
-            Verdict::Redirect(index)
+        Route::Via { .. } if interface.has(Interface::TRANSMITS) => {
+            Verdict::Redirect(interface.device)
         }
         Route::Via { .. } => Verdict::Stack(ToStack::NoTransmit),
         _ => Verdict::Stack(ToStack::NoNeighbour),

@@ -7,11 +7,12 @@ use core::mem::{align_of, size_of};
 
 /// The version of everything in this module; it stands in [`Settings`], so that halves of different
 /// builds refuse each other.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// A port: two bytes in network order.
+// Aligned as a number is, like the addresses below: on the BPF stack nothing else is allowed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-#[repr(transparent)]
+#[repr(C, align(2))]
 pub struct Port(pub [u8; 2]);
 
 impl Port {
@@ -52,13 +53,13 @@ impl Shift {
 
 /// An IP address of `N` bytes in network order.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-#[repr(transparent)]
+#[repr(C, align(4))]
 pub struct Address<const N: usize>(pub [u8; N]);
 
 /// An address of either family in one size: an IPv4 address stands in the first four bytes and the
 /// rest is zero. Which family it is follows from where it stands.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[repr(transparent)]
+#[repr(C, align(4))]
 pub struct AnyAddress(pub [u8; 16]);
 
 impl<const N: usize> Address<N> {
@@ -93,43 +94,60 @@ pub enum Direction {
     Reply = 1,
 }
 
-/// Key of `ENDPOINTS_V4` (`N` = 4) and `ENDPOINTS_V6` (`N` = 16): an address that rules translate.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+/// Value of `ENDPOINTS`, to which `LISTENS_V4` and `LISTENS_V6` lead from an address that rules listen
+/// on, and `BACKENDS_V4` and `BACKENDS_V6` from the address of a backend: what rules claim there, in
+/// two generations of which [`Settings::generation`] names the live one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
-pub struct EndpointKey<const N: usize> {
-    /// The packet's destination on forward, its source on reply.
-    pub address: Address<N>,
-    /// A [`Direction`] as its number.
-    direction: u8,
-    /// Which of the two rule sets that may be in the map at once; see [`Settings::generation`].
-    pub generation: u8,
-    padding: [u8; 2],
+pub struct Endpoint {
+    pub generations: [Claims; 2],
 }
 
-impl<const N: usize> EndpointKey<N> {
-    /// The key of `address` as the end that `direction` translates.
-    #[inline(always)]
-    pub const fn new(address: Address<N>, direction: Direction, generation: u8) -> Self {
-        Self { address, direction: direction as u8, generation, padding: [0; 2] }
+/// The ports that rules claim at an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Claims {
+    pub tcp: Ports,
+    pub udp: Ports,
+}
+
+/// From port to row of `TRANSLATIONS`, for one address and protocol.
+///
+/// Where one row serves all ports from `first` to `last`, as with most backends, that is all. Else
+/// `first` is greater than `last`, and `row` is the root of a page table over the 65,536 ports: a
+/// row of `PAGES`, from a port's high byte to a second row of `PAGES`, from its low byte to the row
+/// of `TRANSLATIONS`. 0 is none everywhere.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Ports {
+    /// In host byte order, like `last`.
+    pub first: u16,
+    pub last: u16,
+    pub row: u32,
+}
+
+impl Ports {
+    /// No port.
+    pub const NONE: Self = Self::paged(0);
+
+    /// The ports from `first` to `last`, all to `row` of `TRANSLATIONS`.
+    pub const fn range(first: u16, last: u16, row: u32) -> Self {
+        Self { first, last, row }
+    }
+
+    /// A page table with this root.
+    pub const fn paged(root: u32) -> Self {
+        Self { first: 1, last: 0, row: root }
     }
 }
 
-/// Value of `ENDPOINTS_V4` and `ENDPOINTS_V6`: for each transport protocol the upper half of a page
-/// table over the 65,536 ports: from a port's high byte to a page number, 0 for none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(C)]
-pub struct Endpoint {
-    pub tcp: [u32; 256],
-    pub udp: [u32; 256],
+impl Default for Ports {
+    fn default() -> Self {
+        Self::NONE
+    }
 }
 
-impl Endpoint {
-    /// An endpoint without ports.
-    pub const EMPTY: Self = Self { tcp: [0; 256], udp: [0; 256] };
-}
-
-/// Value of `PAGES`: the lower half of a page table: from a port's low byte to a row of
-/// `TRANSLATIONS`, 0 for none. Equal pages are one page.
+/// Value of `PAGES`: half of a page table; see [`Ports`]. Equal pages are one page.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
 pub struct Page(pub [u32; 256]);
@@ -186,6 +204,8 @@ pub struct Interface {
     pub flags: u32,
     /// Bytes of the largest IP packet that a wire would bring.
     pub mtu: u32,
+    /// Its row in `DEVICES`.
+    pub device: u32,
 }
 
 impl Interface {
@@ -193,8 +213,7 @@ impl Interface {
     pub const EXTERNAL: u32 = 1;
     /// Backends are there: forward translations apply to what leaves by it.
     pub const INTERNAL: u32 = 2;
-    /// It is in `DEVICES`: frames can be redirected to it. What leaves by another goes through the
-    /// stack.
+    /// Frames can be redirected to it, by `device`. What leaves by another goes through the stack.
     pub const TRANSMITS: u32 = 4;
 
     /// Whether a flag is set.
@@ -210,8 +229,129 @@ impl Interface {
 pub struct Settings {
     /// [`LAYOUT`].
     pub layout: u32,
-    /// The generation of endpoints that is live. One write to it changes all rules at once.
+    /// The generation of endpoints that is live, 0 or 1. One write to it changes all rules at once.
     pub generation: u32,
+}
+
+/// The link addresses of a frame, as they begin it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C, align(4))]
+pub struct LinkAddresses([u8; 12]);
+
+impl LinkAddresses {
+    pub const fn new(destination: [u8; 6], source: [u8; 6]) -> Self {
+        let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (destination, source);
+        Self([a, b, c, d, e, f, g, h, i, j, k, l])
+    }
+
+    /// The destination's six bytes, then the source's.
+    #[inline(always)]
+    pub const fn from_bytes(bytes: [u8; 12]) -> Self {
+        Self(bytes)
+    }
+
+    /// The destination's six bytes, then the source's.
+    #[inline(always)]
+    pub const fn bytes(&self) -> [u8; 12] {
+        self.0
+    }
+}
+
+/// Where a frame goes that can be redirected at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Hop {
+    /// Its row in `DEVICES`.
+    pub device: u32,
+    /// Bytes of the largest IP packet that may go this way.
+    pub mtu: u32,
+    pub link: LinkAddresses,
+}
+
+/// Value of `TRUST`, row 0 for IPv4 and 1 for IPv6: how far the programs may rely on what the FIB
+/// told before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Trust {
+    /// A new one voids every route that is remembered. 0: the FIB is asked for each packet.
+    pub generation: u32,
+    pub padding: u32,
+    /// CLOCK_MONOTONIC in nanoseconds from which on nobody has looked after the generation.
+    pub until: u64,
+}
+
+/// Under which a route was remembered: a generation of [`Trust`] and a direction. 0 is none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(transparent)]
+pub struct Tag(u32);
+
+impl Tag {
+    /// The upper bit of a generation is not looked at.
+    #[inline(always)]
+    pub const fn new(generation: u32, direction: Direction) -> Self {
+        Self(generation << 1 | direction as u32)
+    }
+}
+
+/// What the FIB said for a destination.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct RememberedRoute<const N: usize> {
+    pub destination: Address<N>,
+    pub tag: Tag,
+    pub hop: Hop,
+}
+
+/// Value of `ROUTES_V4` and `ROUTES_V6`, per CPU, by direction and a hash of the destination: the last
+/// two routes that were asked for, the later first. The directions do not share sets: a flood of
+/// clients cannot push out the ways to backends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct RouteSet<const N: usize>([RememberedRoute<N>; 2]);
+
+impl<const N: usize> RouteSet<N> {
+    /// Nothing is remembered.
+    pub const EMPTY: Self = Self(
+        [RememberedRoute {
+            destination: Address([0; N]),
+            tag: Tag(0),
+            hop: Hop { device: 0, mtu: 0, link: LinkAddresses([0; 12]) },
+        }; 2],
+    );
+
+    /// The way to `destination` that was remembered under `tag`.
+    #[inline(always)]
+    pub fn find(&self, destination: &Address<N>, tag: Tag) -> Option<&Hop> {
+        let [later, earlier] = &self.0;
+        if later.tag == tag && later.destination == *destination {
+            return Some(&later.hop);
+        }
+        (earlier.tag == tag && earlier.destination == *destination).then_some(&earlier.hop)
+    }
+
+    /// Remembers the way to `destination` in place of the earlier one.
+    #[inline(always)]
+    pub fn remember(&mut self, destination: Address<N>, tag: Tag, hop: Hop) {
+        self.0[1] = self.0[0];
+        self.0[0] = RememberedRoute { destination, tag, hop };
+    }
+}
+
+impl<const N: usize> Address<N> {
+    /// Which of `1 << bits` sets of routes is this destination's: the upper bits of a product with
+    /// 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, section 6.4).
+    #[inline(always)]
+    pub fn route_set(&self, bits: u32) -> u32 {
+        let mut hash = 0u64;
+        for word in self.0.as_chunks::<4>().0 {
+            hash ^= u64::from(u32::from_ne_bytes(*word));
+            hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            if N > 4 {
+                hash ^= hash >> 32;
+            }
+        }
+        (hash >> (64 - bits)) as u32
+    }
 }
 
 /// Packets and the bytes of their IP packets.
@@ -332,13 +472,13 @@ reasons! {
 
 // No hidden padding, and the sizes that the maps are made with.
 const _: () = {
-    assert!(size_of::<EndpointKey<4>>() == 8 && align_of::<EndpointKey<4>>() == 1);
-    assert!(size_of::<EndpointKey<16>>() == 20 && align_of::<EndpointKey<16>>() == 1);
-    assert!(size_of::<Endpoint>() == 2048);
+    assert!(size_of::<Address<4>>() == 4 && size_of::<Address<16>>() == 16);
+    assert!(size_of::<Endpoint>() == 32 && align_of::<Endpoint>() == 4);
     assert!(size_of::<Page>() == 1024);
     assert!(size_of::<Translation>() == 28 && align_of::<Translation>() == 4);
-    assert!(size_of::<ArrivalKey>() == 40 && align_of::<ArrivalKey>() == 1);
-    assert!(size_of::<Settings>() == 8);
+    assert!(size_of::<ArrivalKey>() == 40 && align_of::<ArrivalKey>() == 4);
+    assert!(size_of::<Settings>() == 8 && size_of::<Trust>() == 16);
+    assert!(size_of::<RouteSet<4>>() == 56 && size_of::<RouteSet<16>>() == 80);
     assert!(size_of::<Counter>() == 40 + 8 * (ToStack::COUNT + Dropped::COUNT));
 };
 

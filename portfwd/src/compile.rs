@@ -11,7 +11,7 @@ use std::ops::RangeInclusive;
 
 use portfwd_ebpf::packet::{TCP, UDP};
 use portfwd_ebpf::table::{
-    Address, AnyAddress, Direction, Endpoint, EndpointKey, Page, Shift, Translation,
+    Address, AnyAddress, Claims, Direction, Endpoint, Page, Ports as PortTable, Shift, Translation,
 };
 
 use crate::network::Externals;
@@ -221,6 +221,10 @@ pub fn explain(rules: &[Rule], plan: &Plan, number: usize) -> String {
     lines.join("\n")
 }
 
+/// What leads to an endpoint: an address, among those listened on (forward) or those of backends
+/// (reply).
+pub type EndpointKey = (Direction, IpAddr);
+
 /// What to write so that the kernel's tables hold a plan.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Update {
@@ -228,12 +232,15 @@ pub struct Update {
     pub translations: Vec<(u32, Translation)>,
     /// New pages, at numbers that no live row refers to.
     pub pages: Vec<(u32, Page)>,
-    /// All endpoints of the new generation.
-    pub v4: Vec<(EndpointKey<4>, Endpoint)>,
-    /// All endpoints of the new generation.
-    pub v6: Vec<(EndpointKey<16>, Endpoint)>,
-    /// What makes the endpoints live.
-    pub generation: u8,
+    /// Rows of the endpoints whose next generation differs from what they hold.
+    pub endpoints: Vec<(u32, Endpoint)>,
+    /// Addresses that lead to those rows and did not before.
+    pub new: Vec<(EndpointKey, u32)>,
+    /// Addresses whose rows claim nothing, neither in the generation before nor in the next. Their
+    /// numbers are used again by a later update.
+    pub gone: Vec<EndpointKey>,
+    /// What makes the endpoints' next generation live.
+    pub generation: u32,
 }
 
 /// How many rows the tables hold.
@@ -260,7 +267,7 @@ impl Capacity {
         let families = if rules.iter().any(is_name) { 2 } else { 1 };
         let room = |rows: usize| (2 * families * rows) as u32 + 256;
         Self {
-            endpoints: room(update.v4.len().max(update.v6.len())),
+            endpoints: room(update.endpoints.len()),
             translations: room(update.translations.len()),
             pages: room(update.pages.len()),
             counters: rules.len().max(1) as u32,
@@ -269,7 +276,7 @@ impl Capacity {
 
     /// Whether `update` fits.
     pub fn holds(&self, update: &Update) -> bool {
-        update.v4.len().max(update.v6.len()) as u32 <= self.endpoints / 2
+        update.endpoints.iter().all(|(number, _)| *number < self.endpoints)
             && update.translations.iter().all(|(number, _)| *number < self.translations)
             && update.pages.iter().all(|(number, _)| *number < self.pages)
     }
@@ -281,7 +288,20 @@ pub struct Compiler {
     translations: Interner<Translation>,
     pages: Interner<Page>,
     counters: BTreeMap<String, u32>,
-    generation: u8,
+    endpoints: HashMap<EndpointKey, EndpointRow>,
+    /// Numbers of rows to which no address leads.
+    free_endpoints: Vec<u32>,
+    generation: u32,
+}
+
+/// A row of the endpoints.
+struct EndpointRow {
+    number: u32,
+    /// What the kernel has, but for the next generation unless it is `written`.
+    endpoint: Endpoint,
+    written: bool,
+    /// The kernel has the address.
+    known: bool,
 }
 
 impl Compiler {
@@ -305,24 +325,57 @@ impl Compiler {
         self.pages.begin();
         // A name keeps its counter, also while no rule has it.
         for rule in rules {
-            let next = self.counters.len() as u32;
-            self.counters.entry(rule.name.clone()).or_insert(next);
+            if !self.counters.contains_key(&rule.name) {
+                let next = self.counters.len() as u32;
+                self.counters.insert(rule.name.clone(), next);
+            }
         }
+        let strokes = self.strokes(rules, plan, externals, ephemeral);
+        let mut canvas = Canvas::default();
+        let mut wanted = HashMap::new();
+        for strokes in strokes.chunk_by(|a, b| a.endpoint == b.endpoint) {
+            let claims = canvas.paint(strokes, &mut self.pages);
+            wanted.insert(strokes[0].endpoint, claims);
+        }
+        self.update(wanted)
+    }
 
-        // From broad to narrow, so that the narrower rule has the last word on a port.
+    /// Every leg as strokes on its endpoints: by endpoint, and there from broad to narrow, so that
+    /// the narrower rule has the last word on a port.
+    fn strokes(
+        &mut self,
+        rules: &[Rule],
+        plan: &Plan,
+        externals: &Externals,
+        ephemeral: &RangeInclusive<u16>,
+    ) -> Vec<Stroke> {
         let mut legs: Vec<&Leg> = plan.legs.iter().collect();
         legs.sort_by_key(|leg| std::cmp::Reverse(leg.precedence));
-        let mut painted: BTreeMap<(IpAddr, Direction), Painted> = BTreeMap::new();
+        let mut strokes = Vec::with_capacity(2 * legs.len());
         for leg in legs {
             let counter = self.counters[&rules[leg.rule].name];
-            let addresses = match leg.listen {
-                Some(address) => vec![address],
-                None => of_family(externals, leg.backend),
+            let every;
+            let addresses = match &leg.listen {
+                Some(address) => std::slice::from_ref(address),
+                None => {
+                    every = of_family(externals, leg.backend);
+                    &every
+                }
             };
             let Some(first) = addresses.first() else { continue };
             let many = if addresses.len() > 1 { Translation::MANY_ADDRESSES } else { 0 };
             let claimed = (leg.ports.first(), leg.ports.last());
             let asking = asking_ports(leg.ports, ephemeral);
+            let mut stroke = |endpoint, ports, row| {
+                strokes.push(Stroke {
+                    endpoint,
+                    ports,
+                    row,
+                    tcp: leg.tcp,
+                    udp: leg.udp,
+                    all: leg.ports == Ports::All,
+                });
+            };
 
             for (place, address) in addresses.iter().enumerate() {
                 let is_first = if many != 0 && place == 0 { Translation::FIRST_ADDRESS } else { 0 };
@@ -335,12 +388,12 @@ impl Compiler {
                         counter,
                     })
                 };
-                let endpoint = painted.entry((*address, Direction::Forward)).or_default();
+                let endpoint = (Direction::Forward, *address);
                 if asking != Some(claimed) {
-                    endpoint.paint(leg, claimed, row(0));
+                    stroke(endpoint, claimed, row(0));
                 }
                 if let Some(asking) = asking {
-                    endpoint.paint(leg, asking, row(Translation::ASK_SOCKETS));
+                    stroke(endpoint, asking, row(Translation::ASK_SOCKETS));
                 }
             }
             let row = self.translations.number(&Translation {
@@ -350,43 +403,64 @@ impl Compiler {
                 flags: many,
                 counter,
             });
-            let endpoint = painted.entry((leg.backend, Direction::Reply)).or_default();
-            endpoint.paint(leg, leg.backend_ports(), row);
+            stroke((Direction::Reply, leg.backend), leg.backend_ports(), row);
         }
-
-        // Two generations suffice: the live one and the next.
-        let generation = self.generation ^ 1;
-        let mut update = Update {
-            translations: Vec::new(),
-            pages: Vec::new(),
-            v4: Vec::new(),
-            v6: Vec::new(),
-            generation,
-        };
-        for ((address, direction), painted) in painted {
-            let endpoint = Endpoint {
-                tcp: painted.tcp.intern(&mut self.pages),
-                udp: painted.udp.intern(&mut self.pages),
-            };
-            match address {
-                IpAddr::V4(v4) => {
-                    update.v4.push((endpoint_key(v4.octets(), direction, generation), endpoint))
-                }
-                IpAddr::V6(v6) => {
-                    update.v6.push((endpoint_key(v6.octets(), direction, generation), endpoint))
-                }
-            }
-        }
-        update.translations = self.translations.take_fresh();
-        update.pages = self.pages.take_fresh();
-        update
+        strokes.sort_by_key(|stroke| stroke.endpoint);
+        strokes
     }
 
-    /// What the last [`compile`](Self::compile) returned is live now.
-    pub fn commit(&mut self) {
+    /// What differs between what the kernel has and these claims in the next of the two generations.
+    fn update(&mut self, mut wanted: HashMap<EndpointKey, Claims>) -> Update {
+        let live = self.generation as usize;
+        let next = live ^ 1;
+        let (mut endpoints, mut new, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+        for key in wanted.keys() {
+            let rows = self.endpoints.len();
+            self.endpoints.entry(*key).or_insert_with(|| EndpointRow {
+                number: self.free_endpoints.pop().unwrap_or(rows as u32),
+                endpoint: Endpoint::default(),
+                written: false,
+                known: false,
+            });
+        }
+        for (key, row) in &mut self.endpoints {
+            let claims = wanted.remove(key);
+            if claims.is_none() && row.endpoint.generations[live] == Claims::default() {
+                gone.push(*key);
+            }
+            let claims = claims.unwrap_or_default();
+            if row.endpoint.generations[next] != claims || !row.written {
+                row.endpoint.generations[next] = claims;
+                row.written = false;
+                endpoints.push((row.number, row.endpoint));
+            }
+            if !row.known {
+                new.push((*key, row.number));
+            }
+        }
+        Update {
+            translations: self.translations.take_fresh(),
+            pages: self.pages.take_fresh(),
+            endpoints,
+            new,
+            gone,
+            generation: next as u32,
+        }
+    }
+
+    /// `update`, which the last [`compile`](Self::compile) returned, is live now.
+    pub fn commit(&mut self, update: &Update) {
         self.translations.commit();
         self.pages.commit();
-        self.generation ^= 1;
+        for row in self.endpoints.values_mut() {
+            row.written = true;
+            row.known = true;
+        }
+        for key in &update.gone {
+            let row = self.endpoints.remove(key);
+            self.free_endpoints.extend(row.map(|row| row.number));
+        }
+        self.generation = update.generation;
     }
 }
 
@@ -421,57 +495,67 @@ fn any_address(address: IpAddr) -> AnyAddress {
     }
 }
 
-fn endpoint_key<const N: usize>(
-    address: [u8; N],
-    direction: Direction,
-    generation: u8,
-) -> EndpointKey<N> {
-    EndpointKey::new(Address(address), direction, generation)
+/// Ports of an endpoint that a rule claims: what is painted over what was there.
+#[derive(Clone, Copy, Debug)]
+struct Stroke {
+    endpoint: EndpointKey,
+    /// First and last.
+    ports: (u16, u16),
+    row: u32,
+    tcp: bool,
+    udp: bool,
+    /// Of `*`.
+    all: bool,
 }
 
-/// The ports of an endpoint while rules are painted on it, one over the other.
-#[derive(Default)]
-struct Painted {
-    tcp: PaintedPorts,
-    udp: PaintedPorts,
+/// The 65,536 ports of one protocol at one endpoint, while rules are painted on them.
+struct Canvas {
+    rows: Vec<Page>,
 }
 
-impl Painted {
-    /// Gives `ports` to `row` in the protocols of `leg`.
-    fn paint(&mut self, leg: &Leg, ports: (u16, u16), row: u32) {
-        if leg.tcp {
-            self.tcp.paint(ports, row);
-        }
-        if leg.udp && leg.ports == Ports::All {
-            ALL_BUT_DHCP.iter().for_each(|ports| self.udp.paint(*ports, row));
-        } else if leg.udp {
-            self.udp.paint(ports, row);
-        }
+impl Default for Canvas {
+    fn default() -> Self {
+        Self { rows: vec![Page([0; 256]); 256] }
     }
 }
 
-/// Ports of one protocol: pages by the port's high byte.
-#[derive(Default)]
-struct PaintedPorts(BTreeMap<u8, Page>);
-
-impl PaintedPorts {
-    fn paint(&mut self, (first, last): (u16, u16), row: u32) {
-        let [first_high, first_low] = first.to_be_bytes();
-        let [last_high, last_low] = last.to_be_bytes();
-        for high in first_high..=last_high {
-            let from = if high == first_high { first_low } else { 0 };
-            let to = if high == last_high { last_low } else { u8::MAX };
-            let page = self.0.entry(high).or_insert(Page([0; 256]));
-            page.0[usize::from(from)..=usize::from(to)].fill(row);
-        }
+impl Canvas {
+    /// The claims of an endpoint.
+    fn paint(&mut self, strokes: &[Stroke], pages: &mut Interner<Page>) -> Claims {
+        let tcp = strokes.iter().filter(|stroke| stroke.tcp).map(|it| (it.ports, it.row));
+        let udp = strokes.iter().filter(|stroke| stroke.udp).flat_map(|it| {
+            let all_but_dhcp: &[(u16, u16)] = if it.all { &ALL_BUT_DHCP } else { &[] };
+            let ports = if it.all { all_but_dhcp } else { std::slice::from_ref(&it.ports) };
+            ports.iter().map(|ports| (*ports, it.row))
+        });
+        Claims { tcp: self.ports(tcp, pages), udp: self.ports(udp, pages) }
     }
 
-    fn intern(&self, pages: &mut Interner<Page>) -> [u32; 256] {
-        let mut numbers = [0; 256];
-        for (high, page) in &self.0 {
-            numbers[usize::from(*high)] = pages.number(page);
+    /// The ports of one protocol.
+    fn ports(
+        &mut self,
+        mut strokes: impl Iterator<Item = ((u16, u16), u32)>,
+        pages: &mut Interner<Page>,
+    ) -> PortTable {
+        let Some(((first, last), row)) = strokes.next() else { return PortTable::NONE };
+        let Some(second) = strokes.next() else { return PortTable::range(first, last, row) };
+        let mut touched = [false; 256];
+        for ((first, last), row) in [((first, last), row), second].into_iter().chain(strokes) {
+            let [first_high, first_low] = first.to_be_bytes();
+            let [last_high, last_low] = last.to_be_bytes();
+            for high in first_high..=last_high {
+                let from = if high == first_high { first_low } else { 0 };
+                let to = if high == last_high { last_low } else { u8::MAX };
+                touched[usize::from(high)] = true;
+                self.rows[usize::from(high)].0[usize::from(from)..=usize::from(to)].fill(row);
+            }
         }
-        numbers
+        let mut root = Page([0; 256]);
+        for (high, _) in touched.iter().enumerate().filter(|(_, touched)| **touched) {
+            root.0[high] = pages.number(&self.rows[high]);
+            self.rows[high] = Page([0; 256]);
+        }
+        PortTable::paged(pages.number(&root))
     }
 }
 

@@ -97,7 +97,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let capacity = Capacity::for_plan(&config.rules, &plan, &ephemeral);
     let mut datapath = Datapath::load(capacity, log_packets)?;
     datapath.apply(&update)?;
-    compiler.commit();
+    compiler.commit(&update);
 
     let mut daemon = Daemon {
         config,
@@ -352,7 +352,7 @@ impl Daemon {
         }
         match datapath.apply(&update) {
             Ok(()) => {
-                compiler.commit();
+                compiler.commit(&update);
                 loaded.clone_from(&survey.externals);
                 None
             }
@@ -455,7 +455,7 @@ impl Daemon {
                 all_generic || link.can_transmit_xdp.unwrap_or(likely)
             });
             let transmits = if transmits { Interface::TRANSMITS } else { 0 };
-            Interface { flags: place | transmits, mtu: link.mtu }
+            Interface { flags: place | transmits, mtu: link.mtu, device: 0 }
         };
         let rows =
             wanted.iter().map(|(index, (link, role))| (*index, row(index, link, *role))).collect();

@@ -1,24 +1,29 @@
 //! The datapath in the kernel: programs, maps and links. The only module that knows aya.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMapHash};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMap};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramError, TestRun as _, TestRunOptions, Xdp};
+use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{
-    Counter, Dropped, Endpoint, EndpointKey, Interface, LAYOUT, Page, Passed, Settings, Tally,
-    ToStack, Translation,
+    Address, Counter, Direction, Dropped, Endpoint, Interface, LAYOUT, Page, Passed, RouteSet,
+    Settings, Tally, ToStack, Translation, Trust,
 };
+use rustix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 
-use crate::compile::{Capacity, Update};
+use crate::compile::{Capacity, EndpointKey, Update};
 use crate::config::Attach;
+use crate::sysctl::Families;
 
 /// The compiled eBPF half; `build.rs` makes it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portfwd"));
@@ -44,6 +49,8 @@ pub enum DatapathError {
     TryFrame(String),
     #[error("cannot write map {map}: {message}")]
     Map { map: &'static str, message: String },
+    #[error("portfwd forwards between at most {DEVICES} interfaces")]
+    TooManyDevices,
 }
 
 /// Why an interface cannot be attached to: one line.
@@ -86,6 +93,59 @@ impl From<Mode> for XdpMode {
             Mode::Generic => Self::Skb,
         }
     }
+}
+
+/// How many interfaces frames can be redirected to; the size of `DEVICES`.
+const DEVICES: u32 = 1024;
+
+/// The routes that the programs remember, to be forgotten when they may have changed. A handle: its
+/// clones are one.
+#[derive(Clone)]
+pub struct Routes(Arc<Mutex<Trusted>>);
+
+struct Trusted {
+    map: Array<MapData, Plain<Trust>>,
+    /// IPv4, IPv6.
+    now: [Trust; 2],
+}
+
+impl Routes {
+    /// Voids all that is remembered, and has the programs remember what the FIB says from now on, but
+    /// for no longer than `time`; of the families that are not to be relied on, nothing.
+    ///
+    /// # Errors
+    ///
+    /// The kernel says why.
+    pub fn rely(&self, families: Families, time: Duration) -> Result<(), DatapathError> {
+        let now = clock_gettime(ClockId::Monotonic);
+        let until = Duration::new(now.tv_sec as u64, now.tv_nsec as u32) + time;
+        let until = until.as_nanos() as u64;
+        let of = |relied, trust| Trust { until: if relied { until } else { 0 }, ..next(trust) };
+        self.write(|[v4, v6]| [of(families.v4, v4), of(families.v6, v6)])
+    }
+
+    /// Voids all that is remembered.
+    ///
+    /// # Errors
+    ///
+    /// The kernel says why.
+    pub fn forget(&self) -> Result<(), DatapathError> {
+        self.write(|families| families.map(next))
+    }
+
+    fn write(&self, change: impl FnOnce([Trust; 2]) -> [Trust; 2]) -> Result<(), DatapathError> {
+        let mut trusted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        trusted.now = change(trusted.now);
+        for (family, trust) in trusted.now.into_iter().enumerate() {
+            trusted.map.set(family as u32, Plain(trust), 0).map_err(map_error("TRUST"))?;
+        }
+        Ok(())
+    }
+}
+
+/// In the next generation. Packets look at 31 bits of it, of which one is set: 0 is none.
+fn next(trust: Trust) -> Trust {
+    Trust { generation: (trust.generation.wrapping_add(1) & (u32::MAX >> 1)).max(1), ..trust }
 }
 
 /// What XDP does with a frame.
@@ -134,13 +194,14 @@ struct Plain<T>(T);
 
 /// The types that stand in maps.
 trait Row: Copy + 'static {}
-impl<const N: usize> Row for EndpointKey<N> {}
+impl<const N: usize> Row for Address<N> {}
 impl Row for Endpoint {}
 impl Row for Page {}
 impl Row for Translation {}
 impl Row for Counter {}
 impl Row for Interface {}
 impl Row for Settings {}
+impl Row for Trust {}
 // SAFETY: each `Row` is `repr(C)` without padding (asserted in `table`). Rows that are read back
 // from the kernel hold integers only.
 unsafe impl<T: Row> Pod for Plain<T> {}
@@ -151,9 +212,13 @@ pub struct Datapath {
     verified: Vec<Verified>,
     links: BTreeMap<u32, (XdpLink, Mode)>,
     capacity: Capacity,
-    generation: u8,
+    generation: u32,
     /// Whether packets may still look at the generation before the live one.
     flipped: bool,
+    /// Numbers of `DEVICES` by interface index.
+    devices: BTreeMap<u32, u32>,
+    next_device: u32,
+    routes: Routes,
 }
 
 impl Datapath {
@@ -164,11 +229,18 @@ impl Datapath {
     ///
     /// No permission, no BPF in the kernel, or a kernel that refuses the object.
     pub fn load(capacity: Capacity, log: bool) -> Result<Self, DatapathError> {
+        let bits = route_set_bits(nr_cpus().map_or(1, |cpus| cpus as u32));
         let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
         let mut ebpf = EbpfLoader::new()
             .override_global(aya_log::LEVEL, &level, true)
-            .map_max_entries("ENDPOINTS_V4", capacity.endpoints)
-            .map_max_entries("ENDPOINTS_V6", capacity.endpoints)
+            .override_global("ROUTE_SET_BITS", &bits, true)
+            .map_max_entries("ROUTES_V4", 2 << bits)
+            .map_max_entries("ROUTES_V6", 2 << bits)
+            .map_max_entries("ENDPOINTS", capacity.endpoints)
+            .map_max_entries("LISTENS_V4", capacity.endpoints)
+            .map_max_entries("LISTENS_V6", capacity.endpoints)
+            .map_max_entries("BACKENDS_V4", capacity.endpoints)
+            .map_max_entries("BACKENDS_V6", capacity.endpoints)
             .map_max_entries("TRANSLATIONS", capacity.translations)
             .map_max_entries("PAGES", capacity.pages)
             .map_max_entries("COUNTERS", capacity.counters)
@@ -188,6 +260,9 @@ impl Datapath {
                 time: start.elapsed(),
             });
         }
+        let trust = ebpf.take_map("TRUST").unwrap_or_else(|| missing("TRUST"));
+        let trust = Array::try_from(trust).map_err(map_error("TRUST"))?;
+        let routes = Routes(Arc::new(Mutex::new(Trusted { map: trust, now: Default::default() })));
         let mut datapath = Self {
             ebpf,
             verified,
@@ -195,6 +270,9 @@ impl Datapath {
             capacity,
             generation: 0,
             flipped: false,
+            devices: BTreeMap::new(),
+            next_device: 0,
+            routes,
         };
         datapath.write_settings()?;
         Ok(datapath)
@@ -203,6 +281,11 @@ impl Datapath {
     /// How many rows the tables hold.
     pub fn capacity(&self) -> Capacity {
         self.capacity
+    }
+
+    /// The routes that the programs remember.
+    pub fn routes(&self) -> Routes {
+        self.routes.clone()
     }
 
     /// What the verifier said of each program.
@@ -271,12 +354,22 @@ impl Datapath {
         for (number, page) in &update.pages {
             pages.set(*number, Plain(*page), 0).map_err(map_error("PAGES"))?;
         }
-        self.write_endpoints::<4>("ENDPOINTS_V4", &update.v4, update.generation)?;
-        self.write_endpoints::<16>("ENDPOINTS_V6", &update.v6, update.generation)?;
+        let mut endpoints = self.array::<Endpoint>("ENDPOINTS")?;
+        for (number, endpoint) in &update.endpoints {
+            endpoints.set(*number, Plain(*endpoint), 0).map_err(map_error("ENDPOINTS"))?;
+        }
+        // What leads to a row is never written anew: the kernel gives the memory of an entry that it
+        // replaces or removes to the next one, while packets still look at it.
+        for (key, number) in &update.new {
+            self.write_address(key, Some(*number))?;
+        }
 
         self.generation = update.generation;
         self.write_settings()?;
         self.flipped = true;
+        for key in &update.gone {
+            self.write_address(key, None)?;
+        }
         Ok(())
     }
 
@@ -294,38 +387,47 @@ impl Datapath {
         }
     }
 
-    /// Fills an endpoint map with one generation, after taking out what is left of the one before
-    /// the live one.
-    fn write_endpoints<const N: usize>(
+    /// Makes an address lead to this row of the endpoints, or to none.
+    fn write_address(
+        &mut self,
+        (direction, address): &EndpointKey,
+        row: Option<u32>,
+    ) -> Result<(), DatapathError> {
+        let [v4, v6] = match direction {
+            Direction::Forward => ["LISTENS_V4", "LISTENS_V6"],
+            Direction::Reply => ["BACKENDS_V4", "BACKENDS_V6"],
+        };
+        match address {
+            IpAddr::V4(address) => self.write_key(v4, Address(address.octets()), row),
+            IpAddr::V6(address) => self.write_key(v6, Address(address.octets()), row),
+        }
+    }
+
+    fn write_key<K: Row>(
         &mut self,
         map: &'static str,
-        rows: &[(EndpointKey<N>, Endpoint)],
-        generation: u8,
+        key: K,
+        row: Option<u32>,
     ) -> Result<(), DatapathError> {
-        let mut endpoints: HashMap<&mut MapData, Plain<EndpointKey<N>>, Plain<Endpoint>> =
+        let mut rows: HashMap<&mut MapData, Plain<K>, u32> =
             HashMap::try_from(self.map_mut(map)).map_err(map_error(map))?;
-        let stale: Vec<_> = endpoints
-            .keys()
-            .filter(|key| !matches!(key, Ok(key) if key.0.generation != generation))
-            .collect::<Result<_, _>>()
-            .map_err(map_error(map))?;
-        for key in stale {
-            endpoints.remove(&key).map_err(map_error(map))?;
+        match row {
+            Some(row) => rows.insert(Plain(key), row, 0).map_err(map_error(map)),
+            None => match rows.remove(&Plain(key)) {
+                Err(error) if os_error(&error) != Some(libc::ENOENT) => Err(map_error(map)(error)),
+                _ => Ok(()),
+            },
         }
-        for (key, endpoint) in rows {
-            endpoints.insert(Plain(*key), Plain(*endpoint), 0).map_err(map_error(map))?;
-        }
-        Ok(())
     }
 
     fn write_settings(&mut self) -> Result<(), DatapathError> {
-        let settings = Settings { layout: LAYOUT, generation: u32::from(self.generation) };
+        let settings = Settings { layout: LAYOUT, generation: self.generation };
         let mut map = self.array::<Settings>("SETTINGS")?;
         map.set(0, Plain(settings), 0).map_err(map_error("SETTINGS"))
     }
 
     /// Tells the programs which interfaces are external, and to which frames can be redirected. All
-    /// others are taken out.
+    /// others are taken out. [`Interface::device`] is settled here, whatever it was.
     ///
     /// # Errors
     ///
@@ -344,23 +446,40 @@ impl Datapath {
         for index in there.keys().filter(|index| !interfaces.contains_key(index)) {
             map.remove(index).map_err(map_error("INTERFACES"))?;
         }
-        // Only what differs is written: for a moment, a row that is written anew is not there. The
-        // kernel takes devices out that are gone.
-        let mut devices: DevMapHash<&mut MapData> =
-            DevMapHash::try_from(self.map_mut("DEVICES")).map_err(map_error("DEVICES"))?;
+        // A device keeps its number, and a number that is free again is the last to be given: routes
+        // that are remembered may still lead there.
+        self.devices.retain(|index, _| interfaces.contains_key(index));
         for (index, interface) in interfaces {
-            if interface.has(Interface::TRANSMITS) && devices.get(*index, 0).is_err() {
-                devices.insert(*index, *index, None, 0).map_err(map_error("DEVICES"))?;
+            if interface.has(Interface::TRANSMITS) && !self.devices.contains_key(index) {
+                let used: BTreeSet<u32> = self.devices.values().copied().collect();
+                let numbers = (self.next_device..DEVICES).chain(0..self.next_device);
+                let device = numbers
+                    .into_iter()
+                    .find(|number| !used.contains(number))
+                    .ok_or(DatapathError::TooManyDevices)?;
+                self.devices.insert(*index, device);
+                self.next_device = (device + 1) % DEVICES;
+            }
+        }
+        let devices = self.devices.clone();
+        // Only what differs is written. The kernel takes devices out that are gone.
+        let mut map: DevMap<&mut MapData> =
+            DevMap::try_from(self.map_mut("DEVICES")).map_err(map_error("DEVICES"))?;
+        for (index, device) in &devices {
+            if !map.get(*device, 0).is_ok_and(|there| there.if_index == *index) {
+                map.set(*device, *index, None, 0).map_err(map_error("DEVICES"))?;
             }
         }
         let mut map: HashMap<&mut MapData, u32, Plain<Interface>> =
             HashMap::try_from(self.map_mut("INTERFACES")).map_err(map_error("INTERFACES"))?;
         for (index, interface) in interfaces {
-            if there.get(index) != Some(interface) {
-                map.insert(index, Plain(*interface), 0).map_err(map_error("INTERFACES"))?;
+            let device = devices.get(index).copied().unwrap_or_default();
+            let interface = Interface { device, ..*interface };
+            if there.get(index) != Some(&interface) {
+                map.insert(index, Plain(interface), 0).map_err(map_error("INTERFACES"))?;
             }
         }
-        Ok(())
+        self.routes.forget()
     }
 
     /// Attaches the program of `role` to an interface, or replaces the one that is there; `auto`
@@ -486,16 +605,25 @@ impl Datapath {
     }
 
     fn map(&self, name: &'static str) -> &Map {
-        self.ebpf
-            .map(name)
-            .unwrap_or_else(|| unreachable!("the object that was built in has {name}"))
+        self.ebpf.map(name).unwrap_or_else(|| missing(name))
     }
 
     fn map_mut(&mut self, name: &'static str) -> &mut Map {
-        self.ebpf
-            .map_mut(name)
-            .unwrap_or_else(|| unreachable!("the object that was built in has {name}"))
+        self.ebpf.map_mut(name).unwrap_or_else(|| missing(name))
     }
+}
+
+fn missing(map: &str) -> ! {
+    unreachable!("the object that was built in has {map}")
+}
+
+/// Bits of the hash that leads to a set of routes: 65,536 routes a CPU and family where memory allows,
+/// half of them for each direction.
+fn route_set_bits(cpus: u32) -> u32 {
+    const MEMORY: u32 = 64 << 20;
+    const SETS: usize = size_of::<RouteSet<4>>() + size_of::<RouteSet<16>>();
+    let sets = MEMORY / (2 * SETS as u32) / cpus.max(1);
+    sets.max(2).ilog2().min(14)
 }
 
 fn program_name(role: Role) -> &'static str {
@@ -533,7 +661,10 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
             let verdict = log
                 .lines()
                 .rev()
-                .find(|line| !line.is_empty() && !line.starts_with("processed"))
+                .find(|line| {
+                    let statistics = ["verification time", "stack depth", "processed"];
+                    !line.is_empty() && !statistics.iter().any(|start| line.starts_with(start))
+                })
                 .unwrap_or_default()
                 .to_owned();
             format!("{io_error}: {verdict}")

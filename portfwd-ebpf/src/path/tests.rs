@@ -23,16 +23,29 @@ const BOX6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 const BACKEND6: [u8; 16] = [0xfd, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10];
 const INSIDE: u32 = 3;
 const OUTSIDE: u32 = 2;
-const HOP: Route =
-    Route::Via { interface: INSIDE, source: [2, 0, 0, 0, 0, 3], destination: [2, 0, 0, 0, 0, 10] };
-const BACK: Route =
-    Route::Via { interface: OUTSIDE, source: [2, 0, 0, 0, 0, 2], destination: [2, 0, 0, 0, 0, 1] };
+/// Of the hash that leads to a set of routes.
+const BITS: u32 = 4;
+/// Rows of `DEVICES`.
+const INSIDE_DEVICE: u32 = 7;
+const OUTSIDE_DEVICE: u32 = 8;
+const HOP: Route = via(INSIDE, [2, 0, 0, 0, 0, 10], [2, 0, 0, 0, 0, 3]);
+const BACK: Route = via(OUTSIDE, [2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+
+const fn via(interface: u32, destination: [u8; 6], source: [u8; 6]) -> Route {
+    Route::Via { interface, mtu: 1500, link: LinkAddresses::new(destination, source) }
+}
 
 /// A box with one rule, 8080 to port 80 of the backend, for TCP and UDP in both families.
 struct Router {
-    endpoints4: HashMap<EndpointKey<4>, Endpoint>,
-    endpoints6: HashMap<EndpointKey<16>, Endpoint>,
+    endpoints4: HashMap<(Direction, Address<4>), Endpoint>,
+    endpoints6: HashMap<(Direction, Address<16>), Endpoint>,
     page: HashMap<u32, Page>,
+    trust: Cell<Trust>,
+    /// Sets that are not here are empty.
+    routes4: RefCell<HashMap<(Direction, u32), RouteSet<4>>>,
+    routes6: RefCell<HashMap<(Direction, u32), RouteSet<16>>>,
+    /// How often the FIB was asked.
+    fib: Cell<u32>,
     rows: Vec<Translation>,
     arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
     route: Route,
@@ -46,15 +59,18 @@ struct Router {
     passed: RefCell<Vec<Passed>>,
 }
 
-fn ports(port: u16, row: u32, pages: &mut HashMap<u32, Page>) -> [u32; 256] {
-    let number = pages.len() as u32 + 1;
+/// One port by a page table.
+fn paged(port: u16, row: u32, pages: &mut HashMap<u32, Page>) -> Ports {
     let [high, low] = Port::new(port).0;
-    let mut page = Page([0; 256]);
-    page.0[usize::from(low)] = row;
-    pages.insert(number, page);
-    let mut numbers = [0; 256];
-    numbers[usize::from(high)] = number;
-    numbers
+    let mut add = |place: u8, row| {
+        let number = pages.len() as u32 + 1;
+        let mut page = Page([0; 256]);
+        page.0[usize::from(place)] = row;
+        pages.insert(number, page);
+        number
+    };
+    let leaf = add(low, row);
+    Ports::paged(add(high, leaf))
 }
 
 impl Router {
@@ -76,23 +92,28 @@ impl Router {
             row(Address(BACKEND).widen(), 8080, 80, many),
         ];
         let mut page = HashMap::new();
-        let mut endpoint = |port, row| {
-            let numbers = ports(port, row, &mut page);
-            Endpoint { tcp: numbers, udp: numbers }
+        let endpoint = |ports| {
+            let live = Claims { tcp: ports, udp: ports };
+            Endpoint { generations: [live, Claims::default()] }
         };
+        let single = |port, row| endpoint(Ports::range(port, port, row));
         let endpoints4 = HashMap::from([
-            (EndpointKey::new(Address(BOX), Direction::Forward, 0), endpoint(8080, 1)),
-            (EndpointKey::new(Address(SECOND), Direction::Forward, 0), endpoint(8080, 5)),
-            (EndpointKey::new(Address(BACKEND), Direction::Reply, 0), endpoint(80, 2)),
+            ((Direction::Forward, Address(BOX)), endpoint(paged(8080, 1, &mut page))),
+            ((Direction::Forward, Address(SECOND)), single(8080, 5)),
+            ((Direction::Reply, Address(BACKEND)), single(80, 2)),
         ]);
         let endpoints6 = HashMap::from([
-            (EndpointKey::new(Address(BOX6), Direction::Forward, 0), endpoint(8080, 3)),
-            (EndpointKey::new(Address(BACKEND6), Direction::Reply, 0), endpoint(80, 4)),
+            ((Direction::Forward, Address(BOX6)), single(8080, 3)),
+            ((Direction::Reply, Address(BACKEND6)), endpoint(paged(80, 4, &mut page))),
         ]);
         Self {
             endpoints4,
             endpoints6,
             page,
+            trust: Cell::default(),
+            routes4: RefCell::default(),
+            routes6: RefCell::default(),
+            fib: Cell::default(),
             rows,
             arrivals: RefCell::default(),
             route,
@@ -127,16 +148,44 @@ impl Router {
 }
 
 impl Kernel for Router {
-    fn generation(&self) -> u8 {
+    fn generation(&self) -> u32 {
         0
     }
-    fn endpoint_v4(&self, key: &EndpointKey<4>) -> Option<&Endpoint> {
+    fn endpoint_v4(&self, direction: Direction, address: &Address<4>) -> Option<&Endpoint> {
         self.looked_up(0);
-        self.endpoints4.get(key)
+        self.endpoints4.get(&(direction, *address))
     }
-    fn endpoint_v6(&self, key: &EndpointKey<16>) -> Option<&Endpoint> {
+    fn endpoint_v6(&self, direction: Direction, address: &Address<16>) -> Option<&Endpoint> {
         self.looked_up(0);
-        self.endpoints6.get(key)
+        self.endpoints6.get(&(direction, *address))
+    }
+    fn trust_v4(&self) -> Trust {
+        self.trust.get()
+    }
+    fn trust_v6(&self) -> Trust {
+        self.trust.get()
+    }
+    fn routes_v4<R>(
+        &self,
+        direction: Direction,
+        destination: &Address<4>,
+        look: impl FnOnce(&mut RouteSet<4>) -> R,
+    ) -> Option<R> {
+        let mut routes = self.routes4.borrow_mut();
+        Some(look(
+            routes.entry((direction, destination.route_set(BITS))).or_insert(RouteSet::EMPTY),
+        ))
+    }
+    fn routes_v6<R>(
+        &self,
+        direction: Direction,
+        destination: &Address<16>,
+        look: impl FnOnce(&mut RouteSet<16>) -> R,
+    ) -> Option<R> {
+        let mut routes = self.routes6.borrow_mut();
+        Some(look(
+            routes.entry((direction, destination.route_set(BITS))).or_insert(RouteSet::EMPTY),
+        ))
     }
     fn page(&self, number: u32) -> Option<&Page> {
         self.looked_up(1);
@@ -148,16 +197,17 @@ impl Kernel for Router {
     }
     fn interface(&self, index: u32) -> Option<Interface> {
         match index {
-            INSIDE => Some(Interface::INTERNAL | Interface::TRANSMITS),
-            OUTSIDE => Some(Interface::EXTERNAL | Interface::TRANSMITS),
+            INSIDE => Some((Interface::INTERNAL | Interface::TRANSMITS, INSIDE_DEVICE)),
+            OUTSIDE => Some((Interface::EXTERNAL | Interface::TRANSMITS, OUTSIDE_DEVICE)),
             _ => None,
         }
-        .map(|flags| Interface { flags, mtu: 1500 })
+        .map(|(flags, device)| Interface { flags, mtu: 1500, device })
     }
     fn ingress(&self) -> Option<Interface> {
-        Some(Interface { flags: 0, mtu: self.ingress_mtu })
+        Some(Interface { flags: 0, mtu: self.ingress_mtu, device: 0 })
     }
     fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> (Route, bool) {
+        self.fib.set(self.fib.get() + 1);
         (self.route, length <= self.route_mtu)
     }
     fn has_socket(&self, _flow: &Flow) -> bool {
@@ -182,7 +232,7 @@ impl Kernel for Router {
     fn now(&self) -> u64 {
         1
     }
-    fn log(&self, _flow: &Flow, _verdict: Verdict) {}
+    fn log(&self, _flow: impl FnOnce() -> Flow, _verdict: Verdict) {}
 }
 
 const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
@@ -256,7 +306,10 @@ fn both_directions_both_families_both_protocols() {
             for payload in [&b""[..], b"odd", b"even"] {
                 let rule = Router::new(HOP);
                 let mut forward = frame(protocol, (client, 5000), (external, 8080), 64, payload);
-                assert_eq!(rule.handle(Role::External, &mut forward), Verdict::Redirect(INSIDE));
+                assert_eq!(
+                    rule.handle(Role::External, &mut forward),
+                    Verdict::Redirect(INSIDE_DEVICE)
+                );
                 let mut expected = frame(protocol, (client, 5000), (backend, 80), 63, payload);
                 expected[..6].copy_from_slice(&[2, 0, 0, 0, 0, 10]);
                 expected[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 3]);
@@ -265,7 +318,10 @@ fn both_directions_both_families_both_protocols() {
 
                 let rule = Router::new(BACK);
                 let mut reply = frame(protocol, (backend, 80), (client, 5000), 64, payload);
-                assert_eq!(rule.handle(Role::Internal, &mut reply), Verdict::Redirect(OUTSIDE));
+                assert_eq!(
+                    rule.handle(Role::Internal, &mut reply),
+                    Verdict::Redirect(OUTSIDE_DEVICE)
+                );
                 let mut expected = frame(protocol, (external, 8080), (client, 5000), 63, payload);
                 expected[..6].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
                 expected[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 2]);
@@ -281,9 +337,11 @@ fn both_directions_both_families_both_protocols() {
 #[test]
 fn a_packet_costs_the_same_lookups_whatever_the_rules_are() {
     for (role, destination, port, lookups) in [
-        (Role::External, BOX, 8080, [1, 1, 1]),
-        (Role::External, BOX, 8081, [1, 1, 0]),
-        (Role::External, BOX, 80, [1, 0, 0]),
+        (Role::External, BOX, 8080, [1, 2, 1]),
+        (Role::External, BOX, 8081, [1, 2, 0]),
+        (Role::External, BOX, 80, [1, 1, 0]),
+        (Role::External, SECOND, 8080, [1, 0, 1]),
+        (Role::External, SECOND, 80, [1, 0, 0]),
         (Role::External, BACKEND, 80, [1, 0, 0]),
         (Role::Both, BACKEND, 80, [2, 0, 0]),
     ] {
@@ -294,18 +352,108 @@ fn a_packet_costs_the_same_lookups_whatever_the_rules_are() {
 }
 
 #[test]
+fn what_the_fib_said_is_remembered_until_it_may_have_changed() {
+    let trust = |generation, until| Trust { generation, padding: 0, until };
+    let families: [(&[u8], &[u8], &[u8]); 2] =
+        [(&CLIENT, &BOX, &BACKEND), (&CLIENT6, &BOX6, &BACKEND6)];
+    for (client, external, backend) in families {
+        let to_backend = || frame(UDP, (client, 5000), (external, 8080), 64, b"x");
+        let to_client = || frame(UDP, (backend, 80), (client, 5000), 64, b"x");
+        let router = Router::new(HOP);
+        let asked = |mut packet: Vec<u8>| {
+            let before = router.fib.get();
+            let verdict = router.handle(Role::Both, &mut packet);
+            (verdict, router.fib.get() - before, packet)
+        };
+        let (verdict, count, translated) = asked(to_backend());
+        assert_eq!((verdict, count), (Verdict::Redirect(INSIDE_DEVICE), 1));
+        // The clock stands at 1.
+        for (now, times) in [
+            (trust(0, 2), [1, 1]),
+            (trust(1, 2), [1, 0]),
+            (trust(2, 2), [1, 0]),
+            (trust(2, 1), [1, 1]),
+            (trust(2, 2), [0, 0]),
+            (trust(3, 2), [1, 0]),
+        ] {
+            router.trust.set(now);
+            for times in times {
+                assert_eq!(asked(to_backend()), (verdict, times, translated.clone()), "{now:?}");
+            }
+        }
+        // A way to a backend is not one to a client, whatever the address is.
+        let mut same = frame(UDP, (backend, 80), (backend, 5000), 64, b"x");
+        assert_eq!(router.handle(Role::Internal, &mut same), Verdict::Pass(Passed::Inside));
+        assert_eq!(asked(to_client()).0, Verdict::Pass(Passed::Inside));
+    }
+}
+
+#[test]
+fn a_remembered_way_is_not_for_packets_beyond_its_mtu() {
+    let mut router = Router::new(HOP);
+    router.trust.set(Trust { generation: 1, padding: 0, until: 2 });
+    let packet =
+        |length: usize| frame(UDP, (&CLIENT, 5000), (&BOX, 8080), 64, &vec![0; length - 28]);
+    assert_eq!(router.handle(Role::External, &mut packet(1500)), Verdict::Redirect(INSIDE_DEVICE));
+    router.route_mtu = 1400;
+    // The way that was remembered takes 1,500.
+    let verdict = router.handle(Role::External, &mut packet(1500));
+    assert_eq!((verdict, router.fib.get()), (Verdict::Redirect(INSIDE_DEVICE), 1));
+    router.ingress_mtu = 9000;
+    let verdict = router.handle(Role::External, &mut packet(1501));
+    assert_eq!((verdict, router.fib.get()), (Verdict::Stack(ToStack::TooBig), 2));
+}
+
+#[test]
+fn only_ways_to_redirect_by_are_remembered() {
+    for route in [
+        Route::NoNeighbour { interface: INSIDE },
+        Route::Encapsulated,
+        Route::NotForwarded,
+        Route::Prohibited,
+        BACK,
+    ] {
+        let router = Router::new(route);
+        router.trust.set(Trust { generation: 1, padding: 0, until: 2 });
+        for times in 1..4 {
+            router.handle(Role::External, &mut frame(TCP, (&CLIENT, 1), (&BOX, 8080), 64, b""));
+            assert_eq!(router.fib.get(), times, "{route:?}");
+        }
+    }
+}
+
+#[test]
+fn two_destinations_of_one_set_are_both_remembered() {
+    let of =
+        |set| (0u32..).map(|n| Address(n.to_be_bytes())).filter(move |a| a.route_set(BITS) == set);
+    let tag = Tag::new(1, Direction::Reply);
+    let mut routes = RouteSet::EMPTY;
+    let hop = |device| Hop { device, ..Hop::default() };
+    let found: Vec<Address<4>> = of(3).take(3).collect();
+    for (device, address) in found.iter().enumerate() {
+        assert_eq!(routes.find(address, tag), None);
+        routes.remember(*address, tag, hop(device as u32));
+    }
+    assert_eq!(routes.find(&found[0], tag), None);
+    assert_eq!(routes.find(&found[1], tag), Some(&hop(1)));
+    assert_eq!(routes.find(&found[2], tag), Some(&hop(2)));
+    assert_eq!(routes.find(&found[2], Tag::new(2, Direction::Reply)), None);
+    assert_eq!(routes.find(&found[2], Tag::new(1, Direction::Forward)), None);
+}
+
+#[test]
 fn a_role_translates_its_own_end_only() {
     let rule = Router::new(HOP);
     let mut forward = frame(TCP, (&CLIENT, 5000), (&BOX, 8080), 64, b"");
     let before = forward.clone();
     assert_eq!(rule.handle(Role::Internal, &mut forward), Verdict::Pass(Passed::NoRule));
     assert_eq!(forward, before);
-    assert_eq!(rule.handle(Role::Both, &mut forward), Verdict::Redirect(INSIDE));
+    assert_eq!(rule.handle(Role::Both, &mut forward), Verdict::Redirect(INSIDE_DEVICE));
 
     let rule = Router::new(BACK);
     let mut reply = frame(TCP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"");
     assert_eq!(rule.handle(Role::External, &mut reply), Verdict::Pass(Passed::NoRule));
-    assert_eq!(rule.handle(Role::Both, &mut reply), Verdict::Redirect(OUTSIDE));
+    assert_eq!(rule.handle(Role::Both, &mut reply), Verdict::Redirect(OUTSIDE_DEVICE));
 }
 
 #[test]
@@ -322,7 +470,7 @@ fn what_the_stack_sends_keeps_its_hops_and_link_addresses() {
 #[test]
 fn routes_decide_before_a_byte_is_changed() {
     use Direction::{Forward, Reply};
-    let elsewhere = Route::Via { interface: 9, source: [0; 6], destination: [0; 6] };
+    let elsewhere = via(9, [0; 6], [0; 6]);
     let cases = [
         (Forward, BACK, Verdict::Drop(Dropped::NotInternal)),
         (Forward, elsewhere, Verdict::Drop(Dropped::NotInternal)),
@@ -395,7 +543,7 @@ fn only_rules_that_could_swallow_the_box_ask_for_its_sockets() {
     let mut rule = Router::new(HOP);
     rule.sockets = true;
     let mut packet = frame(UDP, (&CLIENT, 53), (&BOX, 8080), 64, b"");
-    assert_eq!(rule.handle(Role::External, &mut packet), Verdict::Redirect(INSIDE));
+    assert_eq!(rule.handle(Role::External, &mut packet), Verdict::Redirect(INSIDE_DEVICE));
     assert!(!rule.asked.get());
     let mut packet = frame(UDP, (&CLIENT6, 53), (&BOX6, 8080), 64, b"");
     let before = packet.clone();
@@ -409,10 +557,10 @@ fn a_reply_leaves_with_the_address_that_the_client_came_by() {
     let mut ask = |external: [u8; 4]| {
         rule.route = HOP;
         let mut packet = frame(UDP, (&CLIENT, 5000), (&external, 8080), 64, b"");
-        assert_eq!(rule.handle(Role::External, &mut packet), Verdict::Redirect(INSIDE));
+        assert_eq!(rule.handle(Role::External, &mut packet), Verdict::Redirect(INSIDE_DEVICE));
         rule.route = BACK;
         let mut packet = frame(UDP, (&BACKEND, 80), (&CLIENT, 5000), 64, b"");
-        assert_eq!(rule.handle(Role::Internal, &mut packet), Verdict::Redirect(OUTSIDE));
+        assert_eq!(rule.handle(Role::Internal, &mut packet), Verdict::Redirect(OUTSIDE_DEVICE));
         assert!(is_valid(&packet));
         let source: [u8; 4] = packet[26..30].try_into().unwrap();
         (source, rule.arrivals.borrow().len())
@@ -429,7 +577,7 @@ fn the_last_hop_is_not_taken() {
     for (ttl, verdict) in [
         (0, Verdict::Pass(Passed::Ttl)),
         (1, Verdict::Pass(Passed::Ttl)),
-        (2, Verdict::Redirect(INSIDE)),
+        (2, Verdict::Redirect(INSIDE_DEVICE)),
     ] {
         let mut packet = frame(TCP, (&CLIENT6, 5000), (&BOX6, 8080), ttl, b"");
         assert_eq!(Router::new(HOP).handle(Role::External, &mut packet), verdict);

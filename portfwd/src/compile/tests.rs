@@ -33,9 +33,9 @@ struct Kernel {
     compiler: Compiler,
     translations: HashMap<u32, Translation>,
     pages: HashMap<u32, Page>,
-    v4: HashMap<EndpointKey<4>, Endpoint>,
-    v6: HashMap<EndpointKey<16>, Endpoint>,
-    generation: u8,
+    endpoints: HashMap<u32, Endpoint>,
+    addresses: HashMap<EndpointKey, u32>,
+    generation: u32,
 }
 
 impl Kernel {
@@ -43,6 +43,17 @@ impl Kernel {
         let plan = plan(rules, &Resolved::new()).unwrap_or_else(|refused| panic!("{refused}"));
         let update = self.compiler.compile(rules, &plan, externals, &EPHEMERAL);
         assert_ne!(update.generation, self.generation);
+        self.write(&update);
+        self.generation = update.generation;
+        for key in &update.gone {
+            self.addresses.remove(key);
+        }
+        self.compiler.commit(&update);
+        update
+    }
+
+    /// Writes everything but what makes it live.
+    fn write(&mut self, update: &Update) {
         for (number, row) in &update.translations {
             assert_ne!(*number, 0);
             self.translations.insert(*number, *row);
@@ -51,13 +62,8 @@ impl Kernel {
             assert_ne!(*number, 0);
             self.pages.insert(*number, *page);
         }
-        self.v4.retain(|key, _| key.generation != update.generation);
-        self.v4.extend(update.v4.iter().copied());
-        self.v6.retain(|key, _| key.generation != update.generation);
-        self.v6.extend(update.v6.iter().copied());
-        self.generation = update.generation;
-        self.compiler.commit();
-        update
+        self.endpoints.extend(update.endpoints.iter().copied());
+        self.addresses.extend(update.new.iter().copied());
     }
 
     /// What a packet to or from this end finds: the new address and port, and the flags.
@@ -65,14 +71,19 @@ impl Kernel {
         let (address, port) = end.rsplit_once(':').unwrap();
         let port: u16 = port.parse().unwrap();
         let address: IpAddr = address.trim_matches(['[', ']']).parse().unwrap();
-        let endpoint = match address {
-            IpAddr::V4(v4) => self.v4.get(&endpoint_key(v4.octets(), direction, self.generation)),
-            IpAddr::V6(v6) => self.v6.get(&endpoint_key(v6.octets(), direction, self.generation)),
-        }?;
-        let pages = if protocol == TCP { &endpoint.tcp } else { &endpoint.udp };
-        let [high, low] = port.to_be_bytes();
-        let page = pages[usize::from(high)];
-        let row = if page == 0 { 0 } else { self.pages[&page].0[usize::from(low)] };
+        let endpoint = &self.endpoints[self.addresses.get(&(direction, address))?];
+        let claims = &endpoint.generations[self.generation as usize];
+        let ports = if protocol == TCP { claims.tcp } else { claims.udp };
+        let row = if ports.first <= ports.last {
+            if (ports.first..=ports.last).contains(&port) { ports.row } else { 0 }
+        } else {
+            let [high, low] = port.to_be_bytes().map(usize::from);
+            let page = |number: u32, place: usize| match number {
+                0 => 0,
+                number => self.pages[&number].0[place],
+            };
+            page(page(ports.row, high), low)
+        };
         if row == 0 {
             return None;
         }
@@ -215,7 +226,8 @@ fn a_name_serves_both_families() {
     let plan = plan(&rules, &Resolved::from([("web.example".to_owned(), both)])).unwrap();
     let mut kernel = Kernel::default();
     let update = kernel.compiler.compile(&rules, &plan, &externals(), &EPHEMERAL);
-    assert_eq!((update.v4.len(), update.v6.len()), (3, 2));
+    let v4 = update.new.iter().filter(|((_, address), _)| address.is_ipv4()).count();
+    assert_eq!((v4, update.new.len() - v4), (3, 2));
     assert_eq!(
         explain(&rules, &plan, 0),
         "every external IPv4 address, tcp 80 -> 10.0.0.1, port 8080\n\
@@ -299,7 +311,9 @@ fn a_change_writes_what_changed() {
 
     specs.push("20000:10.0.0.2");
     let one = kernel.load(&rules(&specs), &externals());
-    assert_eq!((one.translations.len(), one.pages.len()), (3, 3));
+    // At each of the two addresses a page of ports and the one that leads there.
+    assert_eq!((one.translations.len(), one.pages.len()), (3, 4));
+    assert_eq!((one.endpoints.len(), one.new.len()), (3, 1));
     assert_eq!(kernel.forward("198.51.100.1:20000", TCP).as_deref(), Some("10.0.0.2:20000"));
     assert_eq!(kernel.compiler.counter("5000/tcp"), counter);
 
@@ -312,7 +326,7 @@ fn a_change_writes_what_changed() {
         *specs.last_mut().unwrap() = last;
         kernel.load(&rules(&specs), &externals());
     }
-    assert!(rows(&kernel) <= Some(most_rows + 3) && pages(&kernel) <= Some(most_pages + 3));
+    assert!(rows(&kernel) <= Some(most_rows + 3) && pages(&kernel) <= Some(most_pages + 4));
 }
 
 #[test]
@@ -341,12 +355,7 @@ fn what_was_not_committed_does_no_harm() {
     for _ in 0..3 {
         // Its rows are new numbers: writing them touches nothing that is live.
         let update = kernel.compiler.compile(&other, &plan, &externals(), &EPHEMERAL);
-        for (number, row) in update.translations {
-            kernel.translations.insert(number, row);
-        }
-        for (number, page) in update.pages {
-            kernel.pages.insert(number, page);
-        }
+        kernel.write(&update);
         assert_eq!(kernel.forward("198.51.100.1:80", TCP).as_deref(), Some("10.0.0.1:80"));
         assert_eq!(kernel.reply("10.0.0.2:81", TCP).as_deref(), Some("198.51.100.1:81"));
     }
@@ -355,11 +364,37 @@ fn what_was_not_committed_does_no_harm() {
 }
 
 #[test]
-fn every_port_is_one_page() {
-    let mut kernel = Kernel::default();
-    let update = kernel.load(&rules(&["*:10.0.0.1/tcp"]), &externals());
-    // One each: first address, second address, reply.
-    assert_eq!((update.translations.len(), update.pages.len()), (3, 3));
+fn a_range_needs_no_page_and_equal_pages_are_one() {
+    let pages = |specs: &[&str]| {
+        let update = Kernel::default().load(&rules(specs), &externals());
+        (update.translations.len(), update.pages.len())
+    };
+    // A row each: first address, second address, reply.
+    assert_eq!(pages(&["80:10.0.0.1"]), (3, 0));
+    assert_eq!(pages(&["1-20000:10.0.0.1/tcp+udp"]), (3, 0));
+    assert_eq!(pages(&["*:10.0.0.1/tcp"]), (3, 0));
+    // Each has a root, a page with a hole for each DHCP client, and one for all others.
+    assert_eq!(pages(&["*:10.0.0.1/udp"]), (3, 3 * 4));
+}
+
+#[test]
+fn a_change_undone_before_it_was_live_leaves_nothing() {
+    let mut kernel = loaded(&["80:10.0.0.1"]);
+    let plan_of = |specs: &[&str]| (rules(specs), plan(&rules(specs), &Resolved::new()).unwrap());
+    for backend in ["10.0.0.2", "10.0.0.3"] {
+        let (rules, plan) = plan_of(&[&format!("80:{backend}")]);
+        let update = kernel.compiler.compile(&rules, &plan, &externals(), &EPHEMERAL);
+        // Half of it: the kernel refused the rest.
+        kernel.endpoints.extend(update.endpoints.iter().take(2).copied());
+        kernel.addresses.extend(update.new.iter().copied());
+    }
+    kernel.load(&rules(&["80:10.0.0.1", "81:10.0.0.4"]), &externals());
+    assert_eq!(kernel.addresses.len(), 4);
+    for (end, backend) in [("80", "10.0.0.1:80"), ("81", "10.0.0.4:81")] {
+        assert_eq!(kernel.forward(&format!("198.51.100.7:{end}"), TCP).as_deref(), Some(backend));
+    }
+    let numbers: std::collections::BTreeSet<_> = kernel.addresses.values().collect();
+    assert_eq!(numbers.len(), 4);
 }
 
 /// Rules over few addresses and ports, so that they meet.

@@ -167,7 +167,7 @@ pub fn interfaces() -> BTreeMap<u32, Interface> {
     LINKS
         .iter()
         .filter(|(link, _)| *link != OTHER)
-        .map(|(link, flags)| (u32::from(*link), Interface { flags: *flags, mtu: 1500 }))
+        .map(|(link, flags)| (u32::from(*link), Interface { flags: *flags, mtu: 1500, device: 0 }))
         .collect()
 }
 
@@ -240,7 +240,7 @@ impl Router {
     pub fn load_at(&mut self, hosts: &[u8], specs: &[impl AsRef<str>]) {
         let update = self.compile_at(hosts, specs);
         self.datapath.apply(&update).unwrap();
-        self.compiler.commit();
+        self.compiler.commit(&update);
     }
 
     /// What would be written for these rules.
