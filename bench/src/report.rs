@@ -182,7 +182,7 @@ impl Report {
     /// The table that people read, and the notes.
     pub fn table(&self) -> String {
         let mut table = Table::new();
-        table.load_preset(presets::NOTHING);
+        table.load_style(presets::NOTHING);
         table.set_header(["contender", "median", "min", "max", "of the limit"]);
         let mut case = None;
         for row in self.rows() {

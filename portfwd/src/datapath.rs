@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMapHash};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLink, XdpMode};
-use aya::programs::{ProgramError, TestRun as _, TestRunOptions, Xdp};
+use aya::programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{
@@ -208,6 +208,18 @@ impl Datapath {
     /// What the verifier said of each program.
     pub fn verified(&self) -> &[Verified] {
         &self.verified
+    }
+
+    /// The program of `role`, for those who measure it.
+    ///
+    /// # Errors
+    ///
+    /// It is not loaded.
+    pub fn program(&self, role: Role) -> Result<&ProgramFd, ProgramError> {
+        match self.ebpf.program(program_name(role)) {
+            Some(program) => program.fd(),
+            None => Err(ProgramError::NotLoaded),
+        }
     }
 
     /// Runs the program of `role` on one frame as if it came in by the interface with index `ingress`:
