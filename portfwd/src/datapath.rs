@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMap};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLink, XdpMode};
+use aya::programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp};
 use aya::programs::{ProgramError, TestRun as _, TestRunOptions, Xdp};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
@@ -291,6 +292,18 @@ impl Datapath {
     /// What the verifier said of each program.
     pub fn verified(&self) -> &[Verified] {
         &self.verified
+    }
+
+    /// The program of `role`, for those who measure it.
+    ///
+    /// # Errors
+    ///
+    /// It is not loaded.
+    pub fn program(&self, role: Role) -> Result<&ProgramFd, ProgramError> {
+        match self.ebpf.program(program_name(role)) {
+            Some(program) => program.fd(),
+            None => Err(ProgramError::NotLoaded),
+        }
     }
 
     /// Runs the program of `role` on one frame as if it came in by the interface with index `ingress`:

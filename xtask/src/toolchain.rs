@@ -2,7 +2,7 @@
 //!
 //! The target is tier 3: no toolchain carries a compiled core for it, so `core` is compiled from source, which
 //! needs the sources of that very compiler and its unstable flags. Used by `xtask`, and by
-//! `portfwd/build.rs`, which includes this file.
+//! the build scripts of `portfwd` and `bench`, which include this file.
 
 use std::{
     env,

@@ -1,0 +1,97 @@
+//! What the bench tells its eBPF programs, and what they tell it. Rows of maps and read-only data:
+//! `repr(C)`, integers only, without padding. Addresses and ports are numbers in host order.
+#![no_std]
+
+/// Ports that a service address has before the next address begins.
+pub const PORTS: u32 = 8192;
+
+/// How many bytes `prepare` writes back: Ethernet, IPv6 and TCP headers, rounded up to words.
+pub const HEADERS: usize = 80;
+
+/// The first bytes of a frame, for `prepare`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Headers(pub [u64; HEADERS / 8]);
+
+/// The frames that `prepare` writes, in turn.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Turn {
+    pub next: u32,
+    /// How many there are.
+    pub frames: u32,
+}
+
+/// Link addresses of a frame, as they stand in it: destination, then source.
+pub type Link = [u8; 12];
+
+/// The services that traffic goes to or comes from: service `j` is at address `j / PORTS` and port
+/// `j % PORTS`, both counted from the first.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Services {
+    pub address: u32,
+    pub port: u32,
+    /// At least 1.
+    pub count: u32,
+}
+
+/// The clients: flow `i` comes from address `i % 65536` and port `i / 65536`, both counted from the
+/// first.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Clients {
+    pub address: u32,
+    pub port: u32,
+    /// Flows, at least 1. With `u32::MAX` no flow comes twice.
+    pub count: u32,
+}
+
+/// UDP packets with a payload of zeros, between clients and services.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Stream {
+    pub clients: Clients,
+    pub services: Services,
+    /// Bytes of the IP packet.
+    pub length: u32,
+    /// From clients to services is 0, back is 1.
+    pub reply: u32,
+    pub link: Link,
+}
+
+/// Where a generator is in its stream.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Position {
+    pub flow: u32,
+    pub service: u32,
+}
+
+/// What a receiver expects of a [`Stream`].
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Expected {
+    pub clients: Clients,
+    pub services: Services,
+    pub length: u32,
+    pub reply: u32,
+    /// Whether clients' addresses and ports arrive as they were sent. A proxy has its own.
+    pub any_client: u32,
+}
+
+/// What a receiver has seen.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Received {
+    pub packets: u64,
+    /// Of the IP packets.
+    pub bytes: u64,
+    /// Packets that were looked at in full.
+    pub checked: u64,
+    /// Of those, what was not as expected.
+    pub wrong: u64,
+}
+
+/// One packet in so many is looked at in full.
+pub const SAMPLE: u64 = 64;

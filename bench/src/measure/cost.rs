@@ -1,0 +1,356 @@
+//! Nanoseconds of the programs for each class of packet, in BPF_PROG_TEST_RUN, beside the limit; and
+//! what the verifier says of them.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, ProgramArray, xdp::DevMap};
+use aya::programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp};
+use aya::{Ebpf, EbpfLoader};
+use etherparse::PacketBuilder;
+use portfwd::compile::{Capacity, Compiler, Resolved, plan};
+use portfwd::datapath::Datapath;
+use portfwd::network::Externals;
+use portfwd::rule::Rule;
+use portfwd::sysctl::Families;
+use portfwd_bench_ebpf::{HEADERS, Headers, Turn};
+use portfwd_ebpf::path::Role;
+use portfwd_ebpf::table::Interface;
+
+use crate::measure::{Bench, progress, wait_for_idle};
+use crate::report::{LIMIT, Unit, median};
+use crate::rig::{self, Rig, Wire};
+use crate::rules::{Protocol, Rules, nth};
+use crate::traffic::{self, OBJECT, Plain};
+
+pub const NAME: &str = "cost";
+
+/// How often a packet is run at a time, and how many such times make one figure.
+const REPEAT: u32 = 40_000;
+const TIMES: u32 = 5;
+/// Bytes of a frame.
+const FRAME: usize = 128;
+/// Ports that the kernel gives to sockets: what rules are compiled with.
+const EPHEMERAL: RangeInclusive<u16> = 32_768..=60_999;
+
+/// Rules under which some classes of packets are run.
+struct Set {
+    name: &'static str,
+    /// In the form of `-p`.
+    rules: Vec<String>,
+    classes: Vec<Class>,
+}
+
+/// Packets that go the same way through the program.
+struct Class {
+    name: &'static str,
+    role: Role,
+    /// What XDP does with them.
+    hit: bool,
+    /// In turn.
+    frames: Vec<Headers>,
+}
+
+pub fn run(bench: &mut Bench) -> Result<()> {
+    let rig = Rig::new(Wire::Frames)?;
+    let [wan, lan] = ["wan0", "lan0"].map(|name| rig::interface(&rig.router, name));
+    let (wan, lan) = (wan?, lan?);
+    let rounds = bench.options.rounds();
+    let sets = sets(bench.options.quick);
+    rig.router.enter(|| -> Result<()> {
+        rig::pin(rig::PATH_CPU)?;
+        let most = sets.iter().flat_map(|set| &set.classes).map(|class| class.frames.len()).max();
+        let mut runner = Runner::new(lan, most.unwrap_or(1))?;
+        let mut datapaths = Vec::new();
+        for set in &sets {
+            let datapath = load(&set.rules, wan, lan)
+                .with_context(|| format!("cannot load the rules of \"{}\"", set.name))?;
+            datapaths.push(datapath);
+        }
+        for round in 1..=rounds {
+            progress(&format!("{NAME}: round {round} of {rounds}"));
+            for (set, datapath) in sets.iter().zip(&datapaths) {
+                for class in &set.classes {
+                    let case = format!("{}, {}", class.name, set.name);
+                    let ingress = if class.role == Role::External { wan } else { lan };
+                    runner.set_frames(ingress, &class.frames)?;
+                    wait_for_idle();
+                    let [limit, program] = runner
+                        .compare(datapath.program(class.role)?, class.hit)
+                        .with_context(|| case.clone())?;
+                    let mut sample = |contender, value| {
+                        bench.sample(NAME, &case, contender, round, (value, Unit::Nanoseconds));
+                    };
+                    sample(LIMIT, limit);
+                    sample("portfwd", program);
+                    sample("portfwd, beyond the limit", program - limit);
+                }
+            }
+        }
+        if let Some(datapath) = datapaths.first() {
+            for verified in datapath.verified() {
+                let case = format!("program {}", verified.program);
+                let mut sample = |what, value, unit| {
+                    bench.sample(NAME, &case, what, 1, (value, unit));
+                };
+                if let Some(instructions) = verified.instructions {
+                    sample("verified", instructions.into(), Unit::Instructions);
+                }
+                if let Some(size) = verified.size {
+                    sample("size", size.into(), Unit::Bytes);
+                }
+                let milliseconds = verified.time.as_secs_f64() * 1e3;
+                sample("verifier and compiler", milliseconds, Unit::Milliseconds);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The programs with these rules, on the router.
+fn load(specs: &[String], wan: u32, lan: u32) -> Result<Datapath> {
+    let rules: Vec<Rule> = specs
+        .iter()
+        .map(|spec| {
+            let rule = spec.parse::<Rule>().map_err(|error| anyhow::anyhow!("{spec}: {error}"))?;
+            Ok(Rule { name: spec.clone(), ..rule })
+        })
+        .collect::<Result<_>>()?;
+    let plan = plan(&rules, &Resolved::new())?;
+    let mut datapath = Datapath::load(Capacity::for_plan(&rules, &plan, &EPHEMERAL), false)?;
+    let interfaces = [(wan, Interface::EXTERNAL), (lan, Interface::INTERNAL)];
+    let interfaces: BTreeMap<u32, Interface> = interfaces
+        .into_iter()
+        .map(|(index, flag)| {
+            (index, Interface { flags: flag | Interface::TRANSMITS, mtu: 1500, device: 0 })
+        })
+        .collect();
+    datapath.set_interfaces(&interfaces)?;
+    let externals = Externals { v4: vec![rig::WAN], v6: vec![rig::WAN6] };
+    let mut compiler = Compiler::default();
+    let update = compiler.compile(&rules, &plan, &externals, &EPHEMERAL);
+    datapath.apply(&update)?;
+    compiler.commit(&update);
+    let families = Families { v4: true, v6: true };
+    datapath.routes().rely(families, Duration::from_secs(3600))?;
+    Ok(datapath)
+}
+
+/// What is measured: each class under the rules that it needs and no others, as a program may be made
+/// for its rules.
+fn sets(quick: bool) -> Vec<Set> {
+    let client = SocketAddr::new(nth(rig::CLIENTS, 7).into(), 5000);
+    let client6 = SocketAddr::new(rig::CLIENT6.into(), 5000);
+    let foreign = SocketAddr::from(([203, 0, 113, 9], 10_000));
+    let external = |port| SocketAddr::new(rig::EXTERNAL.into(), port);
+    let backend = |port| SocketAddr::new(rig::SERVER.into(), port);
+    let (external6, backend6) = (IpAddr::from(rig::WAN6), IpAddr::from(rig::SERVER6));
+    let (udp, tcp) = (Protocol::Udp, Protocol::Tcp);
+    let class = |name, role, hit, frames| Class { name, role, hit, frames };
+    let forward = |name, protocol, from, to| {
+        class(name, Role::External, true, vec![frame(protocol, from, to)])
+    };
+    let reply = |name, protocol, from, to| {
+        class(name, Role::Internal, true, vec![frame(protocol, from, to)])
+    };
+    let misses = || {
+        let miss = |name, to| class(name, Role::External, false, vec![frame(udp, client, to)]);
+        let none = miss("miss: our address, no rule", external(9));
+        let foreign = miss("miss: foreign address", foreign);
+        let inside = vec![frame(udp, SocketAddr::from(([192, 168, 77, 200], 9)), client)];
+        [none, foreign, class("miss: reply, no backend", Role::Internal, false, inside)]
+    };
+    let v4 = format!("{}:{}/udp", external(10_000), backend(20_000));
+    let v4_tcp = format!("{}:{}/tcp", external(10_000), backend(20_000));
+    let v6 = format!("[{external6}]:10000:[{backend6}]:20000/udp");
+    let v6_at = |address, port| SocketAddr::new(address, port);
+
+    const MANY: u32 = 10_000;
+    let many: Vec<String> = Rules::Single(MANY)
+        .iter()
+        .map(|rule| format!("{}:{}/{}", rule.listen, rule.backend, rule.protocol.name()))
+        .collect();
+    let each = |frame: &dyn Fn(&crate::rules::Rule) -> Headers| {
+        let udp_rules = Rules::Single(MANY).iter().filter(|rule| rule.protocol == udp);
+        udp_rules.map(|rule| frame(&rule)).collect::<Vec<_>>()
+    };
+    let all_forward = each(&|rule| frame(udp, client, rule.listen.into()));
+    let all_reply = each(&|rule| frame(udp, rule.backend.into(), client));
+
+    let mut sets = vec![
+        Set {
+            name: "1 rule",
+            rules: vec![v4.clone()],
+            classes: [
+                forward("forward v4 UDP", udp, client, external(10_000)),
+                reply("reply v4 UDP", udp, backend(20_000), client),
+            ]
+            .into_iter()
+            .chain(misses())
+            .collect(),
+        },
+        Set {
+            name: "1 rule",
+            rules: vec![v4_tcp],
+            classes: vec![
+                forward("forward v4 TCP", tcp, client, external(10_000)),
+                reply("reply v4 TCP", tcp, backend(20_000), client),
+            ],
+        },
+        Set {
+            name: "1 rule",
+            rules: vec![v6],
+            classes: vec![
+                forward("forward v6 UDP", udp, client6, v6_at(external6, 10_000)),
+                reply("reply v6 UDP", udp, v6_at(backend6, 20_000), client6),
+            ],
+        },
+        Set {
+            name: "65,535 ports as one range",
+            rules: vec![format!("{}:1-65535:{}/udp", rig::EXTERNAL, rig::SERVER)],
+            classes: vec![
+                forward("forward v4 UDP", udp, client, external(10_000)),
+                forward("forward v4 UDP, ephemeral port", udp, client, external(40_000)),
+                reply("reply v4 UDP", udp, backend(10_000), client),
+            ],
+        },
+        Set {
+            name: "DMZ host",
+            rules: vec![format!("{}:*:{}", rig::EXTERNAL, rig::SERVER) + "/udp"],
+            classes: vec![
+                forward("forward v4 UDP", udp, client, external(10_000)),
+                reply("reply v4 UDP", udp, backend(10_000), client),
+            ],
+        },
+    ];
+    if !quick {
+        let mut classes = vec![
+            forward("forward v4 UDP", udp, client, external(10_000)),
+            class("forward v4 UDP, all rules in turn", Role::External, true, all_forward),
+            reply("reply v4 UDP", udp, backend(20_000), client),
+            class("reply v4 UDP, all rules in turn", Role::Internal, true, all_reply),
+        ];
+        classes.extend(misses());
+        sets.push(Set { name: "10,000 rules", rules: many, classes });
+    }
+    sets
+}
+
+/// A packet as it comes to the router.
+fn frame(protocol: Protocol, from: SocketAddr, to: SocketAddr) -> Headers {
+    let (source, destination) =
+        if to.ip() == IpAddr::from(rig::CLIENT6) || to.ip() == IpAddr::from(nth(rig::CLIENTS, 7)) {
+            (rig::SERVER_MAC, rig::LAN_MAC)
+        } else {
+            (rig::CLIENT_MAC, rig::WAN_MAC)
+        };
+    let link = PacketBuilder::ethernet2(source, destination);
+    let ip = match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => link.ipv4(from.octets(), to.octets(), 64),
+        (IpAddr::V6(from), IpAddr::V6(to)) => link.ipv6(from.octets(), to.octets(), 64),
+        (from, to) => unreachable!("{from} and {to} are of two families"),
+    };
+    let headers = if from.is_ipv4() { 34 } else { 54 };
+    let mut bytes = Vec::with_capacity(FRAME);
+    let written = match protocol {
+        Protocol::Udp => {
+            ip.udp(from.port(), to.port()).write(&mut bytes, &[0; FRAME][headers + 8..])
+        }
+        Protocol::Tcp => {
+            let tcp = ip.tcp(from.port(), to.port(), 1, 1024).ack(1);
+            tcp.write(&mut bytes, &[0; FRAME][headers + 20..])
+        }
+    };
+    written.unwrap_or_else(|error| unreachable!("a vector takes all: {error}"));
+    let mut words = [0; HEADERS / 8];
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = u64::from_ne_bytes(bytes.try_into().unwrap_or_default());
+    }
+    Headers(words)
+}
+
+/// Runs programs on frames that come in turn.
+struct Runner {
+    /// The limit, and a program that does nothing.
+    programs: Ebpf,
+    prepare: Ebpf,
+    ingress: u32,
+}
+
+impl Runner {
+    /// `device` is where the limit redirects to; there will never be more than `frames` frames.
+    fn new(device: u32, frames: usize) -> Result<Self> {
+        let mut programs = Ebpf::load(OBJECT)?;
+        let mut devices: DevMap<_> = programs.map_mut("DEVICE").context("DEVICE")?.try_into()?;
+        devices.set(0, device, None, 0)?;
+        traffic::load(&mut programs, "swap")?;
+        traffic::load(&mut programs, "nothing")?;
+        let mut prepare =
+            EbpfLoader::new().map_max_entries("FRAMES", frames as u32).load(OBJECT)?;
+        traffic::load(&mut prepare, "prepare")?;
+        Ok(Self { programs, prepare, ingress: 0 })
+    }
+
+    /// These frames come in turn by an interface from here on.
+    fn set_frames(&mut self, ingress: u32, frames: &[Headers]) -> Result<()> {
+        self.ingress = ingress;
+        let map = self.prepare.map_mut("FRAMES").context("FRAMES")?;
+        let mut map: Array<_, Plain<Headers>> = map.try_into()?;
+        for (number, frame) in frames.iter().enumerate() {
+            map.set(number as u32, Plain(*frame), 0)?;
+        }
+        let map = self.prepare.map_mut("TURN").context("TURN")?;
+        let mut turn: Array<_, Plain<Turn>> = map.try_into()?;
+        turn.set(0, Plain(Turn { next: 0, frames: frames.len() as u32 }), 0)?;
+        Ok(())
+    }
+
+    /// Nanoseconds that the limit takes for a packet, and that `program` takes, beyond a program
+    /// that does nothing.
+    fn compare(&mut self, program: &ProgramFd, hit: bool) -> Result<[f64; 2]> {
+        const PASS: u32 = 2;
+        const REDIRECT: u32 = 4;
+        let Self { programs, prepare, ingress } = self;
+        let fd = |name: &str| -> Result<&ProgramFd> {
+            Ok(programs.program(name).context("no such program")?.fd()?)
+        };
+        let all = [
+            (fd("nothing")?, PASS),
+            (fd("swap")?, REDIRECT),
+            (program, if hit { REDIRECT } else { PASS }),
+        ];
+        let mut times = [const { Vec::new() }; 3];
+        for _ in 0..TIMES {
+            for ((program, expected), times) in all.iter().zip(&mut times) {
+                times.push(time(prepare, *ingress, program, *expected)?);
+            }
+        }
+        let [nothing, limit, program] = times.map(|times| median(&times));
+        Ok([limit - nothing, program - nothing])
+    }
+}
+
+/// Nanoseconds of one run of `prepare` and then `program`, which ends with the action `expected`.
+fn time(prepare: &mut Ebpf, ingress: u32, program: &ProgramFd, expected: u32) -> Result<f64> {
+    let mut next: ProgramArray<_> = prepare.map_mut("PROGRAM").context("PROGRAM")?.try_into()?;
+    next.set(0, program, 0).context("a program cannot be called from `prepare`")?;
+    // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+    let context = [0, FRAME as u32, 0, ingress, 0, 0].map(u32::to_ne_bytes).concat();
+    let prepare: &Xdp = prepare.program("prepare").context("prepare")?.try_into()?;
+    // The kernel's own figure is in whole nanoseconds; the limit takes ten of them.
+    let start = Instant::now();
+    let result = prepare.test_run(TestRunOptions {
+        data_in: Some(&[0; FRAME]),
+        ctx_in: Some(&context),
+        repeat: REPEAT,
+        ..TestRunOptions::default()
+    })?;
+    let nanoseconds = start.elapsed().as_nanos() as f64 / f64::from(REPEAT);
+    let action = result.return_value;
+    ensure!(action == expected, "XDP action {action} where {expected} is right");
+    Ok(nanoseconds)
+}
