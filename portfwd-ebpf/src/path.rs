@@ -360,7 +360,7 @@ fn ask<const N: usize, I: Ip<N>, K: Kernel>(
     };
     Ok(match (verdict, route) {
         (Verdict::Redirect(device), Route::Via { mtu, link, .. }) => {
-            (verdict, Some(Hop { device, mtu, link }))
+            (verdict, Some(Hop { device, mtu, link, padding: 0 }))
         }
         _ => (verdict, None),
     })

@@ -59,7 +59,7 @@ pub struct Address<const N: usize>(pub [u8; N]);
 /// An address of either family in one size: an IPv4 address stands in the first four bytes and the
 /// rest is zero. Which family it is follows from where it stands.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[repr(C, align(4))]
+#[repr(C, align(8))]
 pub struct AnyAddress(pub [u8; 16]);
 
 impl<const N: usize> Address<N> {
@@ -165,6 +165,7 @@ pub struct Translation {
     pub flags: u32,
     /// The rule's row in `COUNTERS`.
     pub counter: u32,
+    pub padding_2: u32,
 }
 
 impl Translation {
@@ -259,13 +260,14 @@ impl LinkAddresses {
 
 /// Where a frame goes that can be redirected at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct Hop {
     /// Its row in `DEVICES`.
     pub device: u32,
     /// Bytes of the largest IP packet that may go this way.
     pub mtu: u32,
     pub link: LinkAddresses,
+    pub padding: u32,
 }
 
 /// Value of `TRUST`, row 0 for IPv4 and 1 for IPv6: how far the programs may rely on what the FIB
@@ -315,7 +317,7 @@ impl<const N: usize> RouteSet<N> {
         [RememberedRoute {
             destination: Address([0; N]),
             tag: Tag(0),
-            hop: Hop { device: 0, mtu: 0, link: LinkAddresses([0; 12]) },
+            hop: Hop { device: 0, mtu: 0, link: LinkAddresses([0; 12]), padding: 0 },
         }; 2],
     );
 
@@ -475,10 +477,10 @@ const _: () = {
     assert!(size_of::<Address<4>>() == 4 && size_of::<Address<16>>() == 16);
     assert!(size_of::<Endpoint>() == 32 && align_of::<Endpoint>() == 4);
     assert!(size_of::<Page>() == 1024);
-    assert!(size_of::<Translation>() == 28 && align_of::<Translation>() == 4);
-    assert!(size_of::<ArrivalKey>() == 40 && align_of::<ArrivalKey>() == 4);
+    assert!(size_of::<Translation>() == 32);
+    assert!(size_of::<ArrivalKey>() == 40);
     assert!(size_of::<Settings>() == 8 && size_of::<Trust>() == 16);
-    assert!(size_of::<RouteSet<4>>() == 56 && size_of::<RouteSet<16>>() == 80);
+    assert!(size_of::<RouteSet<4>>() == 64 && size_of::<RouteSet<16>>() == 96);
     assert!(size_of::<Counter>() == 40 + 8 * (ToStack::COUNT + Dropped::COUNT));
 };
 

@@ -386,6 +386,7 @@ impl Compiler {
                         padding: [0; 2],
                         flags: many | is_first | ask,
                         counter,
+                        padding_2: 0,
                     })
                 };
                 let endpoint = (Direction::Forward, *address);
@@ -402,6 +403,7 @@ impl Compiler {
                 padding: [0; 2],
                 flags: many,
                 counter,
+                padding_2: 0,
             });
             stroke((Direction::Reply, leg.backend), leg.backend_ports(), row);
         }

@@ -11,7 +11,6 @@ use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMap};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp};
-use aya::programs::{ProgramError, TestRun as _, TestRunOptions, Xdp};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::path::Role;

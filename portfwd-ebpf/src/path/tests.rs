@@ -81,6 +81,7 @@ impl Router {
             padding: [0; 2],
             flags,
             counter: 0,
+            padding_2: 0,
         };
         let many = Translation::MANY_ADDRESSES;
         let rows = vec![
