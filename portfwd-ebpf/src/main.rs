@@ -13,8 +13,7 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_UNSUPP_LWT, bpf_fib_lookup as fib_lookup, bpf_sock_tuple, xdp_action,
     },
     helpers::generated::{
-        bpf_fib_lookup, bpf_ktime_get_coarse_ns, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skc_lookup_tcp,
+        bpf_fib_lookup, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     macros::{map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, xdp::DevMap},
@@ -24,8 +23,8 @@ use portfwd_ebpf::{
     packet::{Frame, TCP},
     path::{self, Flow, Kernel, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, Interface, LinkAddresses,
-        Page, Passed, RouteSet, Settings, Translation, Trust,
+        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, Interface, Jiffies,
+        LinkAddresses, Page, Passed, RouteSet, Settings, Translation, Trust,
     },
 };
 
@@ -66,6 +65,19 @@ static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entri
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
 #[unsafe(no_mangle)]
 static ROUTE_SET_BITS: u32 = 14;
+
+/// Writes the clock of the other programs over the first eight bytes of a frame, for the control
+/// plane to read.
+#[xdp]
+fn clock(ctx: XdpContext) -> u32 {
+    let start = ctx.data() as *mut [u8; size_of::<u64>()];
+    if start.wrapping_add(1) as usize > ctx.data_end() {
+        return xdp_action::XDP_ABORTED;
+    }
+    // SAFETY: in bounds as just checked; no arguments.
+    unsafe { *start = bpf_jiffies64().to_ne_bytes() };
+    xdp_action::XDP_PASS
+}
 
 #[xdp]
 fn external(ctx: XdpContext) -> u32 {
@@ -312,9 +324,9 @@ impl Kernel for Xdp<'_> {
     }
 
     #[inline(always)]
-    fn now(&self) -> u64 {
+    fn now(&self) -> Jiffies {
         // SAFETY: no arguments.
-        unsafe { bpf_ktime_get_coarse_ns() }
+        Jiffies(unsafe { bpf_jiffies64() })
     }
 
     // The level is a constant of the loaded program: what is off, the verifier removes.

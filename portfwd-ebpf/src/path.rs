@@ -8,7 +8,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use crate::packet::{EtherType, Ethernet, Frame, Ip};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Claims, Counter, Direction, Dropped, Endpoint, Hop, Interface,
-    LinkAddresses, Page, Passed, Port, Ports, RouteSet, Tag, ToStack, Translation, Trust,
+    Jiffies, LinkAddresses, Page, Passed, Port, Ports, RouteSet, Tag, ToStack, Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -148,8 +148,7 @@ pub trait Kernel {
     fn count(&self, counter: u32, change: impl FnOnce(&mut Counter));
     /// Counts a packet that passes.
     fn count_passed(&self, reason: Passed);
-    /// CLOCK_MONOTONIC in nanoseconds, coarse.
-    fn now(&self) -> u64;
+    fn now(&self) -> Jiffies;
     /// Tells what became of a packet that a rule claimed, as it came in.
     fn log(&self, flow: impl FnOnce() -> Flow, verdict: Verdict);
 }
@@ -327,7 +326,7 @@ fn tag<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     ip: &I,
-    now: u64,
+    now: Jiffies,
 ) -> Option<Tag> {
     let trust = I::trust(kernel);
     let trusted = trust.generation != 0 && now < trust.until && !ip.is_source_strict();

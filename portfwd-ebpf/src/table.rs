@@ -270,6 +270,13 @@ pub struct Hop {
     pub padding: u32,
 }
 
+/// A time in ticks of the kernel's clock, of which the configuration of the kernel says how many make
+/// a second. Reading it is an instruction or two; CLOCK_MONOTONIC, also the coarse one, took a third
+/// of what a translated packet costs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+#[repr(transparent)]
+pub struct Jiffies(pub u64);
+
 /// Value of `TRUST`, row 0 for IPv4 and 1 for IPv6: how far the programs may rely on what the FIB
 /// told before.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -278,8 +285,8 @@ pub struct Trust {
     /// A new one voids every route that is remembered. 0: the FIB is asked for each packet.
     pub generation: u32,
     pub padding: u32,
-    /// CLOCK_MONOTONIC in nanoseconds from which on nobody has looked after the generation.
-    pub until: u64,
+    /// From then on nobody has looked after the generation.
+    pub until: Jiffies,
 }
 
 /// Under which a route was remembered: a generation of [`Trust`] and a direction. 0 is none.
@@ -370,8 +377,8 @@ pub struct Tally {
 pub struct Counter {
     /// Translated packets by [`Direction`].
     pub translated: [Tally; 2],
-    /// When the last packet was translated: CLOCK_MONOTONIC (coarse), in nanoseconds; 0 for never.
-    pub last: u64,
+    /// When the last packet was translated; 0 for never.
+    pub last: Jiffies,
     /// Of the translated, how many went out through the stack, by [`ToStack`].
     pub to_stack: [u64; ToStack::COUNT],
     /// Packets that the rule claimed and that were dropped, by [`Dropped`].

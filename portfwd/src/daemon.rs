@@ -27,9 +27,11 @@ use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
 
 mod hints;
+mod routes;
 mod survey;
 
 use hints::Addresses;
+use routes::Keeper;
 use survey::{Survey, check_interfaces};
 
 /// Why the daemon does not run. Both are lines for the user.
@@ -99,7 +101,9 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     datapath.apply(&update)?;
     compiler.commit(&update);
 
+    let keeper = Keeper::start(datapath.routes())?;
     let mut daemon = Daemon {
+        keeper,
         config,
         network,
         resolved,
@@ -205,6 +209,7 @@ struct Attachment {
 }
 
 struct Daemon {
+    keeper: Keeper,
     config: Config,
     network: Network,
     resolved: Resolved,
@@ -412,6 +417,8 @@ impl Daemon {
             }
         }
         problems.extend(self.tell_programs(&wanted));
+        let names = self.attached.values().map(|attachment| attachment.name.clone()).collect();
+        self.keeper.set_interfaces(names);
         problems
     }
 

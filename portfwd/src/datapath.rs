@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMap};
@@ -15,10 +16,9 @@ use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{
-    Address, Counter, Direction, Dropped, Endpoint, Interface, LAYOUT, Page, Passed, RouteSet,
-    Settings, Tally, ToStack, Translation, Trust,
+    Address, Counter, Direction, Dropped, Endpoint, Interface, Jiffies, LAYOUT, Page, Passed,
+    RouteSet, Settings, Tally, ToStack, Translation, Trust,
 };
-use rustix::time::{ClockId, clock_gettime};
 use thiserror::Error;
 
 use crate::compile::{Capacity, EndpointKey, Update};
@@ -104,6 +104,7 @@ const DEVICES: u32 = 1024;
 pub struct Routes(Arc<Mutex<Trusted>>);
 
 struct Trusted {
+    clock: Clock,
     map: Array<MapData, Plain<Trust>>,
     /// IPv4, IPv6.
     now: [Trust; 2],
@@ -117,10 +118,9 @@ impl Routes {
     ///
     /// The kernel says why.
     pub fn rely(&self, families: Families, time: Duration) -> Result<(), DatapathError> {
-        let now = clock_gettime(ClockId::Monotonic);
-        let until = Duration::new(now.tv_sec as u64, now.tv_nsec as u32) + time;
-        let until = until.as_nanos() as u64;
-        let of = |relied, trust| Trust { until: if relied { until } else { 0 }, ..next(trust) };
+        let until = self.lock().clock.at(Instant::now() + time);
+        let never = Jiffies::default();
+        let of = |relied, trust| Trust { until: if relied { until } else { never }, ..next(trust) };
         self.write(|[v4, v6]| [of(families.v4, v4), of(families.v6, v6)])
     }
 
@@ -133,13 +133,55 @@ impl Routes {
         self.write(|families| families.map(next))
     }
 
+    fn lock(&self) -> MutexGuard<'_, Trusted> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn write(&self, change: impl FnOnce([Trust; 2]) -> [Trust; 2]) -> Result<(), DatapathError> {
-        let mut trusted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trusted = self.lock();
         trusted.now = change(trusted.now);
         for (family, trust) in trusted.now.into_iter().enumerate() {
             trusted.map.set(family as u32, Plain(trust), 0).map_err(map_error("TRUST"))?;
         }
         Ok(())
+    }
+}
+
+/// The kernel's clock of [`Jiffies`], read once; it goes as CLOCK_MONOTONIC does.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    read: Jiffies,
+    when: Instant,
+    /// Ticks a second.
+    frequency: u32,
+}
+
+impl Clock {
+    /// From two readings, at least [`CALIBRATION`](Self::CALIBRATION) apart.
+    fn between(first: (Jiffies, Instant), second: (Jiffies, Instant)) -> Self {
+        /// What kernels are configured for.
+        const FREQUENCIES: [u32; 4] = [100, 250, 300, 1000];
+        let ticks = second.0.0.wrapping_sub(first.0.0) as f64;
+        let seen = ticks / (second.1 - first.1).as_secs_f64();
+        let distance = |frequency: &u32| (f64::from(*frequency) / seen).ln().abs();
+        let nearest = FREQUENCIES.into_iter().min_by(|a, b| distance(a).total_cmp(&distance(b)));
+        Self { read: second.0, when: second.1, frequency: nearest.unwrap_or(FREQUENCIES[0]) }
+    }
+
+    /// Long enough to tell 250 from 300 by whole ticks.
+    const CALIBRATION: Duration = Duration::from_millis(100);
+
+    /// What it shows at some time, not before it was read.
+    fn at(&self, time: Instant) -> Jiffies {
+        let elapsed = time.saturating_duration_since(self.when).as_nanos();
+        let ticks = elapsed * u128::from(self.frequency) / 1_000_000_000;
+        Jiffies(self.read.0.saturating_add(ticks as u64))
+    }
+
+    /// How long ago it showed this.
+    pub fn ago(&self, then: Jiffies) -> Duration {
+        let ticks = self.at(Instant::now()).0.saturating_sub(then.0);
+        Duration::from_secs(ticks) / self.frequency
     }
 }
 
@@ -169,8 +211,8 @@ pub struct Port<'a> {
 pub struct Counts {
     pub forward: Tally,
     pub reply: Tally,
-    /// CLOCK_MONOTONIC in nanoseconds; 0 for never.
-    pub last: u64,
+    /// When the last was translated; 0 for never.
+    pub last: Jiffies,
     pub to_stack: [u64; ToStack::COUNT],
     pub dropped: [u64; Dropped::COUNT],
 }
@@ -247,9 +289,12 @@ impl Datapath {
             .load(OBJECT)
             .map_err(load_error)?;
         let mut verified = Vec::new();
+        let clock = xdp_mut(&mut ebpf, CLOCK);
+        clock.load().map_err(|error| verifier_error(CLOCK, error))?;
+        let started = read_clock(clock)?;
         for role in [Role::External, Role::Internal, Role::Both] {
             let program = program_name(role);
-            let xdp = xdp_mut(&mut ebpf, role);
+            let xdp = xdp_mut(&mut ebpf, program);
             let start = Instant::now();
             xdp.load().map_err(|error| verifier_error(program, error))?;
             let info = xdp.info().map_err(|error| verifier_error(program, error))?;
@@ -260,9 +305,12 @@ impl Datapath {
                 time: start.elapsed(),
             });
         }
+        thread::sleep(Clock::CALIBRATION.saturating_sub(started.1.elapsed()));
+        let clock = Clock::between(started, read_clock(xdp_mut(&mut ebpf, CLOCK))?);
         let trust = ebpf.take_map("TRUST").unwrap_or_else(|| missing("TRUST"));
         let trust = Array::try_from(trust).map_err(map_error("TRUST"))?;
-        let routes = Routes(Arc::new(Mutex::new(Trusted { map: trust, now: Default::default() })));
+        let routes =
+            Routes(Arc::new(Mutex::new(Trusted { clock, map: trust, now: Default::default() })));
         let mut datapath = Self {
             ebpf,
             verified,
@@ -281,6 +329,11 @@ impl Datapath {
     /// How many rows the tables hold.
     pub fn capacity(&self) -> Capacity {
         self.capacity
+    }
+
+    /// The clock of [`Counts::last`].
+    pub fn clock(&self) -> Clock {
+        self.routes.lock().clock
     }
 
     /// The routes that the programs remember.
@@ -322,7 +375,7 @@ impl Datapath {
         // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
         let context = [0, frame.len() as u32, 0, ingress, 0, 0].map(u32::to_ne_bytes).concat();
         let mut after = vec![0; ROOM.max(frame.len())];
-        let result = xdp_mut(&mut self.ebpf, role)
+        let result = xdp_mut(&mut self.ebpf, program_name(role))
             .test_run(TestRunOptions {
                 data_in: Some(frame),
                 data_out: Some(&mut after),
@@ -395,7 +448,7 @@ impl Datapath {
         // SAFETY: takes three integers.
         if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
             // Not with nohz_full.
-            std::thread::sleep(GRACE);
+            thread::sleep(GRACE);
         }
     }
 
@@ -508,7 +561,7 @@ impl Datapath {
     ) -> Result<(Mode, Option<String>), AttachError> {
         // The program of a link is replaced without a gap.
         if let Some((link, mode)) = self.links.remove(&port.index)
-            && let xdp = xdp_mut(&mut self.ebpf, role)
+            && let xdp = xdp_mut(&mut self.ebpf, program_name(role))
             && let Ok(link) = xdp.attach_to_link(link).and_then(|id| xdp.take_link(id))
         {
             self.links.insert(port.index, (link, mode));
@@ -533,7 +586,7 @@ impl Datapath {
 
     fn attach_as(&mut self, port: Port<'_>, role: Role, mode: Mode) -> Result<(), AttachError> {
         let interface = port.name.to_owned();
-        let xdp = xdp_mut(&mut self.ebpf, role);
+        let xdp = xdp_mut(&mut self.ebpf, program_name(role));
         let link = xdp
             .attach_to_if_index(port.index, mode.into())
             .and_then(|id| xdp.take_link(id))
@@ -572,7 +625,7 @@ impl Datapath {
         let mut sum = Counts {
             forward: Tally::default(),
             reply: Tally::default(),
-            last: 0,
+            last: Jiffies::default(),
             to_stack: [0; ToStack::COUNT],
             dropped: [0; Dropped::COUNT],
         };
@@ -638,6 +691,22 @@ fn route_set_bits(cpus: u32) -> u32 {
     sets.max(2).ilog2().min(14)
 }
 
+/// Its program of that name tells the kernel's clock.
+const CLOCK: &str = "clock";
+
+/// The kernel's clock, and when it was read.
+fn read_clock(clock: &Xdp) -> Result<(Jiffies, Instant), DatapathError> {
+    let mut frame = [0; 64];
+    let options = TestRunOptions {
+        data_in: Some(&[0; 64]),
+        data_out: Some(&mut frame),
+        ..TestRunOptions::default()
+    };
+    clock.test_run(options).map_err(|error| DatapathError::TryFrame(chain(&error)))?;
+    let [first, ..] = *frame.as_chunks().0 else { unreachable!("a frame of 64 bytes") };
+    Ok((Jiffies(u64::from_ne_bytes(first)), Instant::now()))
+}
+
 fn program_name(role: Role) -> &'static str {
     match role {
         Role::External => "external",
@@ -646,8 +715,8 @@ fn program_name(role: Role) -> &'static str {
     }
 }
 
-fn xdp_mut(ebpf: &mut Ebpf, role: Role) -> &mut Xdp {
-    ebpf.program_mut(program_name(role))
+fn xdp_mut<'a>(ebpf: &'a mut Ebpf, program: &str) -> &'a mut Xdp {
+    ebpf.program_mut(program)
         .and_then(|program| <&mut Xdp>::try_from(program).ok())
         .unwrap_or_else(|| unreachable!("the object that was built in has its programs"))
 }

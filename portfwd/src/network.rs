@@ -25,11 +25,13 @@ use rtnetlink::{
 mod changes;
 mod netdev;
 mod snapshot;
+mod watch;
 
 pub use changes::Changes;
 use netdev::Netdev;
 pub use snapshot::{Externals, Link, LocalAddress, Snapshot};
 use snapshot::{link, local_address};
+pub use watch::{Changed, Dependence, Watch};
 
 /// The kernel refused a request, or did not answer.
 #[derive(Debug, thiserror::Error)]

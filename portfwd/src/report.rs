@@ -1,10 +1,10 @@
 //! What the daemon tells of its rules: from maps and rules to the API's types.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use portfwd_ebpf::path::Role;
-use portfwd_ebpf::table::{Dropped, Passed, Tally, ToStack};
+use portfwd_ebpf::table::{Dropped, Jiffies, Passed, Tally, ToStack};
 
 use crate::api::{Count, Flows, InterfaceInfo, RuleInfo, RuleStats, Stats, Verdicts};
 use crate::compile::Compiler;
@@ -43,7 +43,7 @@ pub fn stats(
     datapath: &Datapath,
     interfaces: Vec<InterfaceInfo>,
 ) -> anyhow::Result<Stats> {
-    let clock = Clock::now();
+    let clock = datapath.clock();
     let mut verdicts = Verdicts {
         passed: reasons(Passed::ALL, Passed::name, &datapath.passed()?),
         dropped: reasons(Dropped::ALL, Dropped::name, &[0; Dropped::COUNT]),
@@ -63,7 +63,10 @@ pub fn stats(
             to_stack: reasons(ToStack::ALL, ToStack::name, &counts.to_stack),
             dropped,
             flows: Flows::default(),
-            last_packet: (counts.last != 0).then(|| clock.format(counts.last)),
+            last_packet: (counts.last != Jiffies::default()).then(|| {
+                let when = SystemTime::now() - clock.ago(counts.last);
+                humantime::format_rfc3339_millis(when).to_string()
+            }),
         });
     }
     Ok(Stats { rules: rows, verdicts, interfaces })
@@ -80,29 +83,4 @@ fn reasons<T: Copy>(
     counts: &[u64],
 ) -> BTreeMap<String, u64> {
     all.iter().zip(counts).map(|(reason, count)| (name(*reason).to_owned(), *count)).collect()
-}
-
-/// Both clocks at one moment, to turn the datapath's times into people's.
-struct Clock {
-    monotonic: Duration,
-    system: SystemTime,
-}
-
-impl Clock {
-    fn now() -> Self {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        Self {
-            monotonic: Duration::new(
-                now.tv_sec.try_into().unwrap_or_default(),
-                now.tv_nsec.try_into().unwrap_or_default(),
-            ),
-            system: SystemTime::now(),
-        }
-    }
-
-    /// CLOCK_MONOTONIC in nanoseconds as RFC 3339.
-    fn format(&self, nanoseconds: u64) -> String {
-        let ago = self.monotonic.saturating_sub(Duration::from_nanos(nanoseconds));
-        humantime::format_rfc3339_millis(self.system - ago).to_string()
-    }
 }

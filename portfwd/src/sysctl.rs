@@ -52,6 +52,12 @@ fn quoted(value: &str) -> &str {
     if value.is_empty() { "\"\"" } else { value }
 }
 
+/// Whether the kernel forwards what comes by an interface, in the family `ipv4` or `ipv6`. Not if it
+/// does not say.
+pub fn forwards(family: &str, interface: &str) -> bool {
+    Key::of_interface(family, interface, "forwarding").number().is_ok_and(|value| value != 0)
+}
+
 /// Makes the kernel forward between these interfaces, and adds what was changed for that to
 /// `changes`, in order.
 ///

@@ -125,7 +125,7 @@ impl Router {
             lookups: Cell::default(),
             counter: RefCell::new(Counter {
                 translated: Default::default(),
-                last: 0,
+                last: Jiffies(0),
                 to_stack: Default::default(),
                 dropped: Default::default(),
             }),
@@ -230,8 +230,8 @@ impl Kernel for Router {
     fn count_passed(&self, reason: Passed) {
         self.passed.borrow_mut().push(reason);
     }
-    fn now(&self) -> u64 {
-        1
+    fn now(&self) -> Jiffies {
+        Jiffies(1)
     }
     fn log(&self, _flow: impl FnOnce() -> Flow, _verdict: Verdict) {}
 }
@@ -354,7 +354,7 @@ fn a_packet_costs_the_same_lookups_whatever_the_rules_are() {
 
 #[test]
 fn what_the_fib_said_is_remembered_until_it_may_have_changed() {
-    let trust = |generation, until| Trust { generation, padding: 0, until };
+    let trust = |generation, until| Trust { generation, padding: 0, until: Jiffies(until) };
     let families: [(&[u8], &[u8], &[u8]); 2] =
         [(&CLIENT, &BOX, &BACKEND), (&CLIENT6, &BOX6, &BACKEND6)];
     for (client, external, backend) in families {
@@ -392,7 +392,7 @@ fn what_the_fib_said_is_remembered_until_it_may_have_changed() {
 #[test]
 fn a_remembered_way_is_not_for_packets_beyond_its_mtu() {
     let mut router = Router::new(HOP);
-    router.trust.set(Trust { generation: 1, padding: 0, until: 2 });
+    router.trust.set(Trust { generation: 1, padding: 0, until: Jiffies(2) });
     let packet =
         |length: usize| frame(UDP, (&CLIENT, 5000), (&BOX, 8080), 64, &vec![0; length - 28]);
     assert_eq!(router.handle(Role::External, &mut packet(1500)), Verdict::Redirect(INSIDE_DEVICE));
@@ -415,7 +415,7 @@ fn only_ways_to_redirect_by_are_remembered() {
         BACK,
     ] {
         let router = Router::new(route);
-        router.trust.set(Trust { generation: 1, padding: 0, until: 2 });
+        router.trust.set(Trust { generation: 1, padding: 0, until: Jiffies(2) });
         for times in 1..4 {
             router.handle(Role::External, &mut frame(TCP, (&CLIENT, 1), (&BOX, 8080), 64, b""));
             assert_eq!(router.fib.get(), times, "{route:?}");

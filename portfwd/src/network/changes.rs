@@ -14,10 +14,10 @@ use tokio::time::{Instant, timeout};
 use super::NetworkError;
 
 /// errno.h; `io::ErrorKind` has no name for it.
-const ENOBUFS: i32 = 105;
+pub(super) const ENOBUFS: i32 = 105;
 
 /// What [`Changes`] listens to.
-const GROUPS: [MulticastGroup; 7] = [
+const GROUPS: [MulticastGroup; 8] = [
     MulticastGroup::Link,
     MulticastGroup::Ipv4Ifaddr,
     MulticastGroup::Ipv6Ifaddr,
@@ -25,6 +25,7 @@ const GROUPS: [MulticastGroup; 7] = [
     MulticastGroup::Ipv6Route,
     MulticastGroup::Ipv4Rule,
     MulticastGroup::Ipv6Rule,
+    MulticastGroup::Nexthop,
 ];
 
 /// Says when links, addresses, routes, routing rules or XDP features have changed.

@@ -315,7 +315,7 @@ impl Router {
                     counted
                         .push(stack.first().map_or(Outcome::Redirect, |why| Outcome::Stack(*why)));
                     rule = Some((name.clone(), Some(direction)));
-                    assert!(now.last > 0);
+                    assert!(now.last.0 > 0);
                 }
             }
             for (reason, (before, now)) in
