@@ -43,7 +43,7 @@ pub struct Rule {
     pub protocol: Protocol,
     pub listen: Listen,
     /// At least one.
-    pub to: Vec<Target>,
+    pub to: Box<[Target]>,
     pub source: Source,
     #[serde(skip)]
     pub place: Place,
@@ -249,7 +249,7 @@ impl FromStr for Rule {
         };
         let (listen, to) = split_spec(ends)?;
         let listen = listen.parse()?;
-        let to = vec![to.parse()?];
+        let to: Box<[Target]> = Box::new([to.parse()?]);
         let rule = Rule {
             name: Rule::default_name(listen, protocol, &to),
             protocol,
