@@ -608,4 +608,27 @@ proptest! {
             prop_assert!(shared_claim(&rules[first], &rules[second]).is_some());
         }
     }
+
+    #[test]
+    fn narrower_rules_are_those_that_comparing_all_pairs_finds(crowd in crowds()) {
+        let mut rules: Vec<Rule> = Vec::new();
+        for rule in crowd {
+            if !rules.iter().any(|other| naive(other, &rule)) {
+                rules.push(rule);
+            }
+        }
+        let expected: Vec<BTreeSet<usize>> = rules
+            .iter()
+            .map(|rule| {
+                let comes_before = |other: &Rule| {
+                    other.precedence() < rule.precedence()
+                        && rule.shares_family(other)
+                        && rule.listen.address.is_none_or(|a| other.listen.address == Some(a))
+                        && shared_claim(rule, other).is_some()
+                };
+                (0..rules.len()).filter(|other| comes_before(&rules[*other])).collect()
+            })
+            .collect();
+        prop_assert_eq!(narrower(&rules), expected, "{:?}", rules);
+    }
 }
