@@ -21,7 +21,7 @@ use crate::api::{self, Request, Socket};
 use crate::compile::{Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::Config;
 use crate::datapath::{Datapath, Mode, Port};
-use crate::network::{self, Changes, Externals, Link, Network, NextHop, Snapshot};
+use crate::network::{self, Changes, Externals, Link, Network, NetworkError, NextHop, Snapshot};
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
@@ -246,9 +246,9 @@ impl Daemon {
         self.prepare(snapshot)?;
         self.reserve_ports()?;
         // Whether a peer can be sent to is known once the programs are attached.
-        self.refresh().await;
+        self.refresh(&mut inbox).await;
         self.warn_of_pitfalls(snapshot);
-        self.keep_resolved().await;
+        self.keep_resolved(&mut inbox).await;
         if log_packets {
             log_from(self.datapath.logger()?)?;
         }
@@ -270,11 +270,11 @@ impl Daemon {
                         warn!("{error}; looking for changes every {seconds} s instead");
                         told_of_changes = false;
                     }
-                    self.refresh().await;
+                    self.refresh(&mut inbox).await;
                 }
                 _ = neighbours.tick() => {
-                    self.refresh().await;
-                    self.keep_resolved().await;
+                    self.refresh(&mut inbox).await;
+                    self.keep_resolved(&mut inbox).await;
                     self.hint_at_silence();
                 }
                 _ = refresh_names.tick() => {
@@ -286,7 +286,7 @@ impl Daemon {
                     }
                 }
                 Some((resolved, failed)) = answered.recv() => {
-                    self.follow_names(resolved, failed).await;
+                    self.follow_names(resolved, failed, &mut inbox).await;
                 }
                 ended = &mut server => {
                     break Err(Failure::System(anyhow::anyhow!("the control socket failed: {ended:?}")));
@@ -301,15 +301,33 @@ impl Daemon {
         ended
     }
 
-    /// Looks at the network, and makes everything as it should be.
-    async fn refresh(&mut self) {
-        let snapshot = match self.network.snapshot().await {
-            Ok(snapshot) => snapshot,
-            Err(error) => return self.tell(vec![error.to_string()]),
-        };
+    /// Does what takes a while with many backends, and answers requests meanwhile.
+    async fn answering<T>(
+        &self,
+        inbox: &mut mpsc::Receiver<Request>,
+        work: impl Future<Output = T>,
+    ) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                Some(request) = inbox.recv() => self.answer(request),
+            }
+        }
+    }
+
+    /// The network as it is, and what that asks for.
+    async fn look(&self) -> Result<(Snapshot, Survey), NetworkError> {
         let Self { network, config, plan, survey, .. } = self;
-        match Survey::take(network, &snapshot, config, plan, survey).await {
-            Ok(survey) => {
+        let snapshot = network.snapshot().await?;
+        let survey = Survey::take(network, &snapshot, config, plan, survey).await?;
+        Ok((snapshot, survey))
+    }
+
+    /// Looks at the network, and makes everything as it should be.
+    async fn refresh(&mut self, inbox: &mut mpsc::Receiver<Request>) {
+        match self.answering(inbox, self.look()).await {
+            Ok((snapshot, survey)) => {
                 self.survey = survey;
                 let mut problems = self.survey.problems.clone();
                 if self.loaded != self.survey.externals {
@@ -482,7 +500,7 @@ impl Daemon {
 
     /// Has the kernel resolve the next hops of backends and the gateways to clients, before a packet
     /// needs them.
-    async fn keep_resolved(&mut self) {
+    async fn keep_resolved(&mut self, inbox: &mut mpsc::Receiver<Request>) {
         if self.gateways_since.is_none_or(|since| since.elapsed() >= GATEWAYS_LAST) {
             let external: Vec<u32> = self
                 .attached
@@ -496,15 +514,20 @@ impl Daemon {
             }
             self.gateways_since = Some(Instant::now());
         }
-        for hop in self.survey.hops.iter().chain(&self.gateways) {
-            if let Err(error) = self.network.keep_resolved(hop).await {
+        for hops in [&self.survey.hops, &self.gateways] {
+            for error in self.answering(inbox, self.network.keep_all_resolved(hops)).await {
                 debug!("{error}");
             }
         }
     }
 
     /// A backend's name has new addresses, or does not resolve now.
-    async fn follow_names(&mut self, resolved: Resolved, failed: Vec<(String, String)>) {
+    async fn follow_names(
+        &mut self,
+        resolved: Resolved,
+        failed: Vec<(String, String)>,
+        inbox: &mut mpsc::Receiver<Request>,
+    ) {
         for (name, reason) in &failed {
             if !self.unresolved.contains(name) {
                 warn!("cannot resolve \"{name}\": {reason}; its address stays as it was");
@@ -534,8 +557,8 @@ impl Daemon {
                 self.resolved = resolved;
                 // A family may be new.
                 self.unprepared = true;
-                self.refresh().await;
-                self.keep_resolved().await;
+                self.refresh(inbox).await;
+                self.keep_resolved(inbox).await;
             }
             Err(refused) => warn!("{refused}; the addresses stay as they were"),
         }
