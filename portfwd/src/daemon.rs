@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use portfwd_ebpf::path::Role;
@@ -100,7 +101,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     compiler.commit();
 
     let mut daemon = Daemon {
-        config,
+        config: Arc::new(config),
         network,
         resolved,
         plan,
@@ -136,6 +137,16 @@ struct Inputs {
     terminate: Signal,
     changes: Changes,
     inbox: mpsc::Receiver<Request>,
+}
+
+/// Gives the system what was freed: to read and compile many rules takes several times what stays,
+/// and the C library keeps it, as small pieces of it are in use.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer, and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// Fails with all problems, if there are any.
@@ -205,7 +216,7 @@ struct Attachment {
 }
 
 struct Daemon {
-    config: Config,
+    config: Arc<Config>,
     network: Network,
     resolved: Resolved,
     plan: Plan,
@@ -252,6 +263,7 @@ impl Daemon {
         if log_packets {
             log_from(self.datapath.logger()?)?;
         }
+        give_back_memory();
         let rules = self.config.rules.len();
         info!("forwarding {rules} rule{}; stop with Ctrl-C", if rules == 1 { "" } else { "s" });
 
@@ -568,13 +580,13 @@ impl Daemon {
         // Whoever asked may have gone; then nobody wants the answer.
         match request {
             Request::List(sender) => {
-                let rules = self.config.rules.iter().map(report::rule).collect();
-                let _: Result<(), _> =
-                    sender.send(api::List { rules, interfaces: self.list_interfaces() });
+                let config = self.config.clone();
+                let interfaces = self.list_interfaces();
+                let _: Result<(), _> = sender.send(report::Listed { config, interfaces });
             }
             Request::Stats(sender) => {
-                let stats = report::stats(
-                    &self.config.rules,
+                let stats = report::Figures::read(
+                    self.config.clone(),
                     &self.compiler,
                     &self.datapath,
                     self.list_interfaces(),
