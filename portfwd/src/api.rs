@@ -6,10 +6,13 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
+use axum::Router;
+use axum::body::Body;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
 use axum::routing::get;
-use axum::{Json, Router};
+use futures_util::stream;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
@@ -18,6 +21,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
+
+use crate::report::{Figures, Listed};
 
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/portfwd/portfwd.sock";
@@ -100,8 +105,8 @@ pub struct Stats {
 /// What the daemon is asked; the answer goes back through the sender.
 #[derive(Debug)]
 pub enum Request {
-    List(oneshot::Sender<List>),
-    Stats(oneshot::Sender<anyhow::Result<Stats>>),
+    List(oneshot::Sender<Listed>),
+    Stats(oneshot::Sender<anyhow::Result<Figures>>),
 }
 
 /// The daemon's side of the control socket. The socket file goes when this is dropped.
@@ -186,8 +191,14 @@ async fn ask<T>(
     receiver.await.map_err(|_| stopping())
 }
 
-async fn list(State(requests): State<mpsc::Sender<Request>>) -> Result<Json<List>, Failure> {
-    ask(&requests, Request::List).await.map(Json)
+type Requests = State<mpsc::Sender<Request>>;
+
+async fn list(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
+    ask(&requests, Request::List).await.map(json)
+}
+
+async fn stats(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
+    figures(&requests).await.map(json)
 }
 
 /// The statistics, also for the metrics.
@@ -195,13 +206,42 @@ async fn list(State(requests): State<mpsc::Sender<Request>>) -> Result<Json<List
 /// # Errors
 ///
 /// As an HTTP status and a line.
-pub async fn stats(
-    State(requests): State<mpsc::Sender<Request>>,
-) -> Result<Json<Stats>, (StatusCode, String)> {
-    ask(&requests, Request::Stats)
+pub async fn figures(requests: &mpsc::Sender<Request>) -> Result<Figures, (StatusCode, String)> {
+    ask(requests, Request::Stats)
         .await?
-        .map(Json)
         .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))
+}
+
+fn json(facts: impl Serialize + Send + 'static) -> impl IntoResponse {
+    let body = streamed(move |out| serde_json::to_writer(out, &facts).map_err(Into::into));
+    ([(header::CONTENT_TYPE, "application/json")], body)
+}
+
+/// What is written while it is sent, in a thread of its own: of many rules it is too much to hold.
+pub fn streamed(write: impl FnOnce(&mut dyn io::Write) -> io::Result<()> + Send + 'static) -> Body {
+    let (sender, mut receiver) = mpsc::channel(2);
+    tokio::task::spawn_blocking(move || {
+        let mut out = io::BufWriter::with_capacity(64 << 10, Pieces(sender.clone()));
+        let written = write(&mut out).and_then(|()| io::Write::flush(&mut out));
+        if let Err(error) = written {
+            // Whoever asked sees that it is not whole, or has gone.
+            let _: Result<(), _> = sender.blocking_send(Err(error));
+        }
+    });
+    Body::from_stream(stream::poll_fn(move |context| receiver.poll_recv(context)))
+}
+
+struct Pieces(mpsc::Sender<io::Result<Bytes>>);
+
+impl io::Write for Pieces {
+    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
+        let sent = self.0.blocking_send(Ok(Bytes::copy_from_slice(piece)));
+        sent.map(|()| piece.len()).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Asks the daemon on `socket` for `path`.

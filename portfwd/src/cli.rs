@@ -219,16 +219,17 @@ impl Check {
             ),
         ];
         let lacks = lacks.into_iter().filter_map(|(lacks, what)| lacks.then_some(what)).collect();
+        let explanations = if self.explain { explain(&config.rules, &plan) } else { Vec::new() };
+        let mut explanations = explanations.into_iter();
         let checked = Checked {
             file: self.file.clone(),
             lacks,
             rules: config
                 .rules
                 .iter()
-                .enumerate()
-                .map(|(number, rule)| CheckedRule {
+                .map(|rule| CheckedRule {
                     rule: report::rule(rule),
-                    explanation: self.explain.then(|| explain(&config.rules, &plan, number)),
+                    explanation: explanations.next(),
                 })
                 .collect(),
             programs: programs

@@ -3,7 +3,7 @@
 //! [`plan`] settles what each rule means once its names are resolved, and whether it can be
 //! stateless. [`Compiler::compile`] turns a plan and the box's addresses into what to write.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -15,7 +15,7 @@ use portfwd_ebpf::table::{
 };
 
 use crate::network::Externals;
-use crate::rule::{Host, Ports, Precedence, Rule, shared_claim};
+use crate::rule::{Host, Ports, Precedence, Rule, narrower, shared_claim};
 
 /// The addresses of a host: at most one of each family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -184,13 +184,22 @@ fn ambiguous_replies(legs: &[Leg]) -> Vec<(usize, usize, u16)> {
     found.into_iter().map(|((a, b), port)| (a, b, port)).collect()
 }
 
-/// What the rule at this place of `rules` means and why it is stateless, for people.
-pub fn explain(rules: &[Rule], plan: &Plan, number: usize) -> String {
-    let rule = &rules[number];
+/// What each of `rules` means and why it is stateless, for people.
+pub fn explain(rules: &[Rule], plan: &Plan) -> Vec<String> {
+    let mut legs = plan.legs.as_slice();
+    let narrower = narrower(rules);
+    let explained = narrower.iter().enumerate().map(|(number, narrower)| {
+        // Legs are in the order of their rules.
+        let (own, rest) = legs.split_at(legs.partition_point(|leg| leg.rule == number));
+        legs = rest;
+        explain_one(rules, own, &rules[number], narrower)
+    });
+    explained.collect()
+}
+
+fn explain_one(rules: &[Rule], legs: &[Leg], rule: &Rule, narrower: &BTreeSet<usize>) -> String {
     let mut lines = Vec::new();
-    // Legs are in the order of their rules.
-    let first = plan.legs.partition_point(|leg| leg.rule < number);
-    for leg in plan.legs[first..].iter().take_while(|leg| leg.rule == number) {
+    for leg in legs {
         let (first, last) = leg.backend_ports();
         let ports = match rule.listen.ports {
             Ports::All => "the same port".to_owned(),
@@ -207,14 +216,10 @@ pub fn explain(rules: &[Rule], plan: &Plan, number: usize) -> String {
         let backend = leg.backend;
         lines.push(format!("{listen}, {} {} -> {backend}, {ports}", rule.protocol, leg.ports));
     }
-    let narrower: Vec<String> = rules
-        .iter()
-        .filter(|other| other.precedence() < rule.precedence() && other.shares_family(rule))
-        .filter(|other| rule.listen.address.is_none_or(|a| other.listen.address == Some(a)))
-        .filter_map(|other| Some((other, shared_claim(rule, other)?)))
-        .map(|(other, claim)| format!("except {claim}: rule \"{}\" is narrower", other.name))
-        .collect();
-    lines.extend(narrower);
+    for other in narrower.iter().map(|other| &rules[*other]) {
+        let claim = shared_claim(rule, other).unwrap_or_default();
+        lines.push(format!("except {claim}: rule \"{}\" is narrower", other.name));
+    }
     lines.push(
         "stateless: one backend, and no other rule answers differently from its ports".to_owned(),
     );

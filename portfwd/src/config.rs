@@ -152,6 +152,9 @@ impl Config {
     /// A rule with the listen and protocol of one of the file replaces it and keeps its name.
     /// On an error nothing has changed.
     pub fn add_flags(&mut self, interfaces: &[String], specs: &[String]) -> Result<(), Errors> {
+        if interfaces.is_empty() && specs.is_empty() {
+            return Ok(());
+        }
         let mut next = self.clone();
         let mut errors = Vec::new();
         for (index, name) in interfaces.iter().enumerate() {

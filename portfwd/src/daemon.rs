@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use portfwd_ebpf::path::Role;
@@ -21,7 +22,7 @@ use crate::api::{self, Request, Socket};
 use crate::compile::{Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::Config;
 use crate::datapath::{Datapath, Mode, Port};
-use crate::network::{self, Changes, Externals, Link, Network, NextHop, Snapshot};
+use crate::network::{self, Changes, Externals, Link, Network, NetworkError, NextHop, Snapshot};
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
@@ -104,7 +105,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let keeper = Keeper::start(datapath.routes())?;
     let mut daemon = Daemon {
         keeper,
-        config,
+        config: Arc::new(config),
         network,
         resolved,
         plan,
@@ -140,6 +141,16 @@ struct Inputs {
     terminate: Signal,
     changes: Changes,
     inbox: mpsc::Receiver<Request>,
+}
+
+/// Gives the system what was freed: to read and compile many rules takes several times what stays,
+/// and the C library keeps it, as small pieces of it are in use.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes an integer, and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// Fails with all problems, if there are any.
@@ -210,7 +221,7 @@ struct Attachment {
 
 struct Daemon {
     keeper: Keeper,
-    config: Config,
+    config: Arc<Config>,
     network: Network,
     resolved: Resolved,
     plan: Plan,
@@ -251,12 +262,13 @@ impl Daemon {
         self.prepare(snapshot)?;
         self.reserve_ports()?;
         // Whether a peer can be sent to is known once the programs are attached.
-        self.refresh().await;
+        self.refresh(&mut inbox).await;
         self.warn_of_pitfalls(snapshot);
-        self.keep_resolved().await;
+        self.keep_resolved(&mut inbox).await;
         if log_packets {
             log_from(self.datapath.logger()?)?;
         }
+        give_back_memory();
         let rules = self.config.rules.len();
         info!("forwarding {rules} rule{}; stop with Ctrl-C", if rules == 1 { "" } else { "s" });
 
@@ -275,11 +287,11 @@ impl Daemon {
                         warn!("{error}; looking for changes every {seconds} s instead");
                         told_of_changes = false;
                     }
-                    self.refresh().await;
+                    self.refresh(&mut inbox).await;
                 }
                 _ = neighbours.tick() => {
-                    self.refresh().await;
-                    self.keep_resolved().await;
+                    self.refresh(&mut inbox).await;
+                    self.keep_resolved(&mut inbox).await;
                     self.hint_at_silence();
                 }
                 _ = refresh_names.tick() => {
@@ -291,7 +303,7 @@ impl Daemon {
                     }
                 }
                 Some((resolved, failed)) = answered.recv() => {
-                    self.follow_names(resolved, failed).await;
+                    self.follow_names(resolved, failed, &mut inbox).await;
                 }
                 ended = &mut server => {
                     break Err(Failure::System(anyhow::anyhow!("the control socket failed: {ended:?}")));
@@ -306,15 +318,33 @@ impl Daemon {
         ended
     }
 
-    /// Looks at the network, and makes everything as it should be.
-    async fn refresh(&mut self) {
-        let snapshot = match self.network.snapshot().await {
-            Ok(snapshot) => snapshot,
-            Err(error) => return self.tell(vec![error.to_string()]),
-        };
+    /// Does what takes a while with many backends, and answers requests meanwhile.
+    async fn answering<T>(
+        &self,
+        inbox: &mut mpsc::Receiver<Request>,
+        work: impl Future<Output = T>,
+    ) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                Some(request) = inbox.recv() => self.answer(request),
+            }
+        }
+    }
+
+    /// The network as it is, and what that asks for.
+    async fn look(&self) -> Result<(Snapshot, Survey), NetworkError> {
         let Self { network, config, plan, survey, .. } = self;
-        match Survey::take(network, &snapshot, config, plan, survey).await {
-            Ok(survey) => {
+        let snapshot = network.snapshot().await?;
+        let survey = Survey::take(network, &snapshot, config, plan, survey).await?;
+        Ok((snapshot, survey))
+    }
+
+    /// Looks at the network, and makes everything as it should be.
+    async fn refresh(&mut self, inbox: &mut mpsc::Receiver<Request>) {
+        match self.answering(inbox, self.look()).await {
+            Ok((snapshot, survey)) => {
                 self.survey = survey;
                 let mut problems = self.survey.problems.clone();
                 if self.loaded != self.survey.externals {
@@ -489,7 +519,7 @@ impl Daemon {
 
     /// Has the kernel resolve the next hops of backends and the gateways to clients, before a packet
     /// needs them.
-    async fn keep_resolved(&mut self) {
+    async fn keep_resolved(&mut self, inbox: &mut mpsc::Receiver<Request>) {
         if self.gateways_since.is_none_or(|since| since.elapsed() >= GATEWAYS_LAST) {
             let external: Vec<u32> = self
                 .attached
@@ -503,15 +533,20 @@ impl Daemon {
             }
             self.gateways_since = Some(Instant::now());
         }
-        for hop in self.survey.hops.iter().chain(&self.gateways) {
-            if let Err(error) = self.network.keep_resolved(hop).await {
+        for hops in [&self.survey.hops, &self.gateways] {
+            for error in self.answering(inbox, self.network.keep_all_resolved(hops)).await {
                 debug!("{error}");
             }
         }
     }
 
     /// A backend's name has new addresses, or does not resolve now.
-    async fn follow_names(&mut self, resolved: Resolved, failed: Vec<(String, String)>) {
+    async fn follow_names(
+        &mut self,
+        resolved: Resolved,
+        failed: Vec<(String, String)>,
+        inbox: &mut mpsc::Receiver<Request>,
+    ) {
         for (name, reason) in &failed {
             if !self.unresolved.contains(name) {
                 warn!("cannot resolve \"{name}\": {reason}; its address stays as it was");
@@ -541,8 +576,8 @@ impl Daemon {
                 self.resolved = resolved;
                 // A family may be new.
                 self.unprepared = true;
-                self.refresh().await;
-                self.keep_resolved().await;
+                self.refresh(inbox).await;
+                self.keep_resolved(inbox).await;
             }
             Err(refused) => warn!("{refused}; the addresses stay as they were"),
         }
@@ -552,13 +587,13 @@ impl Daemon {
         // Whoever asked may have gone; then nobody wants the answer.
         match request {
             Request::List(sender) => {
-                let rules = self.config.rules.iter().map(report::rule).collect();
-                let _: Result<(), _> =
-                    sender.send(api::List { rules, interfaces: self.list_interfaces() });
+                let config = self.config.clone();
+                let interfaces = self.list_interfaces();
+                let _: Result<(), _> = sender.send(report::Listed { config, interfaces });
             }
             Request::Stats(sender) => {
-                let stats = report::stats(
-                    &self.config.rules,
+                let stats = report::Figures::read(
+                    self.config.clone(),
                     &self.compiler,
                     &self.datapath,
                     self.list_interfaces(),

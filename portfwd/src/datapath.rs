@@ -158,7 +158,7 @@ pub struct Clock {
 
 impl Clock {
     /// From two readings, at least [`CALIBRATION`](Self::CALIBRATION) apart.
-    fn between(first: (Jiffies, Instant), second: (Jiffies, Instant)) -> Self {
+    pub(crate) fn calibrated(first: (Jiffies, Instant), second: (Jiffies, Instant)) -> Self {
         /// What kernels are configured for.
         const FREQUENCIES: [u32; 4] = [100, 250, 300, 1000];
         let ticks = second.0.0.wrapping_sub(first.0.0) as f64;
@@ -178,10 +178,9 @@ impl Clock {
         Jiffies(self.read.0.saturating_add(ticks as u64))
     }
 
-    /// How long ago it showed this.
-    pub fn ago(&self, then: Jiffies) -> Duration {
-        let ticks = self.at(Instant::now()).0.saturating_sub(then.0);
-        Duration::from_secs(ticks) / self.frequency
+    /// How long before `now` it showed `then`.
+    pub fn between(&self, then: Jiffies, now: Instant) -> Duration {
+        Duration::from_secs(self.at(now).0.saturating_sub(then.0)) / self.frequency
     }
 }
 
@@ -306,7 +305,7 @@ impl Datapath {
             });
         }
         thread::sleep(Clock::CALIBRATION.saturating_sub(started.1.elapsed()));
-        let clock = Clock::between(started, read_clock(xdp_mut(&mut ebpf, CLOCK))?);
+        let clock = Clock::calibrated(started, read_clock(xdp_mut(&mut ebpf, CLOCK))?);
         let trust = ebpf.take_map("TRUST").unwrap_or_else(|| missing("TRUST"));
         let trust = Array::try_from(trust).map_err(map_error("TRUST"))?;
         let routes =
@@ -786,4 +785,43 @@ fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
 
 fn reason(code: i32) -> String {
     io::Error::from_raw_os_error(code).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_of_the_kernel_is_read_in_ticks_that_kernels_have() {
+        let start = Instant::now();
+        let after = |milliseconds| start + Duration::from_millis(milliseconds);
+        for (frequency, seen) in [(100, 9..=11), (250, 24..=26), (300, 29..=31), (1000, 98..=102)] {
+            for ticks in seen {
+                let first = (Jiffies(4_294_892_296), start);
+                let second = (Jiffies(first.0.0 + ticks), after(100));
+                let clock = Clock::calibrated(first, second);
+                let later = clock.at(after(2_100));
+                assert_eq!(later.0, second.0.0 + 2 * frequency, "{frequency}: {ticks}");
+                let ago = clock.between(second.0, after(2_100));
+                assert_eq!(ago, Duration::from_secs(2), "{frequency}: {ticks}");
+            }
+        }
+    }
+
+    #[test]
+    fn generations_are_never_none() {
+        let of = |generation| Trust { generation, ..Trust::default() };
+        assert_eq!(next(of(0)).generation, 1);
+        assert_eq!(next(of(7)).generation, 8);
+        // The last that differ in the bits that packets look at.
+        assert_eq!(next(of(u32::MAX >> 1)).generation, 1);
+    }
+
+    #[test]
+    fn every_cpu_remembers_as_many_routes_as_memory_allows() {
+        assert_eq!(route_set_bits(0), 14);
+        assert_eq!(route_set_bits(2), 14);
+        assert_eq!(route_set_bits(128), 10);
+        assert!(route_set_bits(8192) >= 1);
+    }
 }

@@ -1,5 +1,7 @@
 //! The counters for Prometheus, at `/metrics`.
 
+use std::fmt;
+use std::io;
 use std::net::SocketAddr;
 
 use anyhow::Context as _;
@@ -8,15 +10,19 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
-use prometheus_client::encoding::{EncodeLabelSet, text};
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
+use portfwd_ebpf::table::{Dropped, ToStack};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _, MetricEncoder, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::api::{self, Request, Stats};
+use crate::api::{self, Request};
+use crate::datapath::Counts;
+use crate::report::Figures;
 
 /// Serves the metrics on `address`, if there is one.
 ///
@@ -36,104 +42,111 @@ pub async fn listen(
 }
 
 async fn scrape(
-    requests: State<mpsc::Sender<Request>>,
+    State(requests): State<mpsc::Sender<Request>>,
 ) -> Result<impl IntoResponse, (StatusCode, String)> {
-    let stats = api::stats(requests).await?;
-    let text =
-        encode(&stats).map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    let figures = api::figures(&requests).await?;
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    Ok(([(header::CONTENT_TYPE, kind)], text))
+    let body = api::streamed(move |out| {
+        let mut out = Text { out, failed: None };
+        let written = encode(figures, &mut out);
+        written.map_err(|error| out.failed.unwrap_or_else(|| io::Error::other(error)))
+    });
+    Ok(([(header::CONTENT_TYPE, kind)], body))
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByDirection {
-    rule: String,
-    direction: &'static str,
+/// Text that is written as bytes.
+struct Text<'a> {
+    out: &'a mut dyn io::Write,
+    /// Why, as [`fmt::Error`] does not say it.
+    failed: Option<io::Error>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ByReason {
-    rule: String,
-    reason: String,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Reason {
-    reason: String,
+impl fmt::Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.out.write_all(text.as_bytes()).map_err(|error| {
+            self.failed = Some(error);
+            fmt::Error
+        })
+    }
 }
 
 /// The counters in the OpenMetrics text format.
-fn encode(stats: &Stats) -> Result<String, std::fmt::Error> {
-    let packets = Family::<ByDirection, Counter>::default();
-    let bytes = Family::<ByDirection, Counter>::default();
-    let dropped = Family::<ByReason, Counter>::default();
-    let to_stack = Family::<ByReason, Counter>::default();
-    let passed = Family::<Reason, Counter>::default();
-    for rule in &stats.rules {
-        let name = &rule.rule.name;
-        for (direction, count) in [("forward", rule.forward), ("reply", rule.reply)] {
-            let labels = ByDirection { rule: name.clone(), direction };
-            packets.get_or_create(&labels).inc_by(count.packets);
-            bytes.get_or_create(&labels).inc_by(count.bytes);
-        }
-        for (family, counts) in [(&dropped, &rule.dropped), (&to_stack, &rule.to_stack)] {
-            for (reason, count) in counts {
-                let labels = ByReason { rule: name.clone(), reason: reason.clone() };
-                family.get_or_create(&labels).inc_by(*count);
-            }
-        }
-    }
-    for (reason, count) in &stats.verdicts.passed {
-        passed.get_or_create(&Reason { reason: reason.clone() }).inc_by(*count);
-    }
+fn encode(figures: Figures, out: &mut impl fmt::Write) -> fmt::Result {
     let mut registry = Registry::with_prefix("portfwd");
-    registry.register("packets", "Packets translated", packets);
-    registry.register("bytes", "Bytes of the IP packets translated", bytes);
-    registry.register("dropped", "Packets dropped", dropped);
-    registry.register("to_stack", "Translated packets that went out through the stack", to_stack);
-    registry.register("passed", "Packets passed to the stack untouched", passed);
-    let mut buffer = String::new();
-    text::encode(&mut buffer, &registry)?;
-    Ok(buffer)
+    registry.register_collector(Box::new(figures));
+    text::encode(out, &registry)
+}
+
+impl Collector for Figures {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut counters = |name, help, rows: &dyn Fn(&mut Rows<'_>) -> fmt::Result| {
+            rows(&mut Rows(encoder.encode_descriptor(name, help, None, MetricType::Counter)?))
+        };
+        let directions = |counts: &Counts| [("forward", counts.forward), ("reply", counts.reply)];
+        counters("packets", "Packets translated", &|rows| {
+            self.by_rule().try_for_each(|(rule, counts)| {
+                directions(counts).into_iter().try_for_each(|(direction, tally)| {
+                    rows.row(&[("rule", rule), ("direction", direction)], tally.packets)
+                })
+            })
+        })?;
+        counters("bytes", "Bytes of the IP packets translated", &|rows| {
+            self.by_rule().try_for_each(|(rule, counts)| {
+                directions(counts).into_iter().try_for_each(|(direction, tally)| {
+                    rows.row(&[("rule", rule), ("direction", direction)], tally.bytes)
+                })
+            })
+        })?;
+        counters("dropped", "Packets dropped", &|rows| {
+            self.by_rule().try_for_each(|(rule, counts)| {
+                Dropped::ALL.iter().zip(counts.dropped).try_for_each(|(reason, count)| {
+                    rows.row(&[("rule", rule), ("reason", reason.name())], count)
+                })
+            })
+        })?;
+        counters("to_stack", "Translated packets that went out through the stack", &|rows| {
+            self.by_rule().try_for_each(|(rule, counts)| {
+                ToStack::ALL.iter().zip(counts.to_stack).try_for_each(|(reason, count)| {
+                    rows.row(&[("rule", rule), ("reason", reason.name())], count)
+                })
+            })
+        })?;
+        counters("passed", "Packets passed to the stack untouched", &|rows| {
+            self.passed().try_for_each(|(reason, count)| rows.row(&[("reason", reason)], count))
+        })
+    }
+}
+
+/// The rows of one metric.
+struct Rows<'a>(MetricEncoder<'a>);
+
+impl Rows<'_> {
+    fn row<const N: usize>(&mut self, labels: &[(&str, &str); N], count: u64) -> fmt::Result {
+        ConstCounter::new(count).encode(self.0.encode_family(labels)?)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Count, Flows, RuleInfo, RuleStats, Verdicts};
 
     #[test]
     fn counters_are_encoded_under_the_rules_name() {
-        let stats = Stats {
-            rules: vec![RuleStats {
-                rule: RuleInfo {
-                    name: "web".to_owned(),
-                    protocol: "tcp".to_owned(),
-                    listen: "80".to_owned(),
-                    to: vec!["192.0.2.1".to_owned()],
-                    source: "preserve".to_owned(),
-                    stateful: false,
-                },
-                forward: Count { packets: 3, bytes: 180 },
-                reply: Count::default(),
-                to_stack: [("no_neighbour".to_owned(), 1)].into(),
-                dropped: [("no_route".to_owned(), 2)].into(),
-                flows: Flows::default(),
-                last_packet: None,
-            }],
-            verdicts: Verdicts { passed: [("no_rule".to_owned(), 9)].into(), ..Default::default() },
-            interfaces: Vec::new(),
-        };
-        let text = encode(&stats).expect("it encodes");
+        let mut text = String::new();
+        encode(crate::report::tests::figures(), &mut text).expect("it encodes");
+        let (dropped, to_stack) = (Dropped::ALL[1].name(), ToStack::ALL[1].name());
         for line in [
-            "portfwd_packets_total{rule=\"web\",direction=\"forward\"} 3",
-            "portfwd_bytes_total{rule=\"web\",direction=\"forward\"} 180",
-            "portfwd_packets_total{rule=\"web\",direction=\"reply\"} 0",
-            "portfwd_dropped_total{rule=\"web\",reason=\"no_route\"} 2",
-            "portfwd_to_stack_total{rule=\"web\",reason=\"no_neighbour\"} 1",
+            "# TYPE portfwd_packets counter",
+            "portfwd_packets_total{rule=\"80/tcp\",direction=\"forward\"} 3",
+            "portfwd_bytes_total{rule=\"80/tcp\",direction=\"forward\"} 180",
+            "portfwd_packets_total{rule=\"80/tcp\",direction=\"reply\"} 0",
+            "portfwd_packets_total{rule=\"81/tcp\",direction=\"forward\"} 0",
+            &format!("portfwd_dropped_total{{rule=\"80/tcp\",reason=\"{dropped}\"}} 11"),
+            &format!("portfwd_to_stack_total{{rule=\"80/tcp\",reason=\"{to_stack}\"}} 1"),
             "portfwd_passed_total{reason=\"no_rule\"} 9",
         ] {
-            assert!(text.contains(line), "{line} is not in:\n{text}");
+            assert!(text.lines().any(|it| it == line), "{line} is not in:\n{text}");
         }
+        assert!(text.ends_with("# EOF\n"), "{text}");
     }
 }

@@ -13,7 +13,7 @@ use futures_util::{StreamExt, TryStreamExt};
 pub use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::{
     Handle, new_connection_with_strict_check,
-    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_core::{NLM_F_ACK, NLM_F_CREATE},
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         link::LinkExtentMask,
@@ -24,11 +24,13 @@ use rtnetlink::{
 
 mod changes;
 mod netdev;
+mod requests;
 mod snapshot;
 mod watch;
 
 pub use changes::Changes;
 use netdev::Netdev;
+use requests::{AT_ONCE, Answer, Requests};
 pub use snapshot::{Externals, Link, LocalAddress, Snapshot};
 use snapshot::{link, local_address};
 pub use watch::{Changed, Dependence, Watch};
@@ -118,46 +120,24 @@ impl Network {
     /// The way of a packet from the box to this address, through all routing rules and tables. Of
     /// several equal paths it is the one that the kernel chooses.
     pub async fn route(&self, to: IpAddr) -> Result<Route, NetworkError> {
-        let mut message = RouteMessage::default();
-        (message.header.address_family, message.header.destination_prefix_length) = match to {
-            IpAddr::V4(_) => (AddressFamily::Inet, 32),
-            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
-        };
-        message.attributes.push(RouteAttribute::Destination(to.into()));
-        let answer = match self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_REQUEST).await
-        {
-            Ok(answer) => answer,
-            // What a packet would get: no route, an unreachable, a prohibit, a blackhole route; or
-            // a family that the kernel does not have.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::NetworkUnreachable
-                        | ErrorKind::HostUnreachable
-                        | ErrorKind::PermissionDenied
-                        | ErrorKind::InvalidInput
-                        | ErrorKind::Unsupported
-                ) =>
-            {
-                return Ok(Route::Unreachable);
+        Ok(self.routes(&[to]).await?.pop().unwrap_or(Route::Unreachable))
+    }
+
+    /// [`route`](Self::route) to each of these addresses: some 3 microseconds each. Other tasks have
+    /// their turn in between.
+    pub async fn routes(&self, to: &[IpAddr]) -> Result<Vec<Route>, NetworkError> {
+        let failed = |cause| NetworkError::new("look up routes", cause);
+        let mut requests = Requests::open().map_err(failed)?;
+        let mut routes = Vec::with_capacity(to.len());
+        for to in to.chunks(AT_ONCE) {
+            let questions = to.iter().map(|to| route_question(*to));
+            let answers = requests.ask(questions, 0).map_err(failed)?;
+            for (to, answer) in to.iter().zip(answers) {
+                routes.push(route(*to, answer)?);
             }
-            Err(error) => {
-                return Err(NetworkError::new(format!("look up the route to {to}"), error));
-            }
-        };
-        let Some(RouteNetlinkMessage::NewRoute(answer)) = answer else {
-            return Ok(Route::Unreachable);
-        };
-        Ok(match answer.header.kind {
-            RouteType::Local | RouteType::Anycast => Route::Local,
-            RouteType::Unicast => match paths(&answer).next() {
-                Some((interface, gateway)) => {
-                    Route::Via(NextHop { interface, address: gateway.unwrap_or(to) })
-                }
-                None => Route::Unreachable,
-            },
-            _ => Route::Unreachable,
-        })
+            tokio::task::yield_now().await;
+        }
+        Ok(routes)
     }
 
     /// The gateways of all routes in the main table that leave by these interfaces, each once,
@@ -195,71 +175,140 @@ impl Network {
     /// undone. What is valid stays so, and an entry that someone else looks after (permanent,
     /// managed, learned by a routing daemon) is left alone.
     pub async fn keep_resolved(&self, hop: &NextHop) -> Result<(), NetworkError> {
-        if let Some(entry) = self.neighbour_entry(hop).await? {
-            // NTF_USE would clear these flags, and would end a permanent entry's permanence.
-            let theirs = entry.header.flags.contains(NeighbourFlags::ExtLearned)
-                || entry.attributes.iter().any(|attribute| {
-                    matches!(attribute, NeighbourAttribute::ExtFlags(flags)
-                        if flags.contains(NeighbourExtFlags::Managed))
-                });
-            let due = matches!(
-                entry.header.state,
-                NeighbourState::None | NeighbourState::Stale | NeighbourState::Failed
-            );
-            if theirs || !due {
-                return Ok(());
-            }
+        match self.keep_all_resolved(std::slice::from_ref(hop)).await.pop() {
+            Some(error) => Err(error),
+            None => Ok(()),
         }
-        let mut message = neighbour_message(hop);
-        message.header.flags = NeighbourFlags::Use;
-        let request = RouteNetlinkMessage::NewNeighbour(message);
-        match self.request(request, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE).await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                Err(NetworkError::new(format!("resolve neighbour {}", hop.address), error))
+    }
+
+    /// [`keep_resolved`](Self::keep_resolved) for each of these. Returns what went wrong. Other tasks
+    /// have their turn in between.
+    pub async fn keep_all_resolved(&self, hops: &[NextHop]) -> Vec<NetworkError> {
+        let failed = |cause| NetworkError::new("look up and resolve neighbours", cause);
+        let mut requests = match Requests::open() {
+            Ok(requests) => requests,
+            Err(error) => return vec![failed(error)],
+        };
+        let mut errors = Vec::new();
+        for hops in hops.chunks(AT_ONCE) {
+            match keep_some_resolved(&mut requests, hops) {
+                Ok(some) => errors.extend(some),
+                Err(error) => {
+                    errors.push(failed(error));
+                    break;
+                }
             }
+            tokio::task::yield_now().await;
         }
+        errors
     }
 
     /// What the kernel knows of this neighbour; `None` if it has no entry.
     pub async fn neighbour(&self, hop: &NextHop) -> Result<Option<NeighbourState>, NetworkError> {
-        Ok(self.neighbour_entry(hop).await?.map(|entry| entry.header.state))
+        let failed = |cause| NetworkError::new("look up a neighbour", cause);
+        let question = RouteNetlinkMessage::GetNeighbour(neighbour_message(hop));
+        let answers = Requests::open().and_then(|mut it| it.ask([question], 0)).map_err(failed)?;
+        let mut entries = answers.into_iter().map(|answer| neighbour_entry(hop, answer));
+        let entry = entries.next().transpose()?.flatten();
+        Ok(entry.map(|entry| entry.header.state))
     }
+}
 
-    async fn neighbour_entry(
-        &self,
-        hop: &NextHop,
-    ) -> Result<Option<NeighbourMessage>, NetworkError> {
-        let request = RouteNetlinkMessage::GetNeighbour(neighbour_message(hop));
-        match self.request(request, NLM_F_REQUEST).await {
-            Ok(Some(RouteNetlinkMessage::NewNeighbour(entry))) => Ok(Some(entry)),
-            Ok(_) => Ok(None),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => {
-                Err(NetworkError::new(format!("look up neighbour {}", hop.address), error))
-            }
+/// For at most [`AT_ONCE`] neighbours. Returns what went wrong with some; fails where the rest cannot
+/// be asked for.
+fn keep_some_resolved(requests: &mut Requests, hops: &[NextHop]) -> io::Result<Vec<NetworkError>> {
+    let mut errors = Vec::new();
+    let mut due = Vec::new();
+    let questions =
+        hops.iter().map(|hop| RouteNetlinkMessage::GetNeighbour(neighbour_message(hop)));
+    for (hop, answer) in hops.iter().zip(requests.ask(questions, 0)?) {
+        match neighbour_entry(hop, answer) {
+            Ok(entry) if entry.as_ref().is_none_or(is_due) => due.push(hop),
+            Ok(_) => {}
+            Err(error) => errors.push(error),
         }
     }
-
-    /// The first answer to a request that has at most one.
-    async fn request(
-        &self,
-        message: RouteNetlinkMessage,
-        flags: u16,
-    ) -> io::Result<Option<RouteNetlinkMessage>> {
-        let mut message = NetlinkMessage::from(message);
-        message.header.flags = flags;
-        let mut answers = self.handle.clone().request(message).map_err(io_error)?;
-        let mut first = None;
-        while let Some(answer) = answers.next().await {
-            match answer.payload {
-                NetlinkPayload::InnerMessage(answer) => first = first.or(Some(answer)),
-                NetlinkPayload::Error(error) => return Err(error.to_io()),
-                _ => {}
-            }
-        }
-        Ok(first)
+    let uses = due.iter().map(|hop| {
+        let mut message = neighbour_message(hop);
+        message.header.flags = NeighbourFlags::Use;
+        RouteNetlinkMessage::NewNeighbour(message)
+    });
+    let answers = requests.ask(uses, NLM_F_ACK | NLM_F_CREATE)?;
+    for (hop, answer) in due.iter().zip(answers) {
+        let failed = |cause| NetworkError::new(format!("resolve neighbour {}", hop.address), cause);
+        errors.extend(answer.map_err(failed).err());
     }
+    Ok(errors)
+}
+
+/// Whether the kernel has to be told to resolve it.
+fn is_due(entry: &NeighbourMessage) -> bool {
+    // NTF_USE would clear these flags, and would end a permanent entry's permanence.
+    let theirs = entry.header.flags.contains(NeighbourFlags::ExtLearned)
+        || entry.attributes.iter().any(|attribute| {
+            matches!(attribute, NeighbourAttribute::ExtFlags(flags)
+                if flags.contains(NeighbourExtFlags::Managed))
+        });
+    let due = matches!(
+        entry.header.state,
+        NeighbourState::None | NeighbourState::Stale | NeighbourState::Failed
+    );
+    due && !theirs
+}
+
+fn neighbour_entry(
+    hop: &NextHop,
+    answer: Answer,
+) -> Result<Option<NeighbourMessage>, NetworkError> {
+    match answer {
+        Ok(Some(RouteNetlinkMessage::NewNeighbour(entry))) => Ok(Some(entry)),
+        Ok(_) => Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(NetworkError::new(format!("look up neighbour {}", hop.address), error)),
+    }
+}
+
+fn route_question(to: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    (message.header.address_family, message.header.destination_prefix_length) = match to {
+        IpAddr::V4(_) => (AddressFamily::Inet, 32),
+        IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+    };
+    message.attributes.push(RouteAttribute::Destination(to.into()));
+    RouteNetlinkMessage::GetRoute(message)
+}
+
+/// What the answer to [`route_question`] means.
+fn route(to: IpAddr, answer: Answer) -> Result<Route, NetworkError> {
+    let answer = match answer {
+        Ok(Some(RouteNetlinkMessage::NewRoute(answer))) => answer,
+        Ok(_) => return Ok(Route::Unreachable),
+        // What a packet would get: no route, an unreachable, a prohibit, a blackhole route; or a
+        // family that the kernel does not have.
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::NetworkUnreachable
+                    | ErrorKind::HostUnreachable
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::InvalidInput
+                    | ErrorKind::Unsupported
+            ) =>
+        {
+            return Ok(Route::Unreachable);
+        }
+        Err(error) => return Err(NetworkError::new(format!("look up the route to {to}"), error)),
+    };
+    Ok(match answer.header.kind {
+        RouteType::Local | RouteType::Anycast => Route::Local,
+        RouteType::Unicast => match paths(&answer).next() {
+            Some((interface, gateway)) => {
+                Route::Via(NextHop { interface, address: gateway.unwrap_or(to) })
+            }
+            None => Route::Unreachable,
+        },
+        _ => Route::Unreachable,
+    })
 }
 
 /// How often [`Network::keep_resolved`] wants to be called. The kernel waits as long before it asks

@@ -43,7 +43,7 @@ pub struct Rule {
     pub protocol: Protocol,
     pub listen: Listen,
     /// At least one.
-    pub to: Vec<Target>,
+    pub to: Box<[Target]>,
     pub source: Source,
     #[serde(skip)]
     pub place: Place,
@@ -249,7 +249,7 @@ impl FromStr for Rule {
         };
         let (listen, to) = split_spec(ends)?;
         let listen = listen.parse()?;
-        let to = vec![to.parse()?];
+        let to: Box<[Target]> = Box::new([to.parse()?]);
         let rule = Rule {
             name: Rule::default_name(listen, protocol, &to),
             protocol,
@@ -317,12 +317,12 @@ fn split_spec(text: &str) -> Result<(&str, &str), Invalid> {
     Ok((listen, to))
 }
 
-/// Pairs of rules (by index, the lower first) that claim the same packets and are equally narrow,
-/// so that neither wins. Sorted.
-///
-/// Each rule that overlaps is in some pair, but not every pair is told: of a hundred equal rules
-/// the caller hears 99 times, not 4,950. Takes n log n steps.
-pub(crate) fn overlaps(rules: &[Rule]) -> Vec<(usize, usize)> {
+/// What claims of equal precedence may meet: the listened address, whether it is IPv6, whether it is
+/// UDP, and how narrow the rule is.
+type Class = (Option<IpAddr>, bool, bool, Precedence);
+
+/// What the rules claim: the class, its first port there, and the rule's index. Sorted.
+fn claims(rules: &[Rule]) -> Vec<(Class, u16, usize)> {
     let mut claims: Vec<_> = rules
         .iter()
         .enumerate()
@@ -337,10 +337,19 @@ pub(crate) fn overlaps(rules: &[Rule]) -> Vec<(usize, usize)> {
         })
         .collect();
     claims.sort_unstable();
+    claims
+}
+
+/// Pairs of rules (by index, the lower first) that claim the same packets and are equally narrow,
+/// so that neither wins. Sorted.
+///
+/// Each rule that overlaps is in some pair, but not every pair is told: of a hundred equal rules
+/// the caller hears 99 times, not 4,950. Takes n log n steps.
+pub(crate) fn overlaps(rules: &[Rule]) -> Vec<(usize, usize)> {
     let mut found = BTreeSet::new();
     // Of the class so far, the rule that reaches farthest.
     let mut farthest = None;
-    for (class, first, index) in claims {
+    for (class, first, index) in claims(rules) {
         let last = rules[index].listen.ports.last();
         match farthest {
             Some((reigning, end, other)) if reigning == class && first <= end => {
@@ -353,6 +362,37 @@ pub(crate) fn overlaps(rules: &[Rule]) -> Vec<(usize, usize)> {
         }
     }
     found.into_iter().collect()
+}
+
+/// For each of the rules, of which no two [overlap](overlaps), those that are narrower and claim
+/// some of its packets.
+///
+/// Takes n log n steps and one for each that is found; a rule without an address takes some for
+/// each address that others have.
+pub(crate) fn narrower(rules: &[Rule]) -> Vec<BTreeSet<usize>> {
+    let claims = claims(rules);
+    let classes: Vec<_> = claims.chunk_by(|(class, ..), (next, ..)| class == next).collect();
+    let of = |rule: &Rule| {
+        let Listen { address, ports } = rule.listen;
+        let start = classes.partition_point(|class| class[0].0.0 < address);
+        let end = classes.partition_point(|class| class[0].0.0 <= address);
+        let meeting = if address.is_none() { &classes[..] } else { &classes[start..end] };
+        let narrower = meeting.iter().filter(|class| class[0].0.3 < rule.precedence());
+        narrower
+            .flat_map(|class| {
+                // They do not overlap: they end in the order in which they begin.
+                let ends_before = |index: usize| rules[index].listen.ports.last() < ports.first();
+                let from = class.partition_point(|(.., index)| ends_before(*index));
+                class[from..].iter().take_while(|(_, first, _)| *first <= ports.last())
+            })
+            .map(|(.., index)| *index)
+            .filter(|index| {
+                let other = &rules[*index];
+                rule.shares_family(other) && rule.protocol.shared(other.protocol).is_some()
+            })
+            .collect()
+    };
+    rules.iter().map(of).collect()
 }
 
 /// What two overlapping rules both claim, as in `tcp 203.0.113.7:80`.

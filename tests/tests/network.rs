@@ -168,6 +168,14 @@ fn routes_and_gateways() {
         ] {
             assert_eq!(network.route(to.parse().unwrap()).await.unwrap(), route, "{to}");
         }
+        // More than are asked for at once, each with its own answer.
+        let many: Vec<IpAddr> =
+            (1..=100u8).flat_map(|n| [[10, 0, 0, n], [203, 0, 113, 1]]).map(IpAddr::from).collect();
+        let routes = network.routes(&many).await.unwrap();
+        assert_eq!(routes.len(), many.len());
+        for (to, route) in many.iter().zip(routes) {
+            assert_eq!(route, network.route(*to).await.unwrap(), "{to}");
+        }
         let gateways = network.gateways(&[interface]).await.unwrap();
         let addresses: Vec<String> = gateways.iter().map(|hop| hop.address.to_string()).collect();
         assert_eq!(addresses, ["10.0.0.2", "10.0.0.3", "10.0.0.4", "10.0.0.5", "fd00::2"]);

@@ -50,32 +50,49 @@ impl<'a> Section<'a> {
     }
 }
 
+/// How much of a large file is parsed at a time: what the parser makes of a text is some thirty times
+/// as large.
+const PIECE: usize = 64 << 10;
+
 /// Parses the text of a file. `path` is only for messages and for the rules' places.
 pub fn parse(path: &Path, text: &str) -> Result<Config, Errors> {
-    let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
-    let mut reader = Reader {
-        path: path.into(),
-        newlines: newlines.map(|(at, _)| at).collect(),
-        errors: Vec::new(),
+    parse_by(path, text, PIECE)
+}
+
+/// [`parse`], what is longer than `size` bytes in pieces of about that many.
+pub(super) fn parse_by(path: &Path, text: &str, size: usize) -> Result<Config, Errors> {
+    let mut reader = Reader::new(path, text);
+    let pieces = if text.len() > size { reader.pieces(text, size) } else { None };
+    let config = match pieces {
+        Some(config) => config,
+        None => {
+            reader = Reader::new(path, text);
+            let (document, syntax) = DeTable::parse_recoverable(text);
+            if !syntax.is_empty() {
+                return Err(reader.not_toml(&syntax));
+            }
+            reader.config(document.get_ref())
+        }
     };
-    let (document, syntax) = DeTable::parse_recoverable(text);
-    for error in &syntax {
-        let line = reader.line(error.span().map_or(0, |span| span.start));
-        reader.error(line, None, "", &syntax_message(error.message()));
-    }
-    if !syntax.is_empty() {
-        // What could be made of the rest is guesswork, and so are further errors on a line.
-        reader.errors.sort_by_key(|(line, _)| *line);
-        reader.errors.dedup_by_key(|(line, _)| *line);
-        return Err(reader.into_errors());
-    }
-    let config = reader.config(document.get_ref());
     for (index, error) in check_rules(&config.rules) {
         if let Place::File { line, .. } = config.rules[index].place {
             reader.errors.push((line, error));
         }
     }
     if reader.errors.is_empty() { Ok(config) } else { Err(reader.into_errors()) }
+}
+
+/// Where the pieces of a file begin: the first at its start, the others at lines of `[[rule]]`.
+fn beginnings(text: &str, size: usize) -> Vec<usize> {
+    let mut beginnings = vec![0];
+    for (at, _) in text.match_indices("[[rule]]") {
+        let is_line = at == 0 || text.as_bytes()[at - 1] == b'\n';
+        let is_first = beginnings.len() == 1;
+        if is_line && (is_first || beginnings.last().is_some_and(|last| at - last >= size)) {
+            beginnings.push(at);
+        }
+    }
+    beginnings
 }
 
 /// The TOML crate's words with what to do.
@@ -96,12 +113,20 @@ struct Reader {
     path: Arc<Path>,
     /// The offset of each, to find lines.
     newlines: Vec<usize>,
+    /// Where the piece begins that is read now. The offsets of its values count from there.
+    beginning: usize,
     errors: Vec<(usize, ConfigError)>,
 }
 
 impl Reader {
+    fn new(path: &Path, text: &str) -> Self {
+        let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
+        let newlines = newlines.map(|(at, _)| at).collect();
+        Self { path: path.into(), newlines, beginning: 0, errors: Vec::new() }
+    }
+
     fn line(&self, offset: usize) -> usize {
-        1 + self.newlines.partition_point(|newline| *newline < offset)
+        1 + self.newlines.partition_point(|newline| *newline < self.beginning + offset)
     }
 
     fn error(&mut self, line: usize, rule: Option<&str>, key: &str, message: &str) {
@@ -126,6 +151,45 @@ impl Reader {
     fn into_errors(mut self) -> Errors {
         self.errors.sort_by_key(|(line, _)| *line);
         Errors(self.errors.into_iter().map(|(_, error)| error).collect())
+    }
+
+    fn not_toml(mut self, syntax: &[toml::de::Error]) -> Errors {
+        for error in syntax {
+            let line = self.line(error.span().map_or(0, |span| span.start));
+            self.error(line, None, "", &syntax_message(error.message()));
+        }
+        // What could be made of the rest is guesswork, and so are further errors on a line.
+        self.errors.sort_by_key(|(line, _)| *line);
+        self.errors.dedup_by_key(|(line, _)| *line);
+        self.into_errors()
+    }
+
+    /// What is good of a document, read piece by piece. `None` if it has to be read as a whole: the
+    /// pieces are not documents with the same meaning. They are if each is valid, the first has no
+    /// rules, and the others, which begin with `[[rule]]`, have nothing else. A text or list that is
+    /// cut in two is not valid.
+    fn pieces(&mut self, text: &str, size: usize) -> Option<Config> {
+        let mut config = Config::default();
+        let beginnings = beginnings(text, size);
+        let ends = beginnings.iter().skip(1).copied().chain([text.len()]);
+        for (number, (beginning, end)) in beginnings.iter().copied().zip(ends).enumerate() {
+            let (document, syntax) = DeTable::parse_recoverable(&text[beginning..end]);
+            let document = document.get_ref();
+            let only_rules = document.len() == 1 && document.contains_key("rule");
+            let alone = if number == 0 { !document.contains_key("rule") } else { only_rules };
+            if !syntax.is_empty() || !alone {
+                return None;
+            }
+            self.beginning = beginning;
+            let piece = self.config(document);
+            if number == 0 {
+                config = piece;
+            } else {
+                config.rules.extend(piece.rules);
+            }
+        }
+        config.rules.shrink_to_fit();
+        Some(config)
     }
 
     /// What is good of a document; `errors` has the rest.
@@ -204,7 +268,7 @@ impl Reader {
         self.or_blame(section, "listen", value, listen)
     }
 
-    fn targets(&mut self, section: &Section<'_>) -> Vec<Target> {
+    fn targets(&mut self, section: &Section<'_>) -> Box<[Target]> {
         if section.get("to").is_none() {
             self.blame_key(section, "to", "this is missing; write to = \"ADDRESS\"");
         }

@@ -441,3 +441,31 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    #[test]
+    fn pieces_mean_what_the_whole_does(
+        lines in prop::collection::vec(
+            prop_oneof![
+                8 => (1..500u16, "[a-c]?").prop_map(|(port, name)| {
+                    let name = if name.is_empty() { name } else { format!("name = '{name}'\n") };
+                    format!("[[rule]]\n{name}listen = {port}\nto = '10.0.0.1:{port}'")
+                }),
+                2 => prop::sample::select(vec![
+                    "[interfaces]\nexternal = ['eth0']", "[metrics]", "[names]\nrefresh = 5", "[[rule]]",
+                    "rule = []", "rule = [", "]", "[rule]", "[rule.sub]", "[[rule.sub]]", "  [[rule]]",
+                    "listen = 80", "nothing = 1", "name = \"\"\"", "\"\"\"", "'''", "# [[rule]]",
+                    "# \"\"\"", "\u{feff}", "x = '", "",
+                ])
+                .prop_map(str::to_owned),
+            ],
+            0..12,
+        ),
+        size in 0..200usize,
+    ) {
+        for text in [lines.join("\n"), lines.join("\n").replace('\n', "\r\n")] {
+            let parsed = |size| super::file::parse_by(Path::new("f"), &text, size);
+            prop_assert_eq!(parsed(size), parsed(usize::MAX), "{}", text);
+        }
+    }
+}

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::Daemon;
+use crate::compile::Leg;
 use crate::network::{Externals, Snapshot};
 use crate::rule::{Ports, Rule};
 
@@ -44,16 +45,19 @@ impl Daemon {
                 warn!("{pitfall}");
             }
         }
-        for leg in self.plan.legs.iter().filter(|leg| leg.listen.is_none()) {
-            let Externals { v4, v6 } = &self.survey.externals;
-            let (family, none) = match leg.backend {
-                IpAddr::V4(_) => ("IPv4", v4.is_empty()),
-                IpAddr::V6(_) => ("IPv6", v6.is_empty()),
+        let Externals { v4, v6 } = &self.survey.externals;
+        for (family, is_v4, none) in [("IPv4", true, v4.is_empty()), ("IPv6", false, v6.is_empty())]
+        {
+            let waits = |leg: &&Leg| leg.listen.is_none() && leg.backend.is_ipv4() == is_v4;
+            let mut waiting = self.plan.legs.iter().filter(waits).filter(|_| none);
+            let Some(first) = waiting.next() else { continue };
+            let rule = &self.config.rules[first.rule].name;
+            let others = match waiting.count() {
+                0 => "waits".to_owned(),
+                1 => "and another wait".to_owned(),
+                more => format!("and {more} others wait"),
             };
-            if none {
-                let rule = &self.config.rules[leg.rule].name;
-                warn!("rule \"{rule}\" waits: no external interface has an {family} address yet");
-            }
+            warn!("rule \"{rule}\" {others}: no external interface has an {family} address yet");
         }
         if self.config.rules.len() <= HINTED_RULES {
             self.warn_of_addresses_and_ports(snapshot);

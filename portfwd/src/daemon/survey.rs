@@ -65,39 +65,38 @@ impl Survey {
         before: &Self,
     ) -> Result<Self, NetworkError> {
         let mut problems = Vec::new();
-        let mut hops = Vec::new();
-        let mut routes: BTreeMap<IpAddr, (&Rule, Option<NextHop>)> = BTreeMap::new();
-        for leg in &plan.legs {
-            if routes.contains_key(&leg.backend) {
-                continue;
-            }
-            let rule = &config.rules[leg.rule];
-            let mut hop = None;
-            let problem = match network.route(leg.backend).await? {
-                Route::Via(via) => {
-                    hop = Some(via);
-                    None
+        // Each with the first rule that it serves.
+        let mut backends: Vec<(IpAddr, usize)> =
+            plan.legs.iter().map(|leg| (leg.backend, leg.rule)).collect();
+        backends.sort_unstable();
+        backends.dedup_by_key(|(backend, _)| *backend);
+        backends.sort_by_key(|(_, rule)| *rule);
+        let addresses: Vec<IpAddr> = backends.iter().map(|(backend, _)| *backend).collect();
+        let mut routes: Vec<(IpAddr, &Rule, NextHop)> = Vec::new();
+        for ((backend, rule), route) in backends.into_iter().zip(network.routes(&addresses).await?)
+        {
+            let rule = &config.rules[rule];
+            let problem = match route {
+                Route::Via(hop) => {
+                    routes.push((backend, rule, hop));
+                    continue;
                 }
-                Route::Local => Some(
+                Route::Local => {
                     "is an address of this box, which XDP cannot forward to; let the service \
                      listen on the port itself"
-                        .to_owned(),
+                        .to_owned()
+                }
+                Route::Unreachable => format!(
+                    "has no route; add one: ip route add {backend}/{} via GATEWAY, or dev IFACE",
+                    if backend.is_ipv4() { 32 } else { 128 }
                 ),
-                Route::Unreachable => Some(format!(
-                    "has no route; add one: ip route add {}/{} via GATEWAY, or dev IFACE",
-                    leg.backend,
-                    if leg.backend.is_ipv4() { 32 } else { 128 }
-                )),
             };
-            if let Some(problem) = problem {
-                problems.push(format!(
-                    "{}: rule \"{}\": backend {} {problem}",
-                    rule.place, rule.name, leg.backend
-                ));
-            }
-            hops.extend(hop);
-            routes.insert(leg.backend, (rule, hop));
+            problems.push(format!(
+                "{}: rule \"{}\": backend {backend} {problem}",
+                rule.place, rule.name
+            ));
         }
+        let mut hops: Vec<NextHop> = routes.iter().map(|(.., hop)| *hop).collect();
         hops.sort();
         hops.dedup();
 
@@ -115,8 +114,7 @@ impl Survey {
         let is_external =
             |name: &str| config.external.iter().any(|interface| interface.name == name);
         if config.internal.is_empty() {
-            for (backend, (rule, hop)) in &routes {
-                let Some(hop) = hop else { continue };
+            for (backend, rule, hop) in &routes {
                 let Some(link) = snapshot.link_by_index(hop.interface) else { continue };
                 // Where the route to the backend is gone, the default route takes its place.
                 if is_external(&link.name) && hop.address != *backend {
@@ -137,10 +135,8 @@ impl Survey {
             for interface in &config.internal {
                 inside(&interface.name);
             }
-            for (backend, (rule, hop)) in &routes {
-                let Some(link) = hop.and_then(|hop| snapshot.link_by_index(hop.interface)) else {
-                    continue;
-                };
+            for (backend, rule, hop) in &routes {
+                let Some(link) = snapshot.link_by_index(hop.interface) else { continue };
                 if !config.internal.iter().any(|interface| interface.name == link.name) {
                     problems.push(format!(
                         "{}: rule \"{}\": backend {backend} is reached by {}, which is not internal; add it to \

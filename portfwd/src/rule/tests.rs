@@ -233,7 +233,7 @@ fn specs_in_every_form() {
                 name: format!("{listen}/{protocol}"),
                 protocol,
                 listen: listen.parse().unwrap(),
-                to: vec![to.parse().unwrap()],
+                to: [to.parse().unwrap()].into(),
                 source: Source::Preserve,
                 place: Place::Flag(format!("-p {spec}")),
             }
@@ -347,7 +347,7 @@ fn check_tells_everything_with_its_key() {
     assert_eq!(good.check(), []);
     let bad = Rule {
         name: String::new(),
-        to: vec!["10.0.0.1".parse().unwrap(), "10.0.0.2:80-81".parse().unwrap()],
+        to: ["10.0.0.1".parse().unwrap(), "10.0.0.2:80-81".parse().unwrap()].into(),
         source: Source::Masquerade,
         ..good
     };
@@ -362,7 +362,7 @@ fn check_tells_everything_with_its_key() {
             "to: 1 port cannot become 2; write 10.0.0.2:80, or leave the port out to keep it",
         ]
     );
-    let empty = Rule { to: vec![], ..rule("80:10.0.0.1") };
+    let empty = Rule { to: [].into(), ..rule("80:10.0.0.1") };
     assert_eq!(empty.check()[0].1.to_string(), "the backend is missing; write its address or name");
 }
 
@@ -462,7 +462,7 @@ fn one_overlap_among_100_000_rules_is_found() {
         })
         .collect();
     assert_eq!(overlaps(&rules), []);
-    rules.push(Rule { to: vec!["10.0.0.2".parse().unwrap()], ..rules[4_711].clone() });
+    rules.push(Rule { to: ["10.0.0.2".parse().unwrap()].into(), ..rules[4_711].clone() });
     assert_eq!(overlaps(&rules), [(4_711, 100_000)]);
     // The worst case: all of them are one.
     rules.fill(rule("1-65535:10.0.0.1/tcp+udp"));
@@ -521,7 +521,8 @@ fn rules() -> impl Strategy<Value = Rule> {
                 && to[0].to_string().parse::<Target>().is_ok();
             let name = Rule::default_name(listen, protocol, &to);
             let place = Place::Flag(String::new());
-            let rule = Rule { name, protocol, listen, to, source: Source::Preserve, place };
+            let rule =
+                Rule { name, protocol, listen, to: to.into(), source: Source::Preserve, place };
             (good && rule.check().is_empty()).then_some(rule)
         })
 }
@@ -606,5 +607,28 @@ proptest! {
         for (first, second) in found {
             prop_assert!(shared_claim(&rules[first], &rules[second]).is_some());
         }
+    }
+
+    #[test]
+    fn narrower_rules_are_those_that_comparing_all_pairs_finds(crowd in crowds()) {
+        let mut rules: Vec<Rule> = Vec::new();
+        for rule in crowd {
+            if !rules.iter().any(|other| naive(other, &rule)) {
+                rules.push(rule);
+            }
+        }
+        let expected: Vec<BTreeSet<usize>> = rules
+            .iter()
+            .map(|rule| {
+                let comes_before = |other: &Rule| {
+                    other.precedence() < rule.precedence()
+                        && rule.shares_family(other)
+                        && rule.listen.address.is_none_or(|a| other.listen.address == Some(a))
+                        && shared_claim(rule, other).is_some()
+                };
+                (0..rules.len()).filter(|other| comes_before(&rules[*other])).collect()
+            })
+            .collect();
+        prop_assert_eq!(narrower(&rules), expected, "{:?}", rules);
     }
 }
