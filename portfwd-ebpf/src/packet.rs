@@ -78,6 +78,16 @@ impl<'a> Frame<'a> {
         Some(unsafe { &mut *header.cast::<T>() })
     }
 
+    /// The header that stands `offset` bytes from here, which is not taken.
+    #[inline(always)]
+    fn peek<T: Header + Copy>(&self, offset: usize) -> Option<T> {
+        let () = T::UNALIGNED;
+        let header = self.next.wrapping_add(offset);
+        // SAFETY: in bounds, valid for any bytes; what was handed out lies before it.
+        (header.wrapping_add(size_of::<T>()) <= self.end)
+            .then(|| unsafe { header.cast::<T>().read_unaligned() })
+    }
+
     /// Leaves out `len` bytes. What follows is checked when it is taken.
     #[inline(always)]
     fn skip(&mut self, len: usize) {
@@ -385,6 +395,7 @@ impl Ip<4> for Ipv4Hdr {
 }
 
 /// The first eight bytes of an IPv6 extension header (RFC 8200, section 4).
+#[derive(Clone, Copy)]
 #[repr(C)]
 struct ExtensionHdr {
     next: u8,
@@ -398,6 +409,8 @@ struct ExtensionHdr {
 /// How many extension headers are read: each kind once in RFC 8200's order, destination options
 /// twice, and one to spare.
 const EXTENSION_HEADERS: usize = 5;
+/// Bytes of extension headers that are read past: a page, which no frame in XDP is longer than.
+const LONGEST_EXTENSIONS: usize = 4096;
 
 impl Ip<16> for Ipv6Hdr {
     const FAMILY: u8 = 10;
@@ -479,22 +492,31 @@ impl Ip<16> for Ipv6Hdr {
             return Err(Passed::Malformed);
         }
         let mut protocol = self.next_hdr;
+        let mut offset = 0;
         for _ in 0..=EXTENSION_HEADERS {
             match protocol {
                 HOP_BY_HOP | ROUTING | DESTINATION => {}
                 FRAGMENT => return Err(Passed::Fragment),
                 AUTHENTICATION => return Err(Passed::Extension),
-                _ => return Transport::take(frame, protocol, len),
+                _ => {
+                    // To the verifier all numbers of headers are alike then, and what follows is
+                    // looked at once.
+                    if offset > LONGEST_EXTENSIONS {
+                        return Err(Passed::Extension);
+                    }
+                    frame.skip(offset);
+                    return Transport::take(frame, protocol, len);
+                }
             }
-            let extension: &mut ExtensionHdr = frame.take().ok_or(Passed::Malformed)?;
+            let extension: ExtensionHdr = frame.peek(offset).ok_or(Passed::Malformed)?;
             // On its way through a source route the destination is not the one of the pseudo header.
             if protocol == ROUTING && extension.segments_left != 0 {
                 return Err(Passed::Extension);
             }
-            let rest = usize::from(extension.len) * 8;
+            let size = size_of::<ExtensionHdr>() + usize::from(extension.len) * 8;
             protocol = extension.next;
-            frame.skip(rest);
-            len = len.checked_sub(size_of::<ExtensionHdr>() + rest).ok_or(Passed::Malformed)?;
+            offset += size;
+            len = len.checked_sub(size).ok_or(Passed::Malformed)?;
         }
         Err(Passed::Extension)
     }

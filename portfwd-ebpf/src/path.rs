@@ -329,7 +329,8 @@ fn tag<const N: usize, I: Ip<N>, K: Kernel>(
     now: Jiffies,
 ) -> Option<Tag> {
     let trust = I::trust(kernel);
-    let trusted = trust.generation != 0 && now < trust.until && !ip.is_source_strict();
+    // One branch, not three.
+    let trusted = (trust.generation != 0) & (now < trust.until) & !ip.is_source_strict();
     trusted.then(|| Tag::new(trust.generation, direction))
 }
 

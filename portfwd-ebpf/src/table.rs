@@ -331,11 +331,15 @@ impl<const N: usize> RouteSet<N> {
     /// The way to `destination` that was remembered under `tag`.
     #[inline(always)]
     pub fn find(&self, destination: &Address<N>, tag: Tag) -> Option<&Hop> {
+        // Without a branch for each word: it is faster, and shorter to verify.
+        let is = |route: &RememberedRoute<N>| {
+            (route.tag.0 ^ tag.0) | route.destination.difference(destination) == 0
+        };
         let [later, earlier] = &self.0;
-        if later.tag == tag && later.destination == *destination {
+        if is(later) {
             return Some(&later.hop);
         }
-        (earlier.tag == tag && earlier.destination == *destination).then_some(&earlier.hop)
+        is(earlier).then_some(&earlier.hop)
     }
 
     /// Remembers the way to `destination` in place of the earlier one.
@@ -347,6 +351,13 @@ impl<const N: usize> RouteSet<N> {
 }
 
 impl<const N: usize> Address<N> {
+    /// Bits in which this address and another differ in any of their words.
+    #[inline(always)]
+    fn difference(&self, other: &Self) -> u32 {
+        let words = self.0.as_chunks::<4>().0.iter().zip(other.0.as_chunks::<4>().0);
+        words.fold(0, |bits, (a, b)| bits | (u32::from_ne_bytes(*a) ^ u32::from_ne_bytes(*b)))
+    }
+
     /// Which of `1 << bits` sets of routes is this destination's: the upper bits of a product with
     /// 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, section 6.4).
     #[inline(always)]
