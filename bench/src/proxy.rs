@@ -20,6 +20,15 @@ pub enum Transport {
     Udp,
 }
 
+impl Transport {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
 /// What to forward: all that arrives at `listen` to `to`.
 #[derive(Clone, Copy, Debug)]
 pub struct Forward {
@@ -129,7 +138,12 @@ impl Proxy {
 
     fn wait(&mut self, namespace: &Namespace, forwards: &[Forward]) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !namespace.enter(|| all_listen(forwards))? {
+        let are_bound = || {
+            forwards.iter().try_fold(true, |all, forward| {
+                Ok::<_, anyhow::Error>(all && is_bound(forward.transport, forward.listen)?)
+            })
+        };
+        while !namespace.enter(are_bound)? {
             for process in &mut self.processes {
                 if let Some(status) = process.exited()? {
                     bail!("it ended at once: {status}");
@@ -152,24 +166,19 @@ impl Drop for Proxy {
     }
 }
 
-/// Is a socket bound to each of the addresses, in the namespace of the calling thread?
-fn all_listen(forwards: &[Forward]) -> Result<bool> {
-    const TCP_LISTEN: &str = "0A";
-    const UDP_UNCONNECTED: &str = "07";
-    let table = |name| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
-    let (tcp, udp) = (table("tcp")?, table("udp")?);
-    Ok(forwards.iter().all(|Forward { transport, listen, .. }| {
-        let (table, state) = match transport {
-            Transport::Tcp => (&tcp, TCP_LISTEN),
-            Transport::Udp => (&udp, UDP_UNCONNECTED),
-        };
-        let address = u32::from_ne_bytes(listen.ip().octets());
-        let local = format!("{address:08X}:{:04X}", listen.port());
-        // Each line: number, local address, remote address, state, and more.
-        table.lines().any(|line| {
-            let mut words = line.split_whitespace().skip(1);
-            words.next() == Some(&local) && words.nth(1) == Some(state)
-        })
+/// Is a server's socket bound to an address, in the namespace of the calling thread?
+pub fn is_bound(transport: Transport, address: SocketAddrV4) -> Result<bool> {
+    let (table, state) = match transport {
+        Transport::Tcp => ("tcp", "0A"), // LISTEN
+        Transport::Udp => ("udp", "07"), // without a peer
+    };
+    let table = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+    let ip = u32::from_ne_bytes(address.ip().octets());
+    let local = format!("{ip:08X}:{:04X}", address.port());
+    // Each line: number, local address, remote address, state, and more.
+    Ok(table.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        words.next() == Some(&local) && words.nth(1) == Some(state)
     }))
 }
 
@@ -256,7 +265,7 @@ fn nginx_modules() -> Option<PathBuf> {
 }
 
 /// The first file of this name on PATH.
-fn find(name: &str) -> Option<PathBuf> {
+pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|path| path.is_file())
 }

@@ -5,35 +5,13 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 use portfwd_bench_ebpf::{PORTS, Services};
 
+use crate::proxy::{Forward, Transport};
 use crate::rig;
 
 /// The first listened port of each external address.
 const LISTEN: u16 = 10_000;
 /// The first port of each backend.
 const BACKEND: u16 = 20_000;
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Protocol {
-    Udp,
-    Tcp,
-}
-
-impl Protocol {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Udp => "udp",
-            Self::Tcp => "tcp",
-        }
-    }
-}
-
-/// One forwarding of one port.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Rule {
-    pub protocol: Protocol,
-    pub listen: SocketAddrV4,
-    pub backend: SocketAddrV4,
-}
 
 /// Which rules there are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,18 +25,18 @@ pub enum Rules {
 
 impl Rules {
     /// The rules for single ports, one by one.
-    pub fn iter(self) -> impl Iterator<Item = Rule> {
+    pub fn iter(self) -> impl Iterator<Item = Forward> {
         let count = match self {
             Self::Single(count) => count,
             Self::Range => 0,
         };
         (0..count).map(|number| {
-            let protocol = if number % 2 == 0 { Protocol::Udp } else { Protocol::Tcp };
+            let transport = if number % 2 == 0 { Transport::Udp } else { Transport::Tcp };
             let (address, port) = ((number / 2) / PORTS, ((number / 2) % PORTS) as u16);
-            Rule {
-                protocol,
+            Forward {
+                transport,
                 listen: SocketAddrV4::new(nth(rig::EXTERNAL, address), LISTEN + port),
-                backend: SocketAddrV4::new(nth(rig::SERVER, address), BACKEND + port),
+                to: SocketAddrV4::new(nth(rig::SERVER, address), BACKEND + port),
             }
         })
     }
@@ -95,11 +73,11 @@ impl Rules {
         let mut text = format!(
             "[interfaces]\nexternal = [\"wan0\"]\ninternal = [\"lan0\"]\nattach = \"{attach}\"\n"
         );
-        for Rule { protocol, listen, backend } in self.iter() {
+        for Forward { transport, listen, to } in self.iter() {
+            let protocol = transport.name();
             let _ = write!(
                 text,
-                "[[rule]]\nname = \"{listen}/{protocol}\"\nprotocol = \"{protocol}\"\nlisten = \"{listen}\"\nto = \"{backend}\"\n",
-                protocol = protocol.name()
+                "[[rule]]\nname = \"{listen}/{protocol}\"\nprotocol = \"{protocol}\"\nlisten = \"{listen}\"\nto = \"{to}\"\n",
             );
         }
         if self == Self::Range {

@@ -22,8 +22,9 @@ pub struct Turn {
     pub frames: u32,
 }
 
-/// Link addresses of a frame, as they stand in it: destination, then source.
-pub type Link = [u8; 12];
+/// Link addresses of a frame, as they stand in it: destination, then source. Words, as a frame begins
+/// at a multiple of four; so they are written in three steps.
+pub type Link = [u32; 3];
 
 /// The services that traffic goes to or comes from: service `j` is at address `j / PORTS` and port
 /// `j % PORTS`, both counted from the first.
@@ -76,8 +77,10 @@ pub struct Expected {
     pub services: Services,
     pub length: u32,
     pub reply: u32,
-    /// Whether clients' addresses and ports arrive as they were sent. A proxy has its own.
+    /// 1 if clients may have other addresses and ports than they sent from: a proxy has its own.
     pub any_client: u32,
+    /// A service port whose packets are not of the stream: they pass. 0 for none.
+    pub pass: u32,
 }
 
 /// What a receiver has seen.
@@ -95,3 +98,26 @@ pub struct Received {
 
 /// One packet in so many is looked at in full.
 pub const SAMPLE: u64 = 64;
+
+impl Stream {
+    /// One flow to one service, for read-only data that is yet to be written.
+    pub const NONE: Self = Self {
+        clients: Clients { address: 0, port: 0, count: 1 },
+        services: Services { address: 0, port: 0, count: 1 },
+        length: 28,
+        reply: 0,
+        link: [0; 3],
+    };
+}
+
+impl Expected {
+    /// As [`Stream::NONE`].
+    pub const NONE: Self = Self {
+        clients: Stream::NONE.clients,
+        services: Stream::NONE.services,
+        length: Stream::NONE.length,
+        reply: 0,
+        any_client: 0,
+        pass: 0,
+    };
+}

@@ -7,9 +7,9 @@ use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use aya::Ebpf;
 use aya::maps::{Array, ProgramArray, xdp::DevMap};
 use aya::programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp};
-use aya::{Ebpf, EbpfLoader};
 use etherparse::PacketBuilder;
 use portfwd::compile::{Capacity, Compiler, Resolved, plan};
 use portfwd::datapath::Datapath;
@@ -20,10 +20,11 @@ use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::Interface;
 
 use crate::measure::{Bench, progress, wait_for_idle};
+use crate::proxy::{Forward, Transport};
 use crate::report::{LIMIT, Unit, median};
 use crate::rig::{self, Rig, Wire};
-use crate::rules::{Protocol, Rules, nth};
-use crate::traffic::{self, OBJECT, Plain};
+use crate::rules::{Rules, nth};
+use crate::traffic::{Object, Plain};
 
 pub const NAME: &str = "cost";
 
@@ -72,11 +73,11 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         for round in 1..=rounds {
             progress(&format!("{NAME}: round {round} of {rounds}"));
             for (set, datapath) in sets.iter().zip(&datapaths) {
+                wait_for_idle();
                 for class in &set.classes {
                     let case = format!("{}, {}", class.name, set.name);
                     let ingress = if class.role == Role::External { wan } else { lan };
                     runner.set_frames(ingress, &class.frames)?;
-                    wait_for_idle();
                     let [limit, program] = runner
                         .compare(datapath.program(class.role)?, class.hit)
                         .with_context(|| case.clone())?;
@@ -143,13 +144,13 @@ fn sets(quick: bool) -> Vec<Set> {
     let external = |port| SocketAddr::new(rig::EXTERNAL.into(), port);
     let backend = |port| SocketAddr::new(rig::SERVER.into(), port);
     let (external6, backend6) = (IpAddr::from(rig::WAN6), IpAddr::from(rig::SERVER6));
-    let (udp, tcp) = (Protocol::Udp, Protocol::Tcp);
+    let (udp, tcp) = (Transport::Udp, Transport::Tcp);
     let class = |name, role, hit, frames| Class { name, role, hit, frames };
-    let forward = |name, protocol, from, to| {
-        class(name, Role::External, true, vec![frame(protocol, from, to)])
+    let forward = |name, transport, from, to| {
+        class(name, Role::External, true, vec![frame(transport, from, to)])
     };
-    let reply = |name, protocol, from, to| {
-        class(name, Role::Internal, true, vec![frame(protocol, from, to)])
+    let reply = |name, transport, from, to| {
+        class(name, Role::Internal, true, vec![frame(transport, from, to)])
     };
     let misses = || {
         let miss = |name, to| class(name, Role::External, false, vec![frame(udp, client, to)]);
@@ -166,14 +167,14 @@ fn sets(quick: bool) -> Vec<Set> {
     const MANY: u32 = 10_000;
     let many: Vec<String> = Rules::Single(MANY)
         .iter()
-        .map(|rule| format!("{}:{}/{}", rule.listen, rule.backend, rule.protocol.name()))
+        .map(|rule| format!("{}:{}/{}", rule.listen, rule.to, rule.transport.name()))
         .collect();
-    let each = |frame: &dyn Fn(&crate::rules::Rule) -> Headers| {
-        let udp_rules = Rules::Single(MANY).iter().filter(|rule| rule.protocol == udp);
+    let each = |frame: &dyn Fn(&Forward) -> Headers| {
+        let udp_rules = Rules::Single(MANY).iter().filter(|rule| rule.transport == udp);
         udp_rules.map(|rule| frame(&rule)).collect::<Vec<_>>()
     };
     let all_forward = each(&|rule| frame(udp, client, rule.listen.into()));
-    let all_reply = each(&|rule| frame(udp, rule.backend.into(), client));
+    let all_reply = each(&|rule| frame(udp, rule.to.into(), client));
 
     let mut sets = vec![
         Set {
@@ -235,7 +236,7 @@ fn sets(quick: bool) -> Vec<Set> {
 }
 
 /// A packet as it comes to the router.
-fn frame(protocol: Protocol, from: SocketAddr, to: SocketAddr) -> Headers {
+fn frame(transport: Transport, from: SocketAddr, to: SocketAddr) -> Headers {
     let (source, destination) =
         if to.ip() == IpAddr::from(rig::CLIENT6) || to.ip() == IpAddr::from(nth(rig::CLIENTS, 7)) {
             (rig::SERVER_MAC, rig::LAN_MAC)
@@ -250,11 +251,11 @@ fn frame(protocol: Protocol, from: SocketAddr, to: SocketAddr) -> Headers {
     };
     let headers = if from.is_ipv4() { 34 } else { 54 };
     let mut bytes = Vec::with_capacity(FRAME);
-    let written = match protocol {
-        Protocol::Udp => {
+    let written = match transport {
+        Transport::Udp => {
             ip.udp(from.port(), to.port()).write(&mut bytes, &[0; FRAME][headers + 8..])
         }
-        Protocol::Tcp => {
+        Transport::Tcp => {
             let tcp = ip.tcp(from.port(), to.port(), 1, 1024).ack(1);
             tcp.write(&mut bytes, &[0; FRAME][headers + 20..])
         }
@@ -278,14 +279,12 @@ struct Runner {
 impl Runner {
     /// `device` is where the limit redirects to; there will never be more than `frames` frames.
     fn new(device: u32, frames: usize) -> Result<Self> {
-        let mut programs = Ebpf::load(OBJECT)?;
+        let mut programs = Object::new().load(&["swap", "nothing"])?;
         let mut devices: DevMap<_> = programs.map_mut("DEVICE").context("DEVICE")?.try_into()?;
         devices.set(0, device, None, 0)?;
-        traffic::load(&mut programs, "swap")?;
-        traffic::load(&mut programs, "nothing")?;
-        let mut prepare =
-            EbpfLoader::new().map_max_entries("FRAMES", frames as u32).load(OBJECT)?;
-        traffic::load(&mut prepare, "prepare")?;
+        let mut object = Object::new();
+        object.0.map_max_entries("FRAMES", frames as u32);
+        let prepare = object.load(&["prepare"])?;
         Ok(Self { programs, prepare, ingress: 0 })
     }
 

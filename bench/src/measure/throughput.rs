@@ -1,0 +1,154 @@
+//! UDP packets per second through one core.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use portfwd_bench_ebpf::Received;
+
+use crate::Options;
+use crate::contender::Contender;
+use crate::measure::{Bench, Reading};
+use crate::report::Unit;
+use crate::rig::{self, Rig, Wire};
+use crate::rules::Rules;
+use crate::traffic::{Direction, Generator, Load, Receiver};
+
+pub const NAME: &str = "throughput";
+
+/// Frames of 64 bytes with their Ethernet header: UDP with 22 bytes of payload. (A wire would add
+/// 24 bytes: FCS, preamble, gap.)
+pub const SMALL: u32 = 64;
+/// The flows of most cases.
+pub const FLOWS: u32 = 10_000;
+
+const FORWARD: &[Direction] = &[Direction::Forward];
+const REPLY: &[Direction] = &[Direction::Reply];
+const BOTH: &[Direction] = &[Direction::Forward, Direction::Reply];
+
+/// Frames that are sent before anyone looks at the clock again.
+const CHUNK: u32 = 16_384;
+
+/// One case: which way, what frames (by what they are called), how many flows.
+struct Case {
+    name: &'static str,
+    directions: &'static [Direction],
+    frame: u32,
+    flows: u32,
+}
+
+const CASES: [Case; 7] = [
+    Case { name: "forward 64 B, 10,000 flows", directions: FORWARD, frame: SMALL, flows: FLOWS },
+    Case { name: "forward 64 B, 1 flow", directions: FORWARD, frame: SMALL, flows: 1 },
+    Case {
+        name: "forward 64 B, 1,000,000 flows",
+        directions: FORWARD,
+        frame: SMALL,
+        flows: 1_000_000,
+    },
+    Case { name: "reply 64 B, 10,000 flows", directions: REPLY, frame: SMALL, flows: FLOWS },
+    Case { name: "both ways 64 B, 10,000 flows", directions: BOTH, frame: SMALL, flows: FLOWS },
+    Case { name: "forward 512 B, 10,000 flows", directions: FORWARD, frame: 512, flows: FLOWS },
+    // The MTU: an IP packet of 1,500 bytes.
+    Case { name: "forward 1,500 B, 10,000 flows", directions: FORWARD, frame: 1514, flows: FLOWS },
+];
+
+pub fn run(bench: &mut Bench) -> Result<()> {
+    let rules = Rules::Single(2);
+    let quick = bench.options.quick;
+    for Case { name, directions, frame, flows } in CASES {
+        let measured = |contender: &Contender| match contender {
+            Contender::NftChain | Contender::Haproxy => false,
+            // Replies of a proxy come from sockets that it opens, one for each client.
+            Contender::Nginx | Contender::Realm => directions == FORWARD && flows <= FLOWS,
+            // A process for each client.
+            Contender::Socat => directions == FORWARD && flows == 1,
+            _ => true,
+        };
+        if quick && (frame != SMALL || flows > FLOWS) {
+            continue;
+        }
+        let contenders: Vec<Contender> = Contender::ALL.into_iter().filter(measured).collect();
+        bench.case(NAME, name, &contenders, |options, contender| {
+            let rig = Rig::new(Wire::Frames)?;
+            let _running = contender.start(options, &rig, rules)?;
+            let load = load(contender, rules, frame, flows);
+            let value = rate(options, &rig, directions, &load)?;
+            Ok(vec![Reading { case: name.into(), value, unit: Unit::PacketsPerSecond }])
+        });
+    }
+    Ok(())
+}
+
+/// What a contender with these rules is given to do.
+pub fn load(contender: Contender, rules: Rules, frame: u32, flows: u32) -> Load {
+    let arrives_at = rules.backends();
+    Load {
+        flows,
+        frame,
+        sent_to: if contender.translates() { rules.listened() } else { arrives_at },
+        arrives_at,
+        keeps_client: contender.proxy().is_none(),
+        pass: 0,
+    }
+}
+
+/// Packets that arrive in a second, all directions together, while as many are sent as one core
+/// sends and forwards.
+///
+/// # Errors
+///
+/// Nothing arrives, or something that is not what it should be.
+pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load) -> Result<f64> {
+    let mut generators = Vec::new();
+    let mut receivers = Vec::new();
+    // Clients speak first: who tracks connections knows each flow by then.
+    let mut opener = Generator::new(rig, Direction::Forward, load)?;
+    for direction in directions {
+        generators.push(Generator::new(rig, *direction, load)?);
+        receivers.push(Receiver::new(rig, *direction, load)?);
+    }
+    let received = || -> Result<Received> {
+        let mut sum = Received::default();
+        for receiver in &receivers {
+            let one = receiver.received()?;
+            sum.packets += one.packets;
+            sum.checked += one.checked;
+            sum.wrong += one.wrong;
+        }
+        Ok(sum)
+    };
+    let mut on_path = || -> Result<(Received, Received, Duration)> {
+        rig::pin(rig::PATH_CPU)?;
+        // Flows that never end have no second packet to be quicker.
+        let flows = if load.flows == u32::MAX { 0 } else { load.flows };
+        opener.send(flows.max(CHUNK))?;
+        let mut send_for = |time: Duration| -> Result<()> {
+            let start = Instant::now();
+            while start.elapsed() < time {
+                for generator in &mut generators {
+                    generator.send(CHUNK)?;
+                }
+            }
+            Ok(())
+        };
+        send_for(options.time() / 5)?;
+        let (before, start) = (received()?, Instant::now());
+        send_for(options.time())?;
+        let (after, time) = (received()?, start.elapsed());
+        Ok((before, after, time))
+    };
+    let (before, after, time) = thread::scope(|scope| {
+        scope.spawn(&mut on_path).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    let packets = after.packets - before.packets;
+    ensure!(packets > 0, "no packet arrived");
+    ensure!(after.checked > 0, "too few packets arrived to check one: {packets}");
+    ensure!(
+        after.wrong == 0,
+        "{} of {} packets that were checked are not what they should be",
+        after.wrong,
+        after.checked
+    );
+    Ok(packets as f64 / time.as_secs_f64())
+}
