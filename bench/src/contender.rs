@@ -5,7 +5,7 @@ use std::fs;
 use std::net::SocketAddrV4;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use portfwd_tests::{Portfwd, TempDir};
 
 use crate::Options;
@@ -144,6 +144,38 @@ impl Contender {
             }
         }
         Ok(Running::Kernel)
+    }
+}
+
+impl Contender {
+    /// Adds one rule to those that it was started with, by the command that users would type.
+    pub fn add(self, rig: &Rig, rule: Forward) -> Result<()> {
+        let Forward { transport, listen, to } = rule;
+        let (protocol, ip, port) = (transport.name(), listen.ip(), listen.port());
+        match self {
+            Self::NftMap => nft(
+                rig,
+                &format!(
+                    "add element ip bench forward {{ {protocol} . {ip} . {port} : {} . {} }}",
+                    to.ip(),
+                    to.port()
+                ),
+            ),
+            Self::NftChain => nft(
+                rig,
+                &format!(
+                    "add rule ip bench prerouting ip daddr {ip} {protocol} dport {port} dnat to {to}"
+                ),
+            ),
+            Self::Iptables => {
+                let line = format!(
+                    "-t nat -A PREROUTING -d {ip} -p {protocol} --dport {port} -j DNAT --to-destination {to}"
+                );
+                let mut command = rig.router.command("iptables");
+                portfwd_tests::netns::run(command.args(line.split(' '))).map(drop)
+            }
+            _ => bail!("{} has no command that adds a rule", self.name()),
+        }
     }
 }
 

@@ -11,6 +11,10 @@ use anyhow::{Context, Result, bail, ensure};
 use portfwd_tests::peers::Background;
 use portfwd_tests::{Namespace, TempDir};
 
+/// Bytes that a UDP socket may hold. A burst of small packets takes a page each, and the kernel's
+/// default, 208 KiB, is too small for two of them. The kernel gives what net.core.rmem_max allows.
+const BUFFER: u32 = 4 << 20;
+
 /// How many sockets a proxy may have, two for each client; fewer where the machine allows fewer.
 const SOCKETS: u64 = 400_000;
 
@@ -35,6 +39,13 @@ pub struct Forward {
     pub transport: Transport,
     pub listen: SocketAddrV4,
     pub to: SocketAddrV4,
+}
+
+impl Forward {
+    /// As portfwd's `-p` has it.
+    pub fn spec(&self) -> String {
+        format!("{}:{}/{}", self.listen, self.to, self.transport.name())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +78,13 @@ impl Program {
     /// Why it cannot be started on this machine; `None` if it can.
     pub fn absent(self) -> Option<String> {
         if find(self.name()).is_none() {
-            return Some(format!("{} is not installed", self.name()));
+            let hint = match self {
+                Self::Realm => {
+                    " (github.com/zhboner/realm; the crate of this name is another program)"
+                }
+                _ => "",
+            };
+            return Some(format!("{} is not installed{hint}", self.name()));
         }
         (self == Self::Nginx && nginx_modules().is_none())
             .then(|| "nginx has no stream module (libnginx-mod-stream)".into())
@@ -199,7 +216,7 @@ fn nginx(forwards: &[Forward], directory: &Path) -> Result<String> {
         .map(|Forward { transport, listen, to }| {
             let options = match transport {
                 Transport::Tcp => "backlog=4096",
-                Transport::Udp => "udp",
+                Transport::Udp => &format!("udp rcvbuf={BUFFER}"),
             };
             format!("    server {{ listen {listen} {options}; proxy_pass {to}; }}\n")
         })
@@ -249,7 +266,9 @@ fn socat(Forward { transport, listen, to }: &Forward) -> Vec<String> {
             format!("socat TCP4-LISTEN:{port},bind={ip},fork,reuseaddr,backlog=4096 TCP4:{to}")
         }
         Transport::Udp => {
-            format!("socat -T 10 UDP4-LISTEN:{port},bind={ip},fork,reuseaddr UDP4:{to}")
+            format!(
+                "socat -T 10 UDP4-LISTEN:{port},bind={ip},fork,reuseaddr,rcvbuf={BUFFER} UDP4:{to}"
+            )
         }
     };
     line.split(' ').map(String::from).collect()

@@ -41,14 +41,6 @@ impl Rules {
         })
     }
 
-    /// How many external addresses, and as many backends, there are.
-    pub fn addresses(self) -> u32 {
-        match self {
-            Self::Single(count) => count.div_ceil(2).div_ceil(PORTS).max(1),
-            Self::Range => 1,
-        }
-    }
-
     /// The UDP services where clients see them.
     pub fn listened(self) -> Services {
         self.services(rig::EXTERNAL, LISTEN)
@@ -57,6 +49,14 @@ impl Rules {
     /// The UDP services where they are.
     pub fn backends(self) -> Services {
         self.services(rig::SERVER, if self == Self::Range { LISTEN } else { BACKEND })
+    }
+
+    /// One rule more, which the others leave room for.
+    pub fn another(self) -> Option<Forward> {
+        match self {
+            Self::Single(count) => Self::Single(count + 1).iter().last(),
+            Self::Range => None,
+        }
     }
 
     /// Traffic for the range goes to as many of its ports as there are below the ephemeral ones.
@@ -95,4 +95,75 @@ impl Rules {
 /// The address that is `number` after the first.
 pub fn nth(first: Ipv4Addr, number: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(first.to_bits() + number)
+}
+
+/// The last of some services: in a chain of rules, the one that is looked at last.
+pub fn last(services: Services) -> Services {
+    let Services { address, port, count } = services;
+    let last = count - 1;
+    Services { address: address + last / PORTS, port: port + last % PORTS, count: 1 }
+}
+
+/// `10,000`
+pub fn thousands(number: u32) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+impl std::fmt::Display for Rules {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Single(1) => f.write_str("1 rule"),
+            Self::Single(count) => write!(f, "{} rules", thousands(*count)),
+            Self::Range => f.write_str("one range of 65,535 ports"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_are_what_the_rules_forward() {
+        let rules = Rules::Single(40_000);
+        let udp: Vec<Forward> =
+            rules.iter().filter(|rule| rule.transport == Transport::Udp).collect();
+        for (services, end) in [
+            (rules.listened(), (|rule: &Forward| rule.listen) as fn(&Forward) -> SocketAddrV4),
+            (rules.backends(), |rule| rule.to),
+        ] {
+            assert_eq!(services.count as usize, udp.len());
+            for (number, rule) in udp.iter().enumerate() {
+                let number = number as u32;
+                let at = end(rule);
+                assert_eq!(at.ip().to_bits(), services.address + number / PORTS);
+                assert_eq!(u32::from(at.port()), services.port + number % PORTS);
+            }
+            let last = last(services);
+            let end = end(udp.last().unwrap());
+            assert_eq!((last.address, last.port), (end.ip().to_bits(), end.port().into()));
+        }
+    }
+
+    #[test]
+    fn there_are_addresses_for_100_000_rules() {
+        let last = Rules::Single(100_001).iter().last().unwrap();
+        assert!(last.listen.ip().to_bits() < rig::EXTERNAL.to_bits() + rig::ADDRESSES);
+    }
+
+    #[test]
+    fn rules_have_short_names() {
+        assert_eq!(Rules::Single(1).to_string(), "1 rule");
+        assert_eq!(Rules::Single(100).to_string(), "100 rules");
+        assert_eq!(Rules::Single(100_000).to_string(), "100,000 rules");
+        assert_eq!(thousands(1_000_000), "1,000,000");
+    }
 }

@@ -6,7 +6,9 @@ use aya::maps::{PerCpuArray, xdp::DevMap};
 use aya::programs::xdp::XdpMode;
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod};
-use portfwd_bench_ebpf::{Clients, Expected, Headers, Position, Received, Services, Stream, Turn};
+use portfwd_bench_ebpf::{
+    Clients, Expected, Headers, Pace, Position, Received, Services, Stream, Turn,
+};
 use portfwd_tests::Namespace;
 
 use crate::rig::{self, Rig};
@@ -30,6 +32,7 @@ impl Row for Stream {}
 impl Row for Expected {}
 impl Row for Position {}
 impl Row for Received {}
+impl Row for Pace {}
 // SAFETY: rows are integers without padding.
 unsafe impl<T: Row> Pod for Plain<T> {}
 
@@ -79,6 +82,36 @@ pub struct Load {
 }
 
 impl Load {
+    /// What is sent in a direction. Services answer from where they are.
+    fn stream(&self, direction: Direction) -> Stream {
+        let (link, services) = match direction {
+            Direction::Forward => ((rig::WAN_MAC, rig::CLIENT_MAC), self.sent_to),
+            Direction::Reply => ((rig::LAN_MAC, rig::SERVER_MAC), self.arrives_at),
+        };
+        Stream {
+            clients: self.clients(),
+            services,
+            length: self.length(),
+            reply: (direction == Direction::Reply).into(),
+            link: link_words(link),
+        }
+    }
+
+    /// What arrives in a direction.
+    pub fn expected(&self, direction: Direction) -> Expected {
+        Expected {
+            clients: self.clients(),
+            services: match direction {
+                Direction::Forward => self.arrives_at,
+                Direction::Reply => self.sent_to,
+            },
+            length: self.length(),
+            reply: (direction == Direction::Reply).into(),
+            any_client: (!self.keeps_client).into(),
+            pass: self.pass.into(),
+        }
+    }
+
     fn clients(&self) -> Clients {
         Clients { address: rig::CLIENTS.to_bits(), port: 1024, count: self.flows }
     }
@@ -97,38 +130,46 @@ pub struct Generator {
 impl Generator {
     /// From the client's side, or from the server's.
     pub fn new(rig: &Rig, direction: Direction, load: &Load) -> Result<Self> {
-        let (namespace, link, services) = match direction {
-            Direction::Forward => (&rig.client, (rig::WAN_MAC, rig::CLIENT_MAC), load.sent_to),
-            // Services answer from where they are.
-            Direction::Reply => (&rig.server, (rig::LAN_MAC, rig::SERVER_MAC), load.arrives_at),
-        };
-        let stream = Plain(Stream {
-            clients: load.clients(),
-            services,
-            length: load.length(),
-            reply: (direction == Direction::Reply).into(),
-            link: link_words(link),
-        });
-        let mut object = Object::new();
-        object.0.override_global("STREAM", &stream, true);
-        let mut ebpf = object.load(&["generate"])?;
-        set_device(&mut ebpf, namespace, "eth0")?;
+        let ebpf = sender("generate", rig, direction, load)?;
         Ok(Self { ebpf, frame: vec![0; load.frame as usize] })
     }
 
     /// Sends so many packets. They have been through everything that runs on this core when it
-    /// returns.
+    /// returns, some 10 to 20 ms after the last of them.
     pub fn send(&mut self, packets: u32) -> Result<()> {
-        let program: &Xdp = self.ebpf.program("generate").context("generate")?.try_into()?;
-        let mut options = TestRunOptions {
-            data_in: Some(&self.frame),
-            repeat: packets,
-            ..TestRunOptions::default()
-        };
-        options.attrs = options.attrs.xdp_live_frames(BATCH.min(packets));
-        program.test_run(options).context("cannot send frames")?;
-        Ok(())
+        // The kernel takes 0 for 1.
+        if packets == 0 {
+            return Ok(());
+        }
+        run(&self.ebpf, "generate", &self.frame, packets, BATCH.min(packets))
     }
+}
+
+/// The object with a program that sends a load from the side where its direction begins.
+pub fn sender(program: &str, rig: &Rig, direction: Direction, load: &Load) -> Result<Ebpf> {
+    let namespace = match direction {
+        Direction::Forward => &rig.client,
+        Direction::Reply => &rig.server,
+    };
+    let stream = Plain(load.stream(direction));
+    let mut object = Object::new();
+    object.0.override_global("STREAM", &stream, true);
+    let mut ebpf = object.load(&[program])?;
+    set_device(&mut ebpf, namespace, "eth0")?;
+    // Where it does nothing but be attached. Else the kernel would make each run known to its XDP
+    // dispatcher, and wait for RCU afterwards: 24 ms on top of each.
+    attach(&mut ebpf, program, namespace, "lo", XdpMode::Skb)?;
+    Ok(ebpf)
+}
+
+/// Runs a program that sends frames: so many, and so many in a batch.
+pub fn run(ebpf: &Ebpf, program: &str, frame: &[u8], frames: u32, batch: u32) -> Result<()> {
+    let program: &Xdp = ebpf.program(program).context("no such program")?.try_into()?;
+    let mut options =
+        TestRunOptions { data_in: Some(frame), repeat: frames, ..TestRunOptions::default() };
+    options.attrs = options.attrs.xdp_live_frames(batch);
+    program.test_run(options).context("cannot send frames")?;
+    Ok(())
 }
 
 /// Counts, checks and drops the packets of a load.
@@ -139,38 +180,36 @@ pub struct Receiver {
 impl Receiver {
     /// At the end to which the direction leads.
     pub fn new(rig: &Rig, direction: Direction, load: &Load) -> Result<Self> {
-        let (namespace, services) = match direction {
-            Direction::Forward => (&rig.server, load.arrives_at),
-            Direction::Reply => (&rig.client, load.sent_to),
+        let namespace = match direction {
+            Direction::Forward => &rig.server,
+            Direction::Reply => &rig.client,
         };
-        let expected = Plain(Expected {
-            clients: load.clients(),
-            services,
-            length: load.length(),
-            reply: (direction == Direction::Reply).into(),
-            any_client: (!load.keeps_client).into(),
-            pass: load.pass.into(),
-        });
+        let expected = Plain(load.expected(direction));
         let mut object = Object::new();
         object.0.override_global("EXPECTED", &expected, true);
         let mut ebpf = object.load(&["receive"])?;
-        attach(&mut ebpf, "receive", namespace, "eth0")?;
+        attach(&mut ebpf, "receive", namespace, "eth0", XdpMode::Driver)?;
         Ok(Self { ebpf })
     }
 
     /// What came so far.
     pub fn received(&self) -> Result<Received> {
-        let map: PerCpuArray<_, Plain<Received>> =
-            self.ebpf.map("RECEIVED").context("RECEIVED")?.try_into()?;
-        let mut sum = Received::default();
-        for Plain(cpu) in map.get(&0, 0)?.iter() {
-            sum.packets += cpu.packets;
-            sum.bytes += cpu.bytes;
-            sum.checked += cpu.checked;
-            sum.wrong += cpu.wrong;
-        }
-        Ok(sum)
+        received(&self.ebpf)
     }
+}
+
+/// What the program of an object that counts has seen so far.
+pub fn received(ebpf: &Ebpf) -> Result<Received> {
+    let map: PerCpuArray<_, Plain<Received>> =
+        ebpf.map("RECEIVED").context("RECEIVED")?.try_into()?;
+    let mut sum = Received::default();
+    for Plain(cpu) in map.get(&0, 0)?.iter() {
+        sum.packets += cpu.packets;
+        sum.bytes += cpu.bytes;
+        sum.checked += cpu.checked;
+        sum.wrong += cpu.wrong;
+    }
+    Ok(sum)
 }
 
 /// The limit on the router: a program on each side that sends everything to the other.
@@ -186,7 +225,7 @@ impl Limit {
             object.0.override_global("LINK", &link, true);
             let mut ebpf = object.load(&["swap"])?;
             set_device(&mut ebpf, &rig.router, to)?;
-            attach(&mut ebpf, "swap", &rig.router, from)?;
+            attach(&mut ebpf, "swap", &rig.router, from, XdpMode::Driver)?;
             Ok(ebpf)
         };
         let forward = one("wan0", "lan0", (rig::SERVER_MAC, rig::LAN_MAC))?;
@@ -196,19 +235,25 @@ impl Limit {
 }
 
 /// The device that programs of this object redirect to.
-fn set_device(ebpf: &mut Ebpf, namespace: &Namespace, name: &str) -> Result<()> {
+pub fn set_device(ebpf: &mut Ebpf, namespace: &Namespace, name: &str) -> Result<()> {
     let index = rig::interface(namespace, name)?;
     let mut devices: DevMap<_> = ebpf.map_mut("DEVICE").context("DEVICE")?.try_into()?;
     // The map takes the device out of the namespace of who writes it.
     namespace.enter(|| devices.set(0, index, None, 0)).context("cannot redirect to a device")
 }
 
-/// Attaches a program in the driver, until the object is dropped.
-fn attach(ebpf: &mut Ebpf, program: &str, namespace: &Namespace, interface: &str) -> Result<()> {
+/// Attaches a program, until the object is dropped.
+pub fn attach(
+    ebpf: &mut Ebpf,
+    program: &str,
+    namespace: &Namespace,
+    interface: &str,
+    mode: XdpMode,
+) -> Result<()> {
     let index = rig::interface(namespace, interface)?;
     let xdp: &mut Xdp = ebpf.program_mut(program).context("no such program")?.try_into()?;
     namespace
-        .enter(|| xdp.attach_to_if_index(index, XdpMode::Driver))
+        .enter(|| xdp.attach_to_if_index(index, mode))
         .with_context(|| format!("cannot attach {program} to {interface}"))?;
     Ok(())
 }

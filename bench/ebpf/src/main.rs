@@ -2,6 +2,8 @@
 #![no_std]
 #![no_main]
 
+mod probe;
+
 use aya_ebpf::{
     Global,
     bindings::xdp_action,
@@ -11,8 +13,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use portfwd_bench_ebpf::{
-    Clients, Expected, HEADERS, Headers, Link, PORTS, Position, Received, SAMPLE, Services, Stream,
-    Turn,
+    Clients, Expected, Headers, Link, PORTS, Position, Received, SAMPLE, Services, Stream, Turn,
 };
 
 /// The link addresses that `swap` writes.
@@ -81,18 +82,25 @@ fn prepare(ctx: XdpContext) -> u32 {
     xdp_action::XDP_ABORTED
 }
 
+/// Sends the next packet of the stream.
+#[xdp]
+fn generate(ctx: XdpContext) -> u32 {
+    let Some(position) = POSITION.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
+    // SAFETY: one generator at a time.
+    match write_next(&ctx, &STREAM.load(), unsafe { &mut *position }) {
+        Some(()) => DEVICE.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED),
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
 /// Ethernet, IPv4 and UDP headers as halves of words: a frame begins at a multiple of four, so each
 /// of them is written in one step.
 type Halves = [u16; 21];
 
-/// Sends the next packet of the stream. The whole header is written each time, as the frame comes
-/// back as its last receiver left it.
-#[xdp]
-fn generate(ctx: XdpContext) -> u32 {
-    let stream = STREAM.load();
-    let Some(position) = POSITION.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
-    // SAFETY: one generator at a time.
-    let position = unsafe { &mut *position };
+/// Makes the frame the next one of a stream. The whole header is written each time, as the frame
+/// comes back as its last receiver left it. The payload is taken for zeros.
+#[inline(always)]
+fn write_next(ctx: &XdpContext, stream: &Stream, position: &mut Position) -> Option<()> {
     let Position { flow, service } = *position;
     position.flow = if flow + 1 < stream.clients.count { flow + 1 } else { 0 };
     position.service = if service + 1 < stream.services.count { service + 1 } else { 0 };
@@ -109,7 +117,7 @@ fn generate(ctx: XdpContext) -> u32 {
     let addresses = (from.0 >> 16) + (from.0 & 0xffff) + (to.0 >> 16) + (to.0 & 0xffff);
     let length = stream.length;
     let ip_sum = VERSION + length + DO_NOT_FRAGMENT + TTL_AND_UDP + addresses;
-    // The payload is zeros. The length stands in the pseudo header too.
+    // The length stands in the pseudo header too.
     let udp_length = length - 20;
     let udp_sum = addresses + 0x11 + 2 * udp_length + from.1 + to.1;
     // A sum of zero is sent as its other form; zero is none.
@@ -119,7 +127,7 @@ fn generate(ctx: XdpContext) -> u32 {
     };
     let [link0, link1, link2] = stream.link;
     let be = |half: u32| (half as u16).to_be();
-    let Some(headers) = bytes::<Halves>(&ctx, 0) else { return xdp_action::XDP_ABORTED };
+    let headers = bytes::<Halves>(ctx, 0)?;
     // SAFETY: in bounds.
     unsafe {
         headers.write([
@@ -146,13 +154,18 @@ fn generate(ctx: XdpContext) -> u32 {
             udp_sum.to_be(),
         ]);
     }
-    DEVICE.redirect(0, 0).unwrap_or(xdp_action::XDP_ABORTED)
+    Some(())
 }
 
 /// Counts UDP packets over IPv4, looks at one in many in full, and drops them. All else passes.
 #[xdp]
 fn receive(ctx: XdpContext) -> u32 {
-    let Some(headers) = bytes::<Halves>(&ctx, 0) else { return xdp_action::XDP_PASS };
+    count(&ctx)
+}
+
+#[inline(always)]
+fn count(ctx: &XdpContext) -> u32 {
+    let Some(headers) = bytes::<Halves>(ctx, 0) else { return xdp_action::XDP_PASS };
     // SAFETY: in bounds.
     let half = |at: usize| u32::from(u16::from_be(unsafe { headers.cast::<u16>().add(at).read() }));
     if half(6) != 0x0800 || half(7) >> 8 != 0x45 || half(11) & 0xff != 0x11 {
@@ -169,7 +182,7 @@ fn receive(ctx: XdpContext) -> u32 {
     received.bytes += u64::from(half(8));
     if received.packets % SAMPLE == 0 {
         received.checked += 1;
-        if !is_right(&ctx) {
+        if !is_right(ctx) {
             received.wrong += 1;
         }
     }

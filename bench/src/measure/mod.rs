@@ -1,6 +1,12 @@
 //! The measures, and what they have in common: rounds, waiting for an idle machine, progress.
 
+mod control;
 pub mod cost;
+pub mod latency;
+pub mod memory;
+pub mod new_flows;
+pub mod rules;
+pub mod tcp;
 pub mod throughput;
 
 use std::fs;
@@ -16,8 +22,15 @@ use crate::report::{Failure, Report, Sample, Unit};
 type Measure = fn(&mut Bench) -> Result<()>;
 
 /// Every measure by its name.
-pub const ALL: [(&str, Measure); 2] =
-    [(throughput::NAME, throughput::run), (cost::NAME, cost::run)];
+pub const ALL: [(&str, Measure); 7] = [
+    (throughput::NAME, throughput::run),
+    (new_flows::NAME, new_flows::run),
+    (rules::NAME, rules::run),
+    (latency::NAME, latency::run),
+    (tcp::NAME, tcp::run),
+    (cost::NAME, cost::run),
+    (memory::NAME, memory::run),
+];
 
 /// What is asked for, and what was found.
 pub struct Bench {

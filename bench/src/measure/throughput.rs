@@ -1,9 +1,10 @@
 //! UDP packets per second through one core.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use portfwd_bench_ebpf::Received;
 
 use crate::Options;
@@ -26,8 +27,8 @@ const FORWARD: &[Direction] = &[Direction::Forward];
 const REPLY: &[Direction] = &[Direction::Reply];
 const BOTH: &[Direction] = &[Direction::Forward, Direction::Reply];
 
-/// Frames that are sent before anyone looks at the clock again.
-const CHUNK: u32 = 16_384;
+/// How long the rate is estimated.
+const TRIAL: Duration = Duration::from_millis(50);
 
 /// One case: which way, what frames (by what they are called), how many flows.
 struct Case {
@@ -54,7 +55,7 @@ const CASES: [Case; 7] = [
 ];
 
 pub fn run(bench: &mut Bench) -> Result<()> {
-    let rules = Rules::Single(2);
+    let rules = Rules::Single(1);
     let quick = bench.options.quick;
     for Case { name, directions, frame, flows } in CASES {
         let measured = |contender: &Contender| match contender {
@@ -100,55 +101,97 @@ pub fn load(contender: Contender, rules: Rules, frame: u32, flows: u32) -> Load 
 ///
 /// Nothing arrives, or something that is not what it should be.
 pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load) -> Result<f64> {
+    let time = options.time();
     let mut generators = Vec::new();
     let mut receivers = Vec::new();
-    // Clients speak first: who tracks connections knows each flow by then.
-    let mut opener = Generator::new(rig, Direction::Forward, load)?;
     for direction in directions {
         generators.push(Generator::new(rig, *direction, load)?);
         receivers.push(Receiver::new(rig, *direction, load)?);
     }
-    let received = || -> Result<Received> {
-        let mut sum = Received::default();
-        for receiver in &receivers {
-            let one = receiver.received()?;
-            sum.packets += one.packets;
-            sum.checked += one.checked;
-            sum.wrong += one.wrong;
-        }
-        Ok(sum)
-    };
-    let mut on_path = || -> Result<(Received, Received, Duration)> {
-        rig::pin(rig::PATH_CPU)?;
-        // Flows that never end have no second packet to be quicker.
-        let flows = if load.flows == u32::MAX { 0 } else { load.flows };
-        opener.send(flows.max(CHUNK))?;
-        let mut send_for = |time: Duration| -> Result<()> {
+    // Clients speak first: who tracks connections knows each flow by then. Flows that never end have
+    // no second packet to be quicker.
+    let flows = if load.flows == u32::MAX { 0 } else { load.flows };
+    if directions == [Direction::Reply] {
+        let mut clients = Generator::new(rig, Direction::Forward, load)?;
+        on_path(|| clients.send(flows))?;
+    }
+    let first = generators.first_mut().context("no direction")?;
+    let packets = on_path(|| {
+        first.send(flows)?;
+        // Calls for sending take a while to begin and to end: what is sent in one call lasts longer
+        // than what is measured.
+        let mut trial = 1024;
+        loop {
             let start = Instant::now();
-            while start.elapsed() < time {
-                for generator in &mut generators {
-                    generator.send(CHUNK)?;
-                }
+            first.send(trial)?;
+            let took = start.elapsed();
+            if took >= TRIAL {
+                let longer = 2.0 * time.as_secs_f64() / took.as_secs_f64();
+                return Ok((f64::from(trial) * longer) as u32);
             }
-            Ok(())
-        };
-        send_for(options.time() / 5)?;
-        let (before, start) = (received()?, Instant::now());
-        send_for(options.time())?;
-        let (after, time) = (received()?, start.elapsed());
-        Ok((before, after, time))
-    };
-    let (before, after, time) = thread::scope(|scope| {
-        scope.spawn(&mut on_path).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            trial *= 2;
+        }
     })?;
-    let packets = after.packets - before.packets;
-    ensure!(packets > 0, "no packet arrived");
-    ensure!(after.checked > 0, "too few packets arrived to check one: {packets}");
+
+    // A proxy takes its time to open a socket for each client.
+    let warm = if load.keeps_client { time / 5 } else { time * 3 };
+    let stop = AtomicBool::new(false);
+    let (before, after, elapsed) = thread::scope(|scope| {
+        let floods: Vec<_> = generators
+            .iter_mut()
+            .map(|generator| {
+                scope.spawn(|| -> Result<()> {
+                    rig::pin(rig::PATH_CPU)?;
+                    while !stop.load(Ordering::Relaxed) {
+                        generator.send(packets)?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let look = || -> Result<(Received, Received, Duration)> {
+            thread::sleep(warm);
+            let (before, start) = (sum(&receivers)?, Instant::now());
+            thread::sleep(time);
+            let (after, elapsed) = (sum(&receivers)?, start.elapsed());
+            Ok((before, after, elapsed))
+        };
+        let seen = look();
+        stop.store(true, Ordering::Relaxed);
+        for flood in floods {
+            flood.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        }
+        seen
+    })?;
+    let arrived = after.packets - before.packets;
+    ensure!(arrived > 0, "no packet arrived");
+    ensure!(after.checked > 0, "too few packets arrived to check one: {arrived}");
     ensure!(
         after.wrong == 0,
         "{} of {} packets that were checked are not what they should be",
         after.wrong,
         after.checked
     );
-    Ok(packets as f64 / time.as_secs_f64())
+    Ok(arrived as f64 / elapsed.as_secs_f64())
+}
+
+/// Does something on the core of the data path.
+fn on_path<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let pinned = || {
+        rig::pin(rig::PATH_CPU)?;
+        work()
+    };
+    thread::scope(|scope| scope.spawn(pinned).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn sum(receivers: &[Receiver]) -> Result<Received> {
+    let mut sum = Received::default();
+    for receiver in receivers {
+        let one = receiver.received()?;
+        sum.packets += one.packets;
+        sum.checked += one.checked;
+        sum.wrong += one.wrong;
+    }
+    Ok(sum)
 }
