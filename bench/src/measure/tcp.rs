@@ -34,8 +34,8 @@ use crate::contender::{Contender, Running};
 use crate::measure::{Bench, Reading, busy};
 use crate::proxy::{Transport, is_bound};
 use crate::report::Unit;
-use crate::rig::{PATH_CPU, Rig, Wire, on_cpu, pin};
-use crate::rules::{Protocol, Rule, Rules};
+use crate::rig::{PATH_CPU, Rig, Wire, pin};
+use crate::rules::Rules;
 
 pub const NAME: &str = "tcp";
 
@@ -80,19 +80,19 @@ const BULKS: [Bulk; 5] = [
 ];
 
 pub fn run(bench: &mut Bench) -> Result<()> {
-    let contenders = bench.contenders(&CONTENDERS);
     // iperf3 runs for whole seconds.
     let bulks = if bench.options.quick { &BULKS[..1] } else { &BULKS };
     for bulk in bulks {
-        bench.case(NAME, bulk.name, &contenders, |options, contender| {
+        bench.case(NAME, bulk.name, &CONTENDERS, |options, contender| {
             let path = Path::new(options, contender, bulk.wire)?;
             bulk.measure(&path, if options.quick { 1 } else { 2 })
-        })?;
+        });
     }
-    bench.case(NAME, "connections", &contenders, |options, contender| {
+    bench.case(NAME, "connections", &CONTENDERS, |options, contender| {
         let path = Path::new(options, contender, Wire::Offloads)?;
         connections(&path, options.time())
-    })
+    });
+    Ok(())
 }
 
 /// A contender on a rig of its own, with a rule for TCP.
@@ -109,8 +109,8 @@ struct Path {
 impl Path {
     fn new(options: &Options, contender: Contender, wire: Wire) -> Result<Self> {
         let rules = Rules::Single(2);
-        let rule: Rule =
-            rules.iter().find(|rule| rule.protocol == Protocol::Tcp).context("no rule for TCP")?;
+        let rule = rules.iter().find(|rule| rule.transport == Transport::Tcp);
+        let rule = rule.context("no rule for TCP")?;
         let rig = Rig::new(wire)?;
         // Ports for all the connections that a client, or a proxy, makes.
         for namespace in [&rig.client, &rig.router] {
@@ -123,12 +123,8 @@ impl Path {
             }
         }
         let running = contender.start(options, &rig, rules)?;
-        Ok(Self {
-            target: contender.connects_to(rule),
-            backend: rule.backend,
-            _running: running,
-            rig,
-        })
+        let target = contender.connects_to(&rule);
+        Ok(Self { target, backend: rule.to, _running: running, rig })
     }
 }
 
@@ -182,7 +178,7 @@ impl Bulk {
 
 fn iperf3(namespace: &Namespace) -> Command {
     let mut command = namespace.command("iperf3");
-    on_cpu(&mut command, PATH_CPU);
+    command.args(["-A", &PATH_CPU.to_string()]);
     command
 }
 
