@@ -100,6 +100,8 @@ fn run(options: Options) -> Result<()> {
             println!("{}", path.display());
         }
     }
+    let refused = bench.report.failures.len();
+    ensure!(refused == 0, "{refused} figures were refused; the table says why");
     Ok(())
 }
 

@@ -59,11 +59,11 @@ impl Rules {
         }
     }
 
-    /// Traffic for the range goes to as many of its ports as there are below the ephemeral ones.
+    /// Traffic for the range goes to some of its ports below the ephemeral ones.
     fn services(self, address: Ipv4Addr, port: u16) -> Services {
         let count = match self {
             Self::Single(count) => count.div_ceil(2),
-            Self::Range => PORTS,
+            Self::Range => 5000,
         };
         Services { address: address.to_bits(), port: port.into(), count }
     }

@@ -67,7 +67,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         for round in 1..=rounds {
             progress(&format!("{NAME}: round {round} of {rounds}"));
             for (set, datapath) in sets.iter().zip(&datapaths) {
-                wait_for_idle();
+                wait_for_idle(&bench.options);
                 for class in &set.classes {
                     let case = format!("{}, {}", class.name, set.name);
                     let ingress = if class.role == Role::External { wan } else { lan };

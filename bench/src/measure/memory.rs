@@ -14,8 +14,8 @@ use crate::rules::Rules;
 pub const NAME: &str = "memory";
 
 pub fn run(bench: &mut Bench) -> Result<()> {
-    for count in [1, 10_000, 100_000] {
-        let rules = Rules::Single(count);
+    for count in if bench.options.quick { &[10_000][..] } else { &[1, 10_000, 100_000] } {
+        let rules = Rules::Single(*count);
         let case = |what| format!("{what}, {rules}");
         bench.case(NAME, &rules.to_string(), &[Contender::Native], |options, contender| {
             let rig = Rig::new(Wire::Frames)?;

@@ -95,7 +95,7 @@ impl Bench {
                 if refused.contains(contender) {
                     continue;
                 }
-                wait_for_idle();
+                wait_for_idle(&self.options);
                 match run(&self.options, *contender) {
                     Ok(readings) => {
                         for Reading { case, value, unit } in readings {
@@ -138,10 +138,10 @@ pub fn progress(text: &str) {
 }
 
 /// Waits until nothing else runs on this machine, but not for ever.
-pub fn wait_for_idle() {
+pub fn wait_for_idle(options: &Options) {
     const WINDOW: Duration = Duration::from_millis(20);
-    const PATIENCE: Duration = Duration::from_secs(2);
-    let deadline = Instant::now() + PATIENCE;
+    let patience = Duration::from_millis(if options.quick { 200 } else { 3000 });
+    let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
         let Some(before) = busy() else { return };
         thread::sleep(WINDOW);

@@ -58,7 +58,10 @@ fn takes(contender: Contender, rules: Rules) -> bool {
 /// Packets per second, spread over all rules or all to the last of them.
 fn throughput(bench: &mut Bench, rules: Rules, to_last: bool) {
     let case = if to_last { format!("{rules}, all to the last") } else { rules.to_string() };
-    let contenders: Vec<_> = CONTENDERS.into_iter().filter(|one| takes(*one, rules)).collect();
+    let quick = bench.options.quick;
+    let few = |one: &Contender| !quick || matches!(one, Contender::Limit | Contender::Native);
+    let contenders: Vec<_> =
+        CONTENDERS.into_iter().filter(|one| takes(*one, rules) && few(one)).collect();
     bench.case(NAME, &case, &contenders, |options, contender| {
         let rig = Rig::new(Wire::Frames)?;
         let _running = contender.start(options, &rig, rules)?;
