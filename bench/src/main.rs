@@ -1,6 +1,9 @@
 //! `cargo xtask bench`: portfwd and its alternatives on one rig, measured in turn.
 
+mod contender;
 mod measure;
+mod plot;
+mod proxy;
 mod report;
 mod rig;
 mod rules;
@@ -13,6 +16,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 
+use crate::contender::{ConntrackRoom, Contender};
 use crate::measure::Bench;
 
 /// Measures portfwd and its alternatives, as root. Everything stays in network namespaces of its own.
@@ -34,6 +38,9 @@ pub struct Options {
     /// Write all samples as CSV
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
+    /// Draw plots for people, as SVG and PNG
+    #[arg(long, value_name = "DIRECTORY")]
+    pub plots: Option<PathBuf>,
     /// The portfwd to measure
     #[arg(long, value_name = "FILE", default_value = "target/release/portfwd")]
     pub portfwd: PathBuf,
@@ -54,12 +61,27 @@ fn run(options: Options) -> Result<()> {
     portfwd_tests::netns::clean_stale()?;
     let measures = measure::ALL;
     for name in &options.only {
-        if !measures.iter().any(|(measure, _)| measure == name) {
-            let names: Vec<_> = measures.iter().map(|(measure, _)| *measure).collect();
-            bail!("--only {name}: there is no such measure; there are {}", names.join(", "));
+        if !measures.iter().any(|(measure, _)| measure == name)
+            && !Contender::ALL.iter().any(|contender| contender.is_called(name))
+        {
+            let names = measures.iter().map(|(measure, _)| *measure);
+            let names: Vec<_> = names.chain(Contender::ALL.map(Contender::name)).collect();
+            bail!(
+                "--only {name}: there is no such measure or contender; there are {}",
+                names.join(", ")
+            );
         }
     }
+    // All but the data path, which pins itself.
+    rig::pin(rig::proxy_cpu())?;
     let mut bench = Bench::new(options);
+    for contender in Contender::ALL {
+        if let Some(why) = contender.absent() {
+            bench.report.notes.push(format!("absent: {}: {why}", contender.name()));
+        }
+    }
+    let (_room, note) = ConntrackRoom::make()?;
+    bench.report.notes.extend(note);
     for (name, run) in measures {
         if bench.wants(name) {
             run(&mut bench).with_context(|| format!("cannot measure {name}"))?;
@@ -73,6 +95,13 @@ fn run(options: Options) -> Result<()> {
     if let Some(path) = &bench.options.csv {
         write(path, &bench.report.csv())?;
     }
+    if let Some(directory) = &bench.options.plots {
+        for path in plot::plots(&bench.report, directory)? {
+            println!("{}", path.display());
+        }
+    }
+    let refused = bench.report.failures.len();
+    ensure!(refused == 0, "{refused} figures were refused; the table says why");
     Ok(())
 }
 

@@ -11,6 +11,10 @@ use anyhow::{Context, Result, bail, ensure};
 use portfwd_tests::peers::Background;
 use portfwd_tests::{Namespace, TempDir};
 
+/// Bytes that a UDP socket may hold. A burst of small packets takes a page each, and the kernel's
+/// default, 208 KiB, is too small for two of them. The kernel gives what net.core.rmem_max allows.
+const BUFFER: u32 = 4 << 20;
+
 /// How many sockets a proxy may have, two for each client; fewer where the machine allows fewer.
 const SOCKETS: u64 = 400_000;
 
@@ -20,12 +24,28 @@ pub enum Transport {
     Udp,
 }
 
+impl Transport {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
 /// What to forward: all that arrives at `listen` to `to`.
 #[derive(Clone, Copy, Debug)]
 pub struct Forward {
     pub transport: Transport,
     pub listen: SocketAddrV4,
     pub to: SocketAddrV4,
+}
+
+impl Forward {
+    /// As portfwd's `-p` has it.
+    pub fn spec(&self) -> String {
+        format!("{}:{}/{}", self.listen, self.to, self.transport.name())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +78,13 @@ impl Program {
     /// Why it cannot be started on this machine; `None` if it can.
     pub fn absent(self) -> Option<String> {
         if find(self.name()).is_none() {
-            return Some(format!("{} is not installed", self.name()));
+            let hint = match self {
+                Self::Realm => {
+                    " (github.com/zhboner/realm; the crate of this name is another program)"
+                }
+                _ => "",
+            };
+            return Some(format!("{} is not installed{hint}", self.name()));
         }
         (self == Self::Nginx && nginx_modules().is_none())
             .then(|| "nginx has no stream module (libnginx-mod-stream)".into())
@@ -129,7 +155,12 @@ impl Proxy {
 
     fn wait(&mut self, namespace: &Namespace, forwards: &[Forward]) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(10);
-        while !namespace.enter(|| all_listen(forwards))? {
+        let are_bound = || {
+            forwards.iter().try_fold(true, |all, forward| {
+                Ok::<_, anyhow::Error>(all && is_bound(forward.transport, forward.listen)?)
+            })
+        };
+        while !namespace.enter(are_bound)? {
             for process in &mut self.processes {
                 if let Some(status) = process.exited()? {
                     bail!("it ended at once: {status}");
@@ -152,24 +183,19 @@ impl Drop for Proxy {
     }
 }
 
-/// Is a socket bound to each of the addresses, in the namespace of the calling thread?
-fn all_listen(forwards: &[Forward]) -> Result<bool> {
-    const TCP_LISTEN: &str = "0A";
-    const UDP_UNCONNECTED: &str = "07";
-    let table = |name| fs::read_to_string(format!("/proc/thread-self/net/{name}"));
-    let (tcp, udp) = (table("tcp")?, table("udp")?);
-    Ok(forwards.iter().all(|Forward { transport, listen, .. }| {
-        let (table, state) = match transport {
-            Transport::Tcp => (&tcp, TCP_LISTEN),
-            Transport::Udp => (&udp, UDP_UNCONNECTED),
-        };
-        let address = u32::from_ne_bytes(listen.ip().octets());
-        let local = format!("{address:08X}:{:04X}", listen.port());
-        // Each line: number, local address, remote address, state, and more.
-        table.lines().any(|line| {
-            let mut words = line.split_whitespace().skip(1);
-            words.next() == Some(&local) && words.nth(1) == Some(state)
-        })
+/// Is a server's socket bound to an address, in the namespace of the calling thread?
+pub fn is_bound(transport: Transport, address: SocketAddrV4) -> Result<bool> {
+    let (table, state) = match transport {
+        Transport::Tcp => ("tcp", "0A"), // LISTEN
+        Transport::Udp => ("udp", "07"), // without a peer
+    };
+    let table = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+    let ip = u32::from_ne_bytes(address.ip().octets());
+    let local = format!("{ip:08X}:{:04X}", address.port());
+    // Each line: number, local address, remote address, state, and more.
+    Ok(table.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        words.next() == Some(&local) && words.nth(1) == Some(state)
     }))
 }
 
@@ -190,7 +216,7 @@ fn nginx(forwards: &[Forward], directory: &Path) -> Result<String> {
         .map(|Forward { transport, listen, to }| {
             let options = match transport {
                 Transport::Tcp => "backlog=4096",
-                Transport::Udp => "udp",
+                Transport::Udp => &format!("udp rcvbuf={BUFFER}"),
             };
             format!("    server {{ listen {listen} {options}; proxy_pass {to}; }}\n")
         })
@@ -240,7 +266,9 @@ fn socat(Forward { transport, listen, to }: &Forward) -> Vec<String> {
             format!("socat TCP4-LISTEN:{port},bind={ip},fork,reuseaddr,backlog=4096 TCP4:{to}")
         }
         Transport::Udp => {
-            format!("socat -T 10 UDP4-LISTEN:{port},bind={ip},fork,reuseaddr UDP4:{to}")
+            format!(
+                "socat -T 10 UDP4-LISTEN:{port},bind={ip},fork,reuseaddr,rcvbuf={BUFFER} UDP4:{to}"
+            )
         }
     };
     line.split(' ').map(String::from).collect()
@@ -256,7 +284,7 @@ fn nginx_modules() -> Option<PathBuf> {
 }
 
 /// The first file of this name on PATH.
-fn find(name: &str) -> Option<PathBuf> {
+pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|directory| directory.join(name)).find(|path| path.is_file())
 }

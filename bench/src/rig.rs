@@ -14,7 +14,6 @@
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -22,8 +21,6 @@ use portfwd_tests::Namespace;
 
 /// The core of the data path: generator, contender in the kernel, receiver.
 pub const PATH_CPU: usize = 0;
-/// The core of contenders that are processes; the same one on a machine that has no other.
-pub const PROXY_CPU: usize = 1;
 
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 pub const WAN: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
@@ -182,24 +179,26 @@ pub fn interface(namespace: &Namespace, name: &str) -> Result<u32> {
     index.with_context(|| format!("`ip link` printed {text}"))
 }
 
-/// Keeps the calling thread on one core.
+/// The core of contenders that are processes, and of all else; the same one on a machine that has
+/// no other.
+pub fn proxy_cpu() -> usize {
+    cores().min(2) - 1
+}
+
+fn cores() -> usize {
+    // SAFETY: asks for a number.
+    unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) }.max(1) as usize
+}
+
+/// Keeps the calling thread on one core, and all threads and processes that it starts.
 pub fn pin(cpu: usize) -> Result<()> {
-    pin_self(cpu).with_context(|| format!("cannot run on core {cpu}"))
-}
-
-/// Keeps a command's process on one core.
-pub fn on_cpu(command: &mut Command, cpu: usize) -> &mut Command {
-    // SAFETY: a bare system call is all that happens between fork and exec.
-    unsafe { command.pre_exec(move || pin_self(cpu)) }
-}
-
-fn pin_self(cpu: usize) -> std::io::Result<()> {
     // SAFETY: plain data, of which zero is a value; the kernel reads the size given.
     let status = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
-        let count = libc::sysconf(libc::_SC_NPROCESSORS_ONLN).max(1) as usize;
-        libc::CPU_SET(cpu % count, &mut set);
+        libc::CPU_SET(cpu, &mut set);
         libc::sched_setaffinity(0, size_of_val(&set), &raw const set)
     };
-    if status == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    let error = std::io::Error::last_os_error();
+    ensure!(status == 0, "cannot run on core {cpu}: {error}");
+    Ok(())
 }

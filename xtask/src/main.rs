@@ -1,5 +1,6 @@
 //! What cargo cannot do alone: bring what the build needs, run what needs root.
 
+mod bench;
 mod cargo;
 mod lab;
 mod root;
@@ -29,6 +30,10 @@ enum Command {
     /// Without arguments: a lab of network namespaces with live traffic. With: `portfwd run` with
     /// them on this box. As an ordinary user, asks for root through sudo, once
     Run(run::Options),
+    /// Measure portfwd and its alternatives, with the arguments of the bench (--help shows them); as
+    /// an ordinary user, asks for root through sudo, once
+    #[command(disable_help_flag = true)]
+    Bench(bench::Options),
     /// The lab itself, as root, with portfwd already built
     #[command(hide = true)]
     Lab {
@@ -50,6 +55,7 @@ fn main() -> ExitCode {
         }),
         Command::Test(options) => test::run(&options),
         Command::Run(options) => run::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lab { portfwd, options } => lab::run(&options, &portfwd),
     };
     match done {

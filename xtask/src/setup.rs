@@ -36,6 +36,19 @@ const PROGRAMS: [(&str, &str); 10] = [
     ("sysctl", "procps"),
 ];
 
+/// What the bench needs and whom it compares with: programs, and nginx's module for it.
+const CONTENDERS: [(&str, &str); 8] = [
+    ("ip", "iproute2"),
+    ("ethtool", "ethtool"),
+    ("nft", "nftables"),
+    ("iptables", "iptables"),
+    ("nginx", "nginx-light"),
+    (NGINX_STREAM, "libnginx-mod-stream"),
+    ("haproxy", "haproxy"),
+    ("socat", "socat"),
+];
+const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+
 /// apt-get without surprises: it removes nothing, and starts and enables no service. The packages are `$@`.
 const INSTALL: &str = r#"
 export DEBIAN_FRONTEND=noninteractive
@@ -50,17 +63,32 @@ fi
 apt-get update -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1
 apt-get install -qq -y --no-install-recommends --no-remove "$@" || exit 1
 for package; do
-    if [ "$package" = nginx-light ]; then
-        update-rc.d nginx disable || systemctl disable nginx || exit 1
-    fi
+    case $package in
+        nginx-light) service=nginx ;;
+        haproxy) service=haproxy ;;
+        *) continue ;;
+    esac
+    update-rc.d $service disable || systemctl disable $service || exit 1
 done
 "#;
 
-/// For what: to compile, or also to run the tests and the lab.
+/// For what: to compile, also to run the tests and the lab, or also to compare with others.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Need {
     Build,
     Everything,
+    Bench,
+}
+
+impl Need {
+    /// Programs and their packages.
+    fn programs(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Build => &[],
+            Self::Everything => &PROGRAMS,
+            Self::Bench => &CONTENDERS,
+        }
+    }
 }
 
 /// What a machine has of what portfwd needs.
@@ -88,7 +116,6 @@ impl Machine {
             Some(name) if !linker => llvm(name).unwrap_or(LLVM),
             _ => LLVM,
         };
-        let everything = need == Need::Everything;
         Self {
             toolchain,
             compiler: toolchain::has_core(Path::new("/usr"))
@@ -96,12 +123,14 @@ impl Machine {
             linker,
             llvm,
             llvm_files: Path::new(&prefix(llvm)).join("bin/llvm-config").exists(),
-            bpffs: !everything
+            bpffs: need != Need::Everything
                 || fs::read_to_string("/proc/mounts")
                     .is_ok_and(|mounts| mounts.contains(" /sys/fs/bpf bpf ")),
-            programs: PROGRAMS
-                .into_iter()
-                .filter(|(program, _)| everything && toolchain::program(program).is_none())
+            programs: need
+                .programs()
+                .iter()
+                .copied()
+                .filter(|(program, _)| toolchain::program(program).is_none())
                 .collect(),
         }
     }

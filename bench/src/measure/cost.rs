@@ -1,30 +1,24 @@
 //! Nanoseconds of the programs for each class of packet, in BPF_PROG_TEST_RUN, beside the limit; and
 //! what the verifier says of them.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::ops::RangeInclusive;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use aya::Ebpf;
 use aya::maps::{Array, ProgramArray, xdp::DevMap};
 use aya::programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp};
-use aya::{Ebpf, EbpfLoader};
 use etherparse::PacketBuilder;
-use portfwd::compile::{Capacity, Compiler, Resolved, plan};
-use portfwd::datapath::Datapath;
-use portfwd::network::Externals;
 use portfwd::rule::Rule;
-use portfwd::sysctl::Families;
 use portfwd_bench_ebpf::{HEADERS, Headers, Turn};
 use portfwd_ebpf::path::Role;
-use portfwd_ebpf::table::Interface;
 
+use crate::measure::control::{self, Control};
 use crate::measure::{Bench, progress, wait_for_idle};
+use crate::proxy::{Forward, Transport};
 use crate::report::{LIMIT, Unit, median};
 use crate::rig::{self, Rig, Wire};
-use crate::rules::{Protocol, Rules, nth};
-use crate::traffic::{self, OBJECT, Plain};
+use crate::rules::{Rules, nth};
+use crate::traffic::{Object, Plain};
 
 pub const NAME: &str = "cost";
 
@@ -33,8 +27,6 @@ const REPEAT: u32 = 40_000;
 const TIMES: u32 = 5;
 /// Bytes of a frame.
 const FRAME: usize = 128;
-/// Ports that the kernel gives to sockets: what rules are compiled with.
-const EPHEMERAL: RangeInclusive<u16> = 32_768..=60_999;
 
 /// Rules under which some classes of packets are run.
 struct Set {
@@ -66,18 +58,20 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let mut runner = Runner::new(lan, most.unwrap_or(1))?;
         let mut datapaths = Vec::new();
         for set in &sets {
-            let datapath = load(&set.rules, wan, lan)
+            let rules: Vec<Rule> =
+                set.rules.iter().map(|spec| control::rule(spec)).collect::<Result<_>>()?;
+            let control = Control::load(&rig, &rules)
                 .with_context(|| format!("cannot load the rules of \"{}\"", set.name))?;
-            datapaths.push(datapath);
+            datapaths.push(control.datapath);
         }
         for round in 1..=rounds {
             progress(&format!("{NAME}: round {round} of {rounds}"));
             for (set, datapath) in sets.iter().zip(&datapaths) {
+                wait_for_idle(&bench.options);
                 for class in &set.classes {
                     let case = format!("{}, {}", class.name, set.name);
                     let ingress = if class.role == Role::External { wan } else { lan };
                     runner.set_frames(ingress, &class.frames)?;
-                    wait_for_idle();
                     let [limit, program] = runner
                         .compare(datapath.program(class.role)?, class.hit)
                         .with_context(|| case.clone())?;
@@ -110,35 +104,6 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     })
 }
 
-/// The programs with these rules, on the router.
-fn load(specs: &[String], wan: u32, lan: u32) -> Result<Datapath> {
-    let rules: Vec<Rule> = specs
-        .iter()
-        .map(|spec| {
-            let rule = spec.parse::<Rule>().map_err(|error| anyhow::anyhow!("{spec}: {error}"))?;
-            Ok(Rule { name: spec.clone(), ..rule })
-        })
-        .collect::<Result<_>>()?;
-    let plan = plan(&rules, &Resolved::new())?;
-    let mut datapath = Datapath::load(Capacity::for_plan(&rules, &plan, &EPHEMERAL), false)?;
-    let interfaces = [(wan, Interface::EXTERNAL), (lan, Interface::INTERNAL)];
-    let interfaces: BTreeMap<u32, Interface> = interfaces
-        .into_iter()
-        .map(|(index, flag)| {
-            (index, Interface { flags: flag | Interface::TRANSMITS, mtu: 1500, device: 0 })
-        })
-        .collect();
-    datapath.set_interfaces(&interfaces)?;
-    let externals = Externals { v4: vec![rig::WAN], v6: vec![rig::WAN6] };
-    let mut compiler = Compiler::default();
-    let update = compiler.compile(&rules, &plan, &externals, &EPHEMERAL);
-    datapath.apply(&update)?;
-    compiler.commit(&update);
-    let families = Families { v4: true, v6: true };
-    datapath.routes().rely(families, Duration::from_secs(3600))?;
-    Ok(datapath)
-}
-
 /// What is measured: each class under the rules that it needs and no others, as a program may be made
 /// for its rules.
 fn sets(quick: bool) -> Vec<Set> {
@@ -148,13 +113,13 @@ fn sets(quick: bool) -> Vec<Set> {
     let external = |port| SocketAddr::new(rig::EXTERNAL.into(), port);
     let backend = |port| SocketAddr::new(rig::SERVER.into(), port);
     let (external6, backend6) = (IpAddr::from(rig::WAN6), IpAddr::from(rig::SERVER6));
-    let (udp, tcp) = (Protocol::Udp, Protocol::Tcp);
+    let (udp, tcp) = (Transport::Udp, Transport::Tcp);
     let class = |name, role, hit, frames| Class { name, role, hit, frames };
-    let forward = |name, protocol, from, to| {
-        class(name, Role::External, true, vec![frame(protocol, from, to)])
+    let forward = |name, transport, from, to| {
+        class(name, Role::External, true, vec![frame(transport, from, to)])
     };
-    let reply = |name, protocol, from, to| {
-        class(name, Role::Internal, true, vec![frame(protocol, from, to)])
+    let reply = |name, transport, from, to| {
+        class(name, Role::Internal, true, vec![frame(transport, from, to)])
     };
     let misses = || {
         let miss = |name, to| class(name, Role::External, false, vec![frame(udp, client, to)]);
@@ -169,16 +134,13 @@ fn sets(quick: bool) -> Vec<Set> {
     let v6_at = |address, port| SocketAddr::new(address, port);
 
     const MANY: u32 = 10_000;
-    let many: Vec<String> = Rules::Single(MANY)
-        .iter()
-        .map(|rule| format!("{}:{}/{}", rule.listen, rule.backend, rule.protocol.name()))
-        .collect();
-    let each = |frame: &dyn Fn(&crate::rules::Rule) -> Headers| {
-        let udp_rules = Rules::Single(MANY).iter().filter(|rule| rule.protocol == udp);
+    let many: Vec<String> = Rules::Single(MANY).iter().map(|rule| rule.spec()).collect();
+    let each = |frame: &dyn Fn(&Forward) -> Headers| {
+        let udp_rules = Rules::Single(MANY).iter().filter(|rule| rule.transport == udp);
         udp_rules.map(|rule| frame(&rule)).collect::<Vec<_>>()
     };
     let all_forward = each(&|rule| frame(udp, client, rule.listen.into()));
-    let all_reply = each(&|rule| frame(udp, rule.backend.into(), client));
+    let all_reply = each(&|rule| frame(udp, rule.to.into(), client));
 
     let mut sets = vec![
         Set {
@@ -240,7 +202,7 @@ fn sets(quick: bool) -> Vec<Set> {
 }
 
 /// A packet as it comes to the router.
-fn frame(protocol: Protocol, from: SocketAddr, to: SocketAddr) -> Headers {
+fn frame(transport: Transport, from: SocketAddr, to: SocketAddr) -> Headers {
     let (source, destination) =
         if to.ip() == IpAddr::from(rig::CLIENT6) || to.ip() == IpAddr::from(nth(rig::CLIENTS, 7)) {
             (rig::SERVER_MAC, rig::LAN_MAC)
@@ -255,11 +217,11 @@ fn frame(protocol: Protocol, from: SocketAddr, to: SocketAddr) -> Headers {
     };
     let headers = if from.is_ipv4() { 34 } else { 54 };
     let mut bytes = Vec::with_capacity(FRAME);
-    let written = match protocol {
-        Protocol::Udp => {
+    let written = match transport {
+        Transport::Udp => {
             ip.udp(from.port(), to.port()).write(&mut bytes, &[0; FRAME][headers + 8..])
         }
-        Protocol::Tcp => {
+        Transport::Tcp => {
             let tcp = ip.tcp(from.port(), to.port(), 1, 1024).ack(1);
             tcp.write(&mut bytes, &[0; FRAME][headers + 20..])
         }
@@ -283,14 +245,12 @@ struct Runner {
 impl Runner {
     /// `device` is where the limit redirects to; there will never be more than `frames` frames.
     fn new(device: u32, frames: usize) -> Result<Self> {
-        let mut programs = Ebpf::load(OBJECT)?;
+        let mut programs = Object::new().load(&["swap", "nothing"])?;
         let mut devices: DevMap<_> = programs.map_mut("DEVICE").context("DEVICE")?.try_into()?;
         devices.set(0, device, None, 0)?;
-        traffic::load(&mut programs, "swap")?;
-        traffic::load(&mut programs, "nothing")?;
-        let mut prepare =
-            EbpfLoader::new().map_max_entries("FRAMES", frames as u32).load(OBJECT)?;
-        traffic::load(&mut prepare, "prepare")?;
+        let mut object = Object::new();
+        object.0.map_max_entries("FRAMES", frames as u32);
+        let prepare = object.load(&["prepare"])?;
         Ok(Self { programs, prepare, ingress: 0 })
     }
 
@@ -348,6 +308,6 @@ fn time(prepare: &mut Ebpf, ingress: u32, program: &ProgramFd, expected: u32) ->
     })?;
     let action = result.return_value;
     ensure!(action == expected, "XDP action {action} where {expected} is right");
-    // The call itself takes longer: it waits for the kernel's readers, in ticks of its clock.
+    // In whole nanoseconds. A clock of our own would see what the call waits for around the runs.
     Ok(result.duration.as_nanos() as f64)
 }

@@ -1,6 +1,13 @@
 //! The measures, and what they have in common: rounds, waiting for an idle machine, progress.
 
+mod control;
 pub mod cost;
+pub mod latency;
+pub mod memory;
+pub mod new_flows;
+pub mod rules;
+pub mod tcp;
+pub mod throughput;
 
 use std::fs;
 use std::thread;
@@ -9,12 +16,21 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use crate::Options;
-use crate::report::{Report, Sample, Unit};
+use crate::contender::Contender;
+use crate::report::{Failure, Report, Sample, Unit};
 
 type Measure = fn(&mut Bench) -> Result<()>;
 
 /// Every measure by its name.
-pub const ALL: [(&str, Measure); 1] = [(cost::NAME, cost::run)];
+pub const ALL: [(&str, Measure); 7] = [
+    (throughput::NAME, throughput::run),
+    (new_flows::NAME, new_flows::run),
+    (rules::NAME, rules::run),
+    (latency::NAME, latency::run),
+    (tcp::NAME, tcp::run),
+    (cost::NAME, cost::run),
+    (memory::NAME, memory::run),
+];
 
 /// What is asked for, and what was found.
 pub struct Bench {
@@ -22,9 +38,21 @@ pub struct Bench {
     pub report: Report,
 }
 
+/// One figure of one run.
+pub struct Reading {
+    pub case: String,
+    pub value: f64,
+    pub unit: Unit,
+}
+
 impl Options {
     pub fn rounds(&self) -> u32 {
         self.rounds.unwrap_or(if self.quick { 1 } else { 5 })
+    }
+
+    /// How long one figure is measured.
+    pub fn time(&self) -> Duration {
+        Duration::from_millis(if self.quick { 150 } else { 1000 })
     }
 }
 
@@ -38,6 +66,57 @@ impl Bench {
         let measures = |name: &&String| ALL.iter().any(|(measure, _)| measure == *name);
         let mut named = self.options.only.iter().filter(measures).peekable();
         named.peek().is_none() || named.any(|name| name == measure)
+    }
+
+    /// Those contenders that are asked for and can be measured on this machine.
+    pub fn contenders(&self, all: &[Contender]) -> Vec<Contender> {
+        let called = |name: &String| Contender::ALL.iter().any(|one| one.is_called(name));
+        let named: Vec<&String> = self.options.only.iter().filter(|name| called(name)).collect();
+        let wanted =
+            |one: &Contender| named.is_empty() || named.iter().any(|name| one.is_called(name));
+        all.iter().copied().filter(|one| wanted(one) && one.absent().is_none()).collect()
+    }
+
+    /// Measures one case in rounds: every contender in turn, then again. Who fails once is refused,
+    /// and not asked again.
+    pub fn case(
+        &mut self,
+        measure: &'static str,
+        case: &str,
+        contenders: &[Contender],
+        mut run: impl FnMut(&Options, Contender) -> Result<Vec<Reading>>,
+    ) {
+        let rounds = self.options.rounds();
+        let contenders = self.contenders(contenders);
+        let mut refused = Vec::new();
+        for round in 1..=rounds {
+            for contender in &contenders {
+                let name = contender.name();
+                if refused.contains(contender) {
+                    continue;
+                }
+                wait_for_idle(&self.options);
+                match run(&self.options, *contender) {
+                    Ok(readings) => {
+                        for Reading { case, value, unit } in readings {
+                            let shown = unit.show(value);
+                            progress(&format!(
+                                "{measure}: {case}: {round}/{rounds} {name} {shown}"
+                            ));
+                            self.sample(measure, &case, name, round, (value, unit));
+                        }
+                    }
+                    Err(error) => {
+                        let why = format!("{error:#}").replace('\n', "; ");
+                        progress(&format!("{measure}: {case}: {name} refused: {why}"));
+                        let (case, contender_name) = (case.to_owned(), name.to_owned());
+                        let failure = Failure { measure, case, contender: contender_name, why };
+                        self.report.failures.push(failure);
+                        refused.push(*contender);
+                    }
+                }
+            }
+        }
     }
 
     pub fn sample(
@@ -59,14 +138,14 @@ pub fn progress(text: &str) {
 }
 
 /// Waits until nothing else runs on this machine, but not for ever.
-pub fn wait_for_idle() {
+pub fn wait_for_idle(options: &Options) {
     const WINDOW: Duration = Duration::from_millis(20);
-    const PATIENCE: Duration = Duration::from_secs(3);
-    let deadline = Instant::now() + PATIENCE;
+    let patience = Duration::from_millis(if options.quick { 200 } else { 3000 });
+    let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
         let Some(before) = busy() else { return };
         thread::sleep(WINDOW);
-        // /proc/stat counts hundredths of a second: one tick in a window is a tenth of two cores.
+        // /proc/stat counts hundredths of a second: one tick in a window is a quarter of two cores.
         if busy().is_none_or(|now| now <= before + 1) {
             return;
         }

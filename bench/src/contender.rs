@@ -1,0 +1,288 @@
+//! Who is measured, and how each is set up: as its users would, and at its best.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::net::SocketAddrV4;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use portfwd_tests::{Portfwd, TempDir};
+
+use crate::Options;
+use crate::proxy::{self, Forward, Proxy};
+use crate::report::LIMIT;
+use crate::rig::{self, Rig};
+use crate::rules::Rules;
+use crate::traffic::Limit;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Contender {
+    /// An XDP program that sets MACs and redirects.
+    Limit,
+    /// portfwd with its programs in the driver, and in the stack.
+    Native,
+    Generic,
+    /// The kernel's routing to the server's own address: nothing is translated.
+    Routing,
+    /// nftables, with all rules in one map.
+    NftMap,
+    /// nftables, with a rule for each in a chain.
+    NftChain,
+    Iptables,
+    Nginx,
+    Haproxy,
+    Socat,
+    Realm,
+}
+
+/// A contender at work on a rig. It ends when dropped.
+pub enum Running {
+    Limit {
+        _limit: Limit,
+    },
+    Portfwd {
+        portfwd: Portfwd,
+        _directory: TempDir,
+    },
+    Proxy {
+        _proxy: Proxy,
+    },
+    /// In the kernel, and goes with the router.
+    Kernel,
+}
+
+impl Contender {
+    pub const ALL: [Self; 11] = [
+        Self::Limit,
+        Self::Native,
+        Self::Generic,
+        Self::Routing,
+        Self::NftMap,
+        Self::NftChain,
+        Self::Iptables,
+        Self::Nginx,
+        Self::Haproxy,
+        Self::Socat,
+        Self::Realm,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Limit => LIMIT,
+            Self::Native => "portfwd native",
+            Self::Generic => "portfwd generic",
+            Self::Routing => "routing",
+            Self::NftMap => "nftables",
+            Self::NftChain => "nftables chain",
+            Self::Iptables => "iptables",
+            Self::Nginx => "nginx",
+            Self::Haproxy => "haproxy",
+            Self::Socat => "socat",
+            Self::Realm => "realm",
+        }
+    }
+
+    /// Whether a name given by a user means it: `portfwd` means each of portfwd's modes.
+    pub fn is_called(self, name: &str) -> bool {
+        let name = name.replace('-', " ");
+        let rest = self.name().strip_prefix(name.as_str());
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+    }
+
+    /// Why it cannot be measured on this machine.
+    pub fn absent(self) -> Option<String> {
+        let program = |name: &str, package: &str| {
+            (proxy::find(name).is_none()).then(|| format!("{name} is not installed ({package})"))
+        };
+        match self {
+            Self::Limit | Self::Native | Self::Generic | Self::Routing => None,
+            Self::NftMap | Self::NftChain => program("nft", "nftables"),
+            Self::Iptables => program("iptables-restore", "iptables"),
+            Self::Nginx | Self::Haproxy | Self::Socat | Self::Realm => self.proxy()?.absent(),
+        }
+    }
+
+    /// The program in user space that it is.
+    pub fn proxy(self) -> Option<proxy::Program> {
+        match self {
+            Self::Nginx => Some(proxy::Program::Nginx),
+            Self::Haproxy => Some(proxy::Program::Haproxy),
+            Self::Socat => Some(proxy::Program::Socat),
+            Self::Realm => Some(proxy::Program::Realm),
+            _ => None,
+        }
+    }
+
+    /// Whether clients send to the listened addresses; else straight to the backends.
+    pub fn translates(self) -> bool {
+        !matches!(self, Self::Limit | Self::Routing)
+    }
+
+    /// Where a client sends to.
+    pub fn connects_to(self, rule: &Forward) -> SocketAddrV4 {
+        if self.translates() { rule.listen } else { rule.to }
+    }
+
+    /// Sets it up on the router.
+    pub fn start(self, options: &Options, rig: &Rig, rules: Rules) -> Result<Running> {
+        match self {
+            Self::Limit => return Ok(Running::Limit { _limit: Limit::start(rig)? }),
+            Self::Native => return portfwd(&options.portfwd, rig, rules, "native"),
+            Self::Generic => return portfwd(&options.portfwd, rig, rules, "generic"),
+            Self::Routing => {}
+            Self::NftMap => nft(rig, &nft_map(rules))?,
+            Self::NftChain => nft(rig, &nft_chain(rules))?,
+            Self::Iptables => {
+                rig::feed(&mut rig.router.command("iptables-restore"), &iptables(rules))?;
+            }
+            Self::Nginx | Self::Haproxy | Self::Socat | Self::Realm => {
+                let program = self.proxy().context("no proxy")?;
+                let forwards: Vec<Forward> =
+                    rules.iter().filter(|rule| program.speaks(rule.transport)).collect();
+                let proxy = Proxy::start(program, &rig.router, &forwards, rig::proxy_cpu())?;
+                return Ok(Running::Proxy { _proxy: proxy });
+            }
+        }
+        Ok(Running::Kernel)
+    }
+}
+
+impl Contender {
+    /// Adds one rule to those that it was started with, by the command that users would type.
+    pub fn add(self, rig: &Rig, rule: Forward) -> Result<()> {
+        let Forward { transport, listen, to } = rule;
+        let (protocol, ip, port) = (transport.name(), listen.ip(), listen.port());
+        match self {
+            Self::NftMap => nft(
+                rig,
+                &format!(
+                    "add element ip bench forward {{ {protocol} . {ip} . {port} : {} . {} }}",
+                    to.ip(),
+                    to.port()
+                ),
+            ),
+            Self::NftChain => nft(
+                rig,
+                &format!(
+                    "add rule ip bench prerouting ip daddr {ip} {protocol} dport {port} dnat to {to}"
+                ),
+            ),
+            Self::Iptables => {
+                let line = format!(
+                    "-t nat -A PREROUTING -d {ip} -p {protocol} --dport {port} -j DNAT --to-destination {to}"
+                );
+                let mut command = rig.router.command("iptables");
+                portfwd_tests::netns::run(command.args(line.split(' '))).map(drop)
+            }
+            _ => bail!("{} has no command that adds a rule", self.name()),
+        }
+    }
+}
+
+fn portfwd(binary: &Path, rig: &Rig, rules: Rules, attach: &str) -> Result<Running> {
+    ensure!(
+        binary.exists(),
+        "{}: there is no such file; name portfwd with --portfwd FILE",
+        binary.display()
+    );
+    let directory = TempDir::new()?;
+    let config = directory.path().join("portfwd.toml");
+    fs::write(&config, rules.toml(attach))?;
+    let arguments = ["--config".as_ref(), config.as_os_str()];
+    let portfwd = Portfwd::start(&rig.router, binary, &arguments, directory.path())?;
+    Ok(Running::Portfwd { portfwd, _directory: directory })
+}
+
+fn nft(rig: &Rig, rules: &str) -> Result<()> {
+    rig::feed(rig.router.command("nft").args(["-f", "-"]), rules)
+}
+
+const NFT_CHAIN: &str = "chain prerouting {\ntype nat hook prerouting priority dstnat\n";
+
+fn nft_map(rules: Rules) -> String {
+    if rules == Rules::Range {
+        return nft_chain(rules);
+    }
+    let mut text = "table ip bench {\nmap forward {\ntype inet_proto . ipv4_addr . inet_service : ipv4_addr . inet_service\nelements = {\n".to_owned();
+    for Forward { transport, listen, to } in rules.iter() {
+        let _ = writeln!(
+            text,
+            "{} . {} . {} : {} . {},",
+            transport.name(),
+            listen.ip(),
+            listen.port(),
+            to.ip(),
+            to.port()
+        );
+    }
+    text + "}\n}\n"
+        + NFT_CHAIN
+        + "dnat ip to meta l4proto . ip daddr . th dport map @forward\n}\n}\n"
+}
+
+fn nft_chain(rules: Rules) -> String {
+    let mut text = format!("table ip bench {{\n{NFT_CHAIN}");
+    for Forward { transport, listen, to } in rules.iter() {
+        let (ip, port, protocol) = (listen.ip(), listen.port(), transport.name());
+        let _ = writeln!(text, "ip daddr {ip} {protocol} dport {port} dnat to {to}");
+    }
+    if rules == Rules::Range {
+        let (from, to) = (rig::EXTERNAL, rig::SERVER);
+        let _ = writeln!(text, "ip daddr {from} udp dport 1-65535 dnat to {to}");
+    }
+    text + "}\n}\n"
+}
+
+fn iptables(rules: Rules) -> String {
+    let mut text = "*nat\n".to_owned();
+    for Forward { transport, listen, to } in rules.iter() {
+        let (ip, port, protocol) = (listen.ip(), listen.port(), transport.name());
+        let _ = writeln!(
+            text,
+            "-A PREROUTING -d {ip} -p {protocol} --dport {port} -j DNAT --to-destination {to}"
+        );
+    }
+    if rules == Rules::Range {
+        let (from, to) = (rig::EXTERNAL, rig::SERVER);
+        let _ = writeln!(
+            text,
+            "-A PREROUTING -d {from} -p udp --dport 1:65535 -j DNAT --to-destination {to}"
+        );
+    }
+    text + "COMMIT\n"
+}
+
+/// Room for connection tracking, so that nftables and iptables are measured at their best: its
+/// tables are the machine's, and too small for a million flows by default. As before when dropped.
+pub struct ConntrackRoom(Vec<(&'static str, String)>);
+
+impl ConntrackRoom {
+    const SIZES: [(&'static str, u64); 2] = [
+        ("/sys/module/nf_conntrack/parameters/hashsize", 1 << 20),
+        ("/proc/sys/net/netfilter/nf_conntrack_max", 8 << 20),
+    ];
+
+    /// Makes room, and says how much; nothing on a machine without connection tracking.
+    pub fn make() -> Result<(Self, Option<String>)> {
+        let mut before = Self(Vec::new());
+        for (path, size) in Self::SIZES {
+            let Ok(old) = fs::read_to_string(path) else { return Ok((before, None)) };
+            fs::write(path, size.to_string())
+                .with_context(|| format!("cannot write {size} to {path}"))?;
+            before.0.push((path, old));
+        }
+        let note = "nftables and iptables: connection tracking has room for 8,388,608 flows in \
+                    1,048,576 buckets (nf_conntrack_max, hashsize)";
+        Ok((before, Some(note.into())))
+    }
+}
+
+impl Drop for ConntrackRoom {
+    fn drop(&mut self) {
+        for (path, size) in &self.0 {
+            if let Err(error) = fs::write(path, size.trim()) {
+                eprintln!("cannot set {path} to {} again: {error}", size.trim());
+            }
+        }
+    }
+}
