@@ -246,7 +246,9 @@ fn bars(title: &str, mut rows: Vec<&Row>) -> Option<String> {
         let figure = Text { colour: look.ink, ..label };
         svg.text(values, middle, &unit.show(row.median), &figure);
         if let Some(ratio) = row.ratio {
-            svg.text(ratios, middle, &format!("{:.0} %", 100.0 * ratio), &figure);
+            let percent = 100.0 * ratio;
+            let digits = usize::from(percent < 1.0);
+            svg.text(ratios, middle, &format!("{percent:.digits$} %"), &figure);
         }
     }
     Some(svg.end())
@@ -269,6 +271,9 @@ fn lines(
     const TOP: f64 = 112.0;
     const BOTTOM: f64 = HEIGHT - 62.0;
     const LEFT: f64 = 70.0;
+    // A quick run leaves cases out.
+    let was_measured = |case: &str| rows.iter().any(|row| row.case == case);
+    let cases: Vec<_> = cases.iter().filter(|(case, _)| was_measured(case)).collect();
     let case_of = |row: &Row| cases.iter().position(|(case, _)| *case == row.case);
     let rows: Vec<&Row> = rows
         .iter()
@@ -614,6 +619,16 @@ mod tests {
             ["svg", "png"].map(|end| directory.path().join("latency").with_extension(end))
         );
         assert_eq!(plots(&Report::default(), directory.path()).unwrap(), Vec::<PathBuf>::new());
+    }
+
+    #[test]
+    fn cases_that_a_quick_run_leaves_out_have_no_place() {
+        let mut report = report();
+        report.samples.retain(|sample| sample.case == "1 rule" || sample.case == "10,000 rules");
+        let directory = tempfile::tempdir().unwrap();
+        let paths = plots(&report, directory.path()).unwrap();
+        let svg = fs::read_to_string(&paths[0]).unwrap();
+        assert!(svg.contains(">10,000<") && !svg.contains(">100<"), "{svg}");
     }
 
     #[test]

@@ -56,7 +56,7 @@ pub enum Program {
     Haproxy,
     /// socat, one process for each client.
     Socat,
-    /// realm (github.com/zhboner/realm), one thread.
+    /// realm (github.com/zhboner/realm), one thread; `bin/realm.rs` makes a program of it.
     Realm,
 }
 
@@ -77,17 +77,25 @@ impl Program {
 
     /// Why it cannot be started on this machine; `None` if it can.
     pub fn absent(self) -> Option<String> {
-        if find(self.name()).is_none() {
-            let hint = match self {
-                Self::Realm => {
-                    " (github.com/zhboner/realm; the crate of this name is another program)"
-                }
-                _ => "",
-            };
-            return Some(format!("{} is not installed{hint}", self.name()));
+        if self.executable().is_none() {
+            return Some(match self {
+                Self::Realm => "the bench was built without it (--features realm)".into(),
+                _ => format!("{} is not installed", self.name()),
+            });
         }
         (self == Self::Nginx && nginx_modules().is_none())
             .then(|| "nginx has no stream module (libnginx-mod-stream)".into())
+    }
+
+    /// realm is built with the bench, and stands beside it.
+    fn executable(self) -> Option<PathBuf> {
+        match self {
+            Self::Realm => {
+                let beside = std::env::current_exe().ok()?.with_file_name(self.name());
+                beside.is_file().then_some(beside)
+            }
+            _ => find(self.name()),
+        }
     }
 
     /// The commands that do these forwardings; configuration goes to a directory.
@@ -106,10 +114,7 @@ impl Program {
                 fs::write(&file, haproxy(forwards))?;
                 vec![words(&["haproxy", "-db", "-f", &path])]
             }
-            Self::Realm => {
-                fs::write(&file, realm(forwards))?;
-                vec![words(&["realm", "-c", &path])]
-            }
+            Self::Realm => vec![realm(forwards)?],
             Self::Socat => forwards.iter().map(socat).collect(),
         })
     }
@@ -245,16 +250,13 @@ fn haproxy(forwards: &[Forward]) -> String {
     text
 }
 
-fn realm(forwards: &[Forward]) -> String {
-    let mut text = String::from("[log]\nlevel = \"error\"\n");
+fn realm(forwards: &[Forward]) -> Result<Vec<String>> {
+    let executable = Program::Realm.executable().context("the bench was built without realm")?;
+    let mut words = vec![executable.display().to_string()];
     for Forward { transport, listen, to } in forwards {
-        let udp = *transport == Transport::Udp;
-        text += &format!(
-            "[[endpoints]]\nlisten = \"{listen}\"\nremote = \"{to}\"\n\
-             network = {{ use_udp = {udp}, no_tcp = {udp}, udp_timeout = 10 }}\n"
-        );
+        words.extend([transport.name().into(), listen.to_string(), to.to_string()]);
     }
-    text
+    Ok(words)
 }
 
 /// A child for each client. Those of UDP never learn that their client has gone: 10 s of silence end
