@@ -13,7 +13,8 @@ use aya_ebpf::{
         BPF_FIB_LKUP_RET_UNSUPP_LWT, bpf_fib_lookup as fib_lookup, bpf_sock_tuple, xdp_action,
     },
     helpers::generated::{
-        bpf_fib_lookup, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_fib_lookup, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_skc_lookup_tcp,
     },
     macros::{map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, xdp::DevMap},
@@ -23,8 +24,9 @@ use portfwd_ebpf::{
     packet::{Frame, TCP},
     path::{self, Flow, Kernel, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, Interface, Jiffies,
-        LinkAddresses, Page, Passed, RouteSet, Settings, Translation, Trust,
+        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, HOP_BITS, Interface,
+        Jiffies, LinkAddresses, Page, Passed, RememberedHop, RouteSet, Settings, Translation,
+        Trust,
     },
 };
 
@@ -56,9 +58,11 @@ static DEVICES: DevMap = DevMap::with_max_entries(1024, 0);
 #[map]
 static TRUST: Array<Trust> = Array::with_max_entries(2, 0);
 #[map]
-static ROUTES_V4: PerCpuArray<RouteSet<4>> = PerCpuArray::with_max_entries(1 << 15, 0);
+static ROUTES_V4: Array<RouteSet<4>> = Array::with_max_entries(1 << 15, 0);
 #[map]
-static ROUTES_V6: PerCpuArray<RouteSet<16>> = PerCpuArray::with_max_entries(1 << 15, 0);
+static ROUTES_V6: Array<RouteSet<16>> = Array::with_max_entries(1 << 15, 0);
+#[map]
+static HOPS: Array<RememberedHop> = Array::with_max_entries(1 << HOP_BITS, 0);
 #[map]
 static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
 
@@ -167,6 +171,13 @@ impl Kernel for Xdp<'_> {
         let routes = ROUTES_V6.get_ptr_mut(route_set(direction, destination))?;
         // SAFETY: this CPU's own.
         Some(look(unsafe { &mut *routes }))
+    }
+
+    #[inline(always)]
+    fn hop<R>(&self, row: u32, look: impl FnOnce(&mut RememberedHop) -> R) -> Option<R> {
+        let hop = HOPS.get_ptr_mut(cpu() << HOP_BITS | row)?;
+        // SAFETY: this CPU's own.
+        Some(look(unsafe { &mut *hop }))
     }
 
     // Pages and translations do not change while packets can reach them: see "One change, one write"
@@ -338,6 +349,12 @@ impl Kernel for Xdp<'_> {
     }
 }
 
+#[inline(always)]
+fn cpu() -> u32 {
+    // SAFETY: no arguments.
+    unsafe { bpf_get_smp_processor_id() }
+}
+
 /// The endpoint of an address. Which it is never changes, as long as the address is there.
 #[inline(always)]
 fn endpoint<'a>(row: *const u32) -> Option<&'a Endpoint> {
@@ -351,12 +368,13 @@ fn trust(family: u32) -> Trust {
     TRUST.get_ptr(family).map_or_else(Trust::default, |trust| unsafe { trust.read_volatile() })
 }
 
-/// Which row of the routes is a destination's.
+/// Which row of the routes is a destination's. Each CPU has rows of its own in a common array: a
+/// per-CPU array would be a second load, of a pointer.
 #[inline(always)]
 fn route_set<const N: usize>(direction: Direction, destination: &Address<N>) -> u32 {
     // SAFETY: a constant of the loaded program.
     let bits = unsafe { (&raw const ROUTE_SET_BITS).read_volatile() };
-    (direction as u32) << bits | destination.route_set(bits)
+    (2 * cpu() + direction as u32) << bits | destination.route_set(bits)
 }
 
 /// The source's three halfwords, then the destination's, read one by one: what the compiler would

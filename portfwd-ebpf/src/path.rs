@@ -5,10 +5,11 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
-use crate::packet::{EtherType, Ethernet, Frame, Ip};
+use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Claims, Counter, Direction, Dropped, Endpoint, Hop, Interface,
-    Jiffies, LinkAddresses, Page, Passed, Port, Ports, RouteSet, Tag, ToStack, Translation, Trust,
+    Jiffies, LinkAddresses, Page, Passed, Port, Ports, RememberedHop, RouteSet, Tag, ToStack,
+    Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -49,6 +50,20 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// Of a packet with these headers. Made where it is needed: most packets need none.
+    #[inline(always)]
+    fn of<const N: usize, I: Ip<N>>(ip: &I, transport: &Transport<'_>) -> Self {
+        let (source_port, destination_port) = transport.ports();
+        Self {
+            family: I::FAMILY,
+            protocol: transport.protocol(),
+            source_port,
+            destination_port,
+            source: ip.source().widen(),
+            destination: ip.destination().widen(),
+        }
+    }
+
     /// This flow with one end translated.
     #[inline(always)]
     fn translated(self, direction: Direction, address: AnyAddress, port: Port) -> Self {
@@ -131,6 +146,8 @@ pub trait Kernel {
         destination: &Address<16>,
         look: impl FnOnce(&mut RouteSet<16>) -> R,
     ) -> Option<R>;
+    /// A row of the hops that this CPU remembers.
+    fn hop<R>(&self, row: u32, look: impl FnOnce(&mut RememberedHop) -> R) -> Option<R>;
     /// The interface with this index, if it is one of ours.
     fn interface(&self, index: u32) -> Option<Interface>;
     /// The interface that the packet came by.
@@ -188,8 +205,48 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
 ) -> Result<Verdict, Passed> {
     let available = frame.remaining();
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let (direction, claims) = claim(kernel, role, ip).ok_or(Passed::NoRule)?;
+    let end = |direction| match direction {
+        Direction::Forward => ip.destination(),
+        Direction::Reply => ip.source(),
+    };
+    let claims = |direction| {
+        let endpoint = I::endpoint(kernel, direction, &end(direction)).ok_or(Passed::NoRule)?;
+        let [even, odd] = &endpoint.generations;
+        Ok(if kernel.generation() == 0 { even } else { odd })
+    };
+    // What follows is made twice for `Both`, so that the direction is a constant of each.
+    if matches!(role, Role::External | Role::Both) {
+        match claims(Direction::Forward) {
+            Ok(claims) => {
+                let headers = Headers { ethernet, ip, available };
+                return translate(kernel, Direction::Forward, claims, headers, frame);
+            }
+            Err(reason) if role == Role::External => return Err(reason),
+            Err(_) => {}
+        }
+    }
+    let claims = claims(Direction::Reply)?;
+    let headers = Headers { ethernet, ip, available };
+    translate(kernel, Direction::Reply, claims, headers, frame)
+}
 
+/// The headers that stand before the transport header.
+struct Headers<'a, I> {
+    ethernet: &'a mut Ethernet,
+    ip: &'a mut I,
+    /// What the frame held from the start of `ip` on.
+    available: usize,
+}
+
+/// A packet to or from an address of a rule.
+#[inline(always)]
+fn translate<const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    claims: &Claims,
+    Headers { ethernet, ip, available }: Headers<'_, I>,
+    frame: &mut Frame<'_>,
+) -> Result<Verdict, Passed> {
     let mut transport = ip.transport(frame, available)?;
     let (source_port, destination_port) = transport.ports();
     let port = match direction {
@@ -198,15 +255,7 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
     };
     let translation = translation(kernel, transport.claimed(claims), port).ok_or(Passed::NoRule)?;
 
-    let came = || Flow {
-        family: I::FAMILY,
-        protocol: transport.protocol(),
-        source_port,
-        destination_port,
-        source: ip.source().widen(),
-        destination: ip.destination().widen(),
-    };
-    if translation.has(Translation::ASK_SOCKETS) && kernel.has_socket(&came()) {
+    if translation.has(Translation::ASK_SOCKETS) && kernel.has_socket(&Flow::of(ip, &transport)) {
         return Err(Passed::Own);
     }
     if ip.ttl() <= 1 {
@@ -216,7 +265,7 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
     let mut address: Address<N> = translation.address.narrow();
     if direction == Direction::Reply
         && translation.has(Translation::MANY_ADDRESSES)
-        && let Some(arrival) = kernel.arrival(&came().reversed().arrival())
+        && let Some(arrival) = kernel.arrival(&Flow::of(ip, &transport).reversed().arrival())
     {
         address = arrival.narrow();
     }
@@ -228,34 +277,36 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => address,
         Direction::Reply => ip.destination(),
     };
-    let goes = || came().translated(direction, address.widen(), port);
     // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
     let tag = tag(kernel, direction, ip, now);
-    let remembered = tag.and_then(|tag| {
-        I::routes(kernel, direction, &destination, |set| set.find(&destination, tag).copied())?
-    });
+    let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
     let (verdict, link) = match remembered {
         Some(hop) if u32::from(length) <= hop.mtu => {
             (Verdict::Redirect(hop.device), Some(hop.link))
         }
         _ => {
-            let (verdict, hop) = ask(kernel, direction, ip, &goes())?;
-            if let (Some(tag), Some(hop)) = (tag, hop) {
+            let goes = Flow::of(ip, &transport).translated(direction, address.widen(), port);
+            let (verdict, hop) = ask(kernel, direction, ip, &goes)?;
+            if let (Some(tag), Some(hop)) = (tag, hop)
+                && kernel.hop(hop.row(), |row| row.claim(tag, &hop)) == Some(true)
+            {
                 I::routes(kernel, direction, &destination, |set| {
-                    set.remember(destination, tag, hop);
+                    set.remember(destination, tag, hop.row());
                 });
             }
             (verdict, hop.map(|hop| hop.link))
         }
     };
 
-    kernel.log(came, verdict);
+    kernel.log(|| Flow::of(ip, &transport), verdict);
     if let Verdict::Drop(reason) = verdict {
         kernel.count(translation.counter, |counter| counter.dropped[reason as usize] += 1);
         return Ok(verdict);
     }
     if direction == Direction::Forward && translation.has(Translation::MANY_ADDRESSES) {
-        remember_arrival(kernel, translation, &came(), &goes());
+        let came = Flow::of(ip, &transport);
+        let goes = came.translated(direction, address.widen(), port);
+        remember_arrival(kernel, translation, &came, &goes);
     }
     // The stack takes a hop off and writes the link addresses itself.
     let mut hops = 0;
@@ -275,28 +326,6 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
         }
     });
     Ok(verdict)
-}
-
-/// What rules claim at the address that this interface's role translates.
-#[inline(always)]
-fn claim<'k, const N: usize, I: Ip<N>, K: Kernel>(
-    kernel: &'k K,
-    role: Role,
-    ip: &I,
-) -> Option<(Direction, &'k Claims)> {
-    let look = |direction, address: Address<N>| {
-        let endpoint = I::endpoint(kernel, direction, &address)?;
-        let [even, odd] = &endpoint.generations;
-        Some((direction, if kernel.generation() == 0 { even } else { odd }))
-    };
-    let forward = match role {
-        Role::External | Role::Both => look(Direction::Forward, ip.destination()),
-        Role::Internal => None,
-    };
-    match (forward, role) {
-        (None, Role::Internal | Role::Both) => look(Direction::Reply, ip.source()),
-        (forward, _) => forward,
-    }
 }
 
 /// The translation of a port: a comparison, or two array loads.
@@ -332,6 +361,21 @@ fn tag<const N: usize, I: Ip<N>, K: Kernel>(
     // One branch, not three.
     let trusted = (trust.generation != 0) & (now < trust.until) & !ip.is_source_strict();
     trusted.then(|| Tag::new(trust.generation, direction))
+}
+
+/// The way to `destination` that the FIB told lately.
+// Not a closure: one that the compiler does not inline takes the direction by its address, and then it
+// is no constant any more.
+#[inline(always)]
+fn remembered<const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    destination: &Address<N>,
+    tag: Option<Tag>,
+) -> Option<Hop> {
+    let tag = tag?;
+    let row = I::routes(kernel, direction, destination, |set| set.find(destination, tag))??;
+    kernel.hop(row, |row| row.hop)
 }
 
 /// Asks the FIB. With the way if it is one by which packets can be redirected at once.

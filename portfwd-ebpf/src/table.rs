@@ -302,51 +302,89 @@ impl Tag {
     }
 }
 
-/// What the FIB said for a destination.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// Value of `HOPS`, by CPU and a hash of the hop: a way that the FIB told of, under a tag. Many
+/// destinations share it, as they do a gateway, so it is not written over while its tag holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
-pub struct RememberedRoute<const N: usize> {
-    pub destination: Address<N>,
+pub struct RememberedHop {
     pub tag: Tag,
+    pub padding: u32,
     pub hop: Hop,
 }
 
-/// Value of `ROUTES_V4` and `ROUTES_V6`, per CPU, by direction and a hash of the destination: the last
-/// two routes that were asked for, the later first. The directions do not share sets: a flood of
-/// clients cannot push out the ways to backends.
+impl RememberedHop {
+    /// Makes this the row of `hop` under `tag`. False if it is another's.
+    #[inline(always)]
+    pub fn claim(&mut self, tag: Tag, hop: &Hop) -> bool {
+        if self.tag == tag {
+            return self.hop == *hop;
+        }
+        *self = Self { tag, padding: 0, hop: *hop };
+        true
+    }
+}
+
+/// Value of `ROUTES_V4` and `ROUTES_V6`, by CPU, direction and a hash of the destination: the last two
+/// destinations that were asked for, the later first, each with its tag and its row of `HOPS`. Small,
+/// so that those of ten thousand clients stay in the CPU's own cache. The directions do not share
+/// sets: a flood of clients cannot push out the ways to backends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct RouteSet<const N: usize>([RememberedRoute<N>; 2]);
 
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+struct RememberedRoute<const N: usize> {
+    destination: Address<N>,
+    tag: Tag,
+    hop: u32,
+}
+
+impl<const N: usize> RememberedRoute<N> {
+    const NONE: Self = Self { destination: Address([0; N]), tag: Tag(0), hop: 0 };
+
+    /// Without a branch for each word: it is faster, and shorter to verify.
+    #[inline(always)]
+    fn is(&self, destination: &Address<N>, tag: Tag) -> bool {
+        (self.tag.0 ^ tag.0) | self.destination.difference(destination) == 0
+    }
+}
+
 impl<const N: usize> RouteSet<N> {
     /// Nothing is remembered.
-    pub const EMPTY: Self = Self(
-        [RememberedRoute {
-            destination: Address([0; N]),
-            tag: Tag(0),
-            hop: Hop { device: 0, mtu: 0, link: LinkAddresses([0; 12]), padding: 0 },
-        }; 2],
-    );
+    pub const EMPTY: Self = Self([RememberedRoute::NONE; 2]);
 
-    /// The way to `destination` that was remembered under `tag`.
+    /// The row of `HOPS` to `destination` that was remembered under `tag`.
     #[inline(always)]
-    pub fn find(&self, destination: &Address<N>, tag: Tag) -> Option<&Hop> {
-        // Without a branch for each word: it is faster, and shorter to verify.
-        let is = |route: &RememberedRoute<N>| {
-            (route.tag.0 ^ tag.0) | route.destination.difference(destination) == 0
-        };
+    pub fn find(&self, destination: &Address<N>, tag: Tag) -> Option<u32> {
         let [later, earlier] = &self.0;
-        if is(later) {
-            return Some(&later.hop);
+        if later.is(destination, tag) {
+            return Some(later.hop);
         }
-        is(earlier).then_some(&earlier.hop)
+        earlier.is(destination, tag).then_some(earlier.hop)
     }
 
-    /// Remembers the way to `destination` in place of the earlier one.
+    /// Remembers the row to `destination` in place of the earlier one.
     #[inline(always)]
-    pub fn remember(&mut self, destination: Address<N>, tag: Tag, hop: Hop) {
+    pub fn remember(&mut self, destination: Address<N>, tag: Tag, hop: u32) {
         self.0[1] = self.0[0];
         self.0[0] = RememberedRoute { destination, tag, hop };
+    }
+}
+
+/// Of a hash of a hop, which chooses one of a CPU's rows of `HOPS`.
+pub const HOP_BITS: u32 = 10;
+
+impl Hop {
+    /// Which of a CPU's rows of `HOPS` is this one's.
+    #[inline(always)]
+    pub fn row(&self) -> u32 {
+        let mut sum = self.device;
+        for word in self.link.0.as_chunks::<4>().0 {
+            sum = (sum ^ u32::from_ne_bytes(*word)).wrapping_mul(0x9e37_79b1);
+            sum ^= sum >> 16;
+        }
+        sum & ((1 << HOP_BITS) - 1)
     }
 }
 
@@ -498,7 +536,8 @@ const _: () = {
     assert!(size_of::<Translation>() == 32);
     assert!(size_of::<ArrivalKey>() == 40);
     assert!(size_of::<Settings>() == 8 && size_of::<Trust>() == 16);
-    assert!(size_of::<RouteSet<4>>() == 64 && size_of::<RouteSet<16>>() == 96);
+    assert!(size_of::<RememberedHop>() == 32);
+    assert!(size_of::<RouteSet<4>>() == 24 && size_of::<RouteSet<16>>() == 48);
     assert!(size_of::<Counter>() == 40 + 8 * (ToStack::COUNT + Dropped::COUNT));
 };
 

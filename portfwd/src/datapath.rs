@@ -16,8 +16,8 @@ use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{
-    Address, Counter, Direction, Dropped, Endpoint, Interface, Jiffies, LAYOUT, Page, Passed,
-    RouteSet, Settings, Tally, ToStack, Translation, Trust,
+    Address, Counter, Direction, Dropped, Endpoint, HOP_BITS, Interface, Jiffies, LAYOUT, Page,
+    Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
 };
 use thiserror::Error;
 
@@ -270,13 +270,15 @@ impl Datapath {
     ///
     /// No permission, no BPF in the kernel, or a kernel that refuses the object.
     pub fn load(capacity: Capacity, log: bool) -> Result<Self, DatapathError> {
-        let bits = route_set_bits(nr_cpus().map_or(1, |cpus| cpus as u32));
+        let cpus = nr_cpus().map_or(1, |cpus| cpus as u32);
+        let bits = route_set_bits(cpus);
         let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
         let mut ebpf = EbpfLoader::new()
             .override_global(aya_log::LEVEL, &level, true)
             .override_global("ROUTE_SET_BITS", &bits, true)
-            .map_max_entries("ROUTES_V4", 2 << bits)
-            .map_max_entries("ROUTES_V6", 2 << bits)
+            .map_max_entries("ROUTES_V4", (2 * cpus) << bits)
+            .map_max_entries("ROUTES_V6", (2 * cpus) << bits)
+            .map_max_entries("HOPS", cpus << HOP_BITS)
             .map_max_entries("ENDPOINTS", capacity.endpoints)
             .map_max_entries("LISTENS_V4", capacity.endpoints)
             .map_max_entries("LISTENS_V6", capacity.endpoints)
@@ -821,7 +823,7 @@ mod tests {
     fn every_cpu_remembers_as_many_routes_as_memory_allows() {
         assert_eq!(route_set_bits(0), 14);
         assert_eq!(route_set_bits(2), 14);
-        assert_eq!(route_set_bits(128), 10);
+        assert_eq!(route_set_bits(128), 11);
         assert!(route_set_bits(8192) >= 1);
     }
 }

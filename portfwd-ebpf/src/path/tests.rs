@@ -44,6 +44,7 @@ struct Router {
     /// Sets that are not here are empty.
     routes4: RefCell<HashMap<(Direction, u32), RouteSet<4>>>,
     routes6: RefCell<HashMap<(Direction, u32), RouteSet<16>>>,
+    hops: RefCell<HashMap<u32, RememberedHop>>,
     /// How often the FIB was asked.
     fib: Cell<u32>,
     rows: Vec<Translation>,
@@ -114,6 +115,7 @@ impl Router {
             trust: Cell::default(),
             routes4: RefCell::default(),
             routes6: RefCell::default(),
+            hops: RefCell::default(),
             fib: Cell::default(),
             rows,
             arrivals: RefCell::default(),
@@ -195,6 +197,9 @@ impl Kernel for Router {
     fn translation(&self, number: u32) -> Option<&Translation> {
         self.looked_up(2);
         self.rows.get(number as usize)
+    }
+    fn hop<R>(&self, row: u32, look: impl FnOnce(&mut RememberedHop) -> R) -> Option<R> {
+        Some(look(self.hops.borrow_mut().entry(row).or_default()))
     }
     fn interface(&self, index: u32) -> Option<Interface> {
         match index {
@@ -429,17 +434,38 @@ fn two_destinations_of_one_set_are_both_remembered() {
         |set| (0u32..).map(|n| Address(n.to_be_bytes())).filter(move |a| a.route_set(BITS) == set);
     let tag = Tag::new(1, Direction::Reply);
     let mut routes = RouteSet::EMPTY;
-    let hop = |device| Hop { device, ..Hop::default() };
     let found: Vec<Address<4>> = of(3).take(3).collect();
-    for (device, address) in found.iter().enumerate() {
+    for (hop, address) in found.iter().enumerate() {
         assert_eq!(routes.find(address, tag), None);
-        routes.remember(*address, tag, hop(device as u32));
+        routes.remember(*address, tag, hop as u32);
     }
     assert_eq!(routes.find(&found[0], tag), None);
-    assert_eq!(routes.find(&found[1], tag), Some(&hop(1)));
-    assert_eq!(routes.find(&found[2], tag), Some(&hop(2)));
+    assert_eq!(routes.find(&found[1], tag), Some(1));
+    assert_eq!(routes.find(&found[2], tag), Some(2));
     assert_eq!(routes.find(&found[2], Tag::new(2, Direction::Reply)), None);
     assert_eq!(routes.find(&found[2], Tag::new(1, Direction::Forward)), None);
+}
+
+#[test]
+fn a_hop_that_is_in_use_is_not_written_over() {
+    let hop = |device| Hop { device, ..Hop::default() };
+    let [first, second] = [1, 2].map(|generation| Tag::new(generation, Direction::Reply));
+    let mut row = RememberedHop::default();
+    assert!(row.claim(first, &hop(1)));
+    assert!(row.claim(first, &hop(1)));
+    assert!(!row.claim(first, &hop(2)));
+    assert_eq!(row.hop, hop(1));
+    assert!(row.claim(second, &hop(2)));
+    assert!(!row.claim(second, &hop(1)));
+    // Hops that differ by a bit anywhere mostly have rows of their own.
+    let rows: std::collections::BTreeSet<u32> = (0..96)
+        .map(|bit| {
+            let mut bytes = [0x52, 0x54, 0, 1, 2, 3, 2, 0, 0, 0, 0, 9];
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            Hop { device: 3, link: LinkAddresses::from_bytes(bytes), ..Hop::default() }.row()
+        })
+        .collect();
+    assert!(rows.len() > 85, "{}", rows.len());
 }
 
 #[test]
