@@ -402,7 +402,8 @@ impl<const N: usize> Address<N> {
     pub fn route_set(&self, bits: u32) -> u32 {
         let mut hash = 0u64;
         for word in self.0.as_chunks::<4>().0 {
-            hash ^= u64::from(u32::from_ne_bytes(*word));
+            // As numbers, neighbours differ in the lowest bits, which the product spreads best.
+            hash ^= u64::from(u32::from_be_bytes(*word));
             hash = hash.wrapping_mul(0x9e37_79b9_7f4a_7c15);
             if N > 4 {
                 hash ^= hash >> 32;

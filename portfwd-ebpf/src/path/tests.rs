@@ -447,6 +447,27 @@ fn two_destinations_of_one_set_are_both_remembered() {
 }
 
 #[test]
+fn ten_thousand_neighbours_have_sets_with_room_for_each() {
+    let full = |addresses: &mut dyn Iterator<Item = u32>| {
+        let mut sets = HashMap::<u32, u32>::new();
+        for address in addresses {
+            *sets.entry(Address(address.to_be_bytes()).route_set(14)).or_default() += 1;
+        }
+        sets.into_values().filter(|count| *count > 2).sum::<u32>()
+    };
+    let first = u32::from_be_bytes([198, 18, 0, 0]);
+    assert_eq!(full(&mut (first..first + 10_000)), 0);
+    assert!(full(&mut (0..10_000).map(|n| first + 256 * n)) < 1_500);
+    let ipv6 = |n: u16| {
+        let [high, low] = n.to_be_bytes();
+        Address([0x20, 1, 0xd, 0xb8, 0, 7, high, low, 2, 0x10, 0, 0xff, 0xfe, 1, low, high])
+    };
+    let mut sets = HashMap::<u32, u32>::new();
+    (0..10_000).for_each(|n| *sets.entry(ipv6(n).route_set(14)).or_default() += 1);
+    assert!(sets.into_values().filter(|count| *count > 2).sum::<u32>() < 2_000);
+}
+
+#[test]
 fn a_hop_that_is_in_use_is_not_written_over() {
     let hop = |device| Hop { device, ..Hop::default() };
     let [first, second] = [1, 2].map(|generation| Tag::new(generation, Direction::Reply));
