@@ -45,7 +45,8 @@ static EXPECTED: Global<Expected> = Global::new(Expected::NONE);
 #[map]
 static RECEIVED: PerCpuArray<Received> = PerCpuArray::with_max_entries(1, 0);
 
-/// The limit: what any forwarding in XDP must do, and nothing else.
+/// The limit: what any forwarding in XDP must do, and nothing else. (Redirecting by an index without
+/// a map carries 5 % fewer packets.)
 #[xdp]
 fn swap(ctx: XdpContext) -> u32 {
     let Some(link) = bytes::<Link>(&ctx, 0) else { return xdp_action::XDP_PASS };
