@@ -193,7 +193,11 @@ impl Report {
             }
             let name = format!("  {}", row.contender);
             match (row.refused, row.unit) {
-                (Some(why), _) => table.add_row([name, format!("refused: {why}")]),
+                // In a column of its own: it may be long.
+                (Some(why), _) => {
+                    let [none, refused] = [String::new(), format!("refused: {why}")];
+                    table.add_row([name, none.clone(), none.clone(), none.clone(), none, refused])
+                }
                 (None, Some(unit)) => table.add_row([
                     name,
                     unit.show(row.median),
@@ -204,7 +208,7 @@ impl Report {
                 (None, None) => table.add_row([name]),
             };
         }
-        for column in table.column_iter_mut().skip(1) {
+        for column in table.column_iter_mut().skip(1).take(4) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         let mut text = table.trim_fmt();

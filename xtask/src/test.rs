@@ -69,7 +69,8 @@ pub fn run(options: &Options) -> Result<()> {
     if wanted(Layer::Host) {
         // The eBPF binary does not compile for the host, hence the second call.
         let libraries = ["--package", "portfwd-ebpf", "--package", "portfwd-tests", "--lib"];
-        for packages in [&[][..], &libraries] {
+        let bench = ["--package", "portfwd-bench", "--bin", "bench"];
+        for packages in [&[][..], &libraries, &bench] {
             let mut command = cargo::command();
             command.arg("test").args(packages).args(["--no-fail-fast", "--", "--show-output"]);
             died |= report.follow(command.args(&options.filter))?;

@@ -45,7 +45,8 @@ static EXPECTED: Global<Expected> = Global::new(Expected::NONE);
 #[map]
 static RECEIVED: PerCpuArray<Received> = PerCpuArray::with_max_entries(1, 0);
 
-/// The limit: what any forwarding in XDP must do, and nothing else.
+/// The limit: what any forwarding in XDP must do, and nothing else. (Redirecting by an index without
+/// a map carries 5 % fewer packets.)
 #[xdp]
 fn swap(ctx: XdpContext) -> u32 {
     let Some(link) = bytes::<Link>(&ctx, 0) else { return xdp_action::XDP_PASS };
@@ -202,11 +203,15 @@ fn is_right(ctx: &XdpContext) -> bool {
 
     let Services { address, port, count } = expected.services;
     let (address, port) = (service.0.wrapping_sub(address), service.1.wrapping_sub(port));
-    let service_is_right = address < 0x1_0000 && port < PORTS && address * PORTS + port < count;
+    let service = address * PORTS + port;
+    let service_is_right = address < 0x1_0000 && port < PORTS && service < count;
+    let services = count;
     let Clients { address, port, count } = expected.clients;
     let (address, port) = (client.0.wrapping_sub(address), client.1.wrapping_sub(port));
-    let flow_is_right = address < 0x1_0000 && port < 0x1_0000 && port << 16 | address < count;
-    let client_is_right = expected.any_client != 0 || flow_is_right;
+    let flow = port << 16 | address;
+    // Flows and services are sent in step: each flow belongs to one service.
+    let client_is_right = expected.any_client != 0
+        || address < 0x1_0000 && port < 0x1_0000 && flow < count && flow.checked_rem(services) == Some(service);
     if length != expected.length || half(19) != length - 20 || !service_is_right || !client_is_right
     {
         return false;

@@ -130,7 +130,7 @@ pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load)
             first.send(trial)?;
             let took = start.elapsed();
             if took >= TRIAL {
-                let longer = 2.0 * time.as_secs_f64() / took.as_secs_f64();
+                let longer = 1.4 * time.as_secs_f64() / took.as_secs_f64();
                 return Ok((f64::from(trial) * longer) as u32);
             }
             trial *= 2;
