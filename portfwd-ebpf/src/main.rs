@@ -24,9 +24,9 @@ use portfwd_ebpf::{
     packet::{Frame, TCP},
     path::{self, Flow, Kernel, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, HOP_BITS, Interface,
-        Jiffies, LinkAddresses, Page, Passed, RememberedHop, RouteSet, Settings, Translation,
-        Trust,
+        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, Favourite, HOP_BITS,
+        Interface, Jiffies, LinkAddresses, Page, Passed, RememberedHop, RouteSet, Settings,
+        Translation, Trust,
     },
 };
 
@@ -125,6 +125,10 @@ impl Kernel for Xdp<'_> {
 
     #[inline(always)]
     fn endpoint_v4(&self, direction: Direction, address: &Address<4>) -> Option<&Endpoint> {
+        let favourite = favourite(direction)?;
+        if favourite.address == *address {
+            return ENDPOINTS.get(favourite.row);
+        }
         endpoint(match direction {
             Direction::Forward => LISTENS_V4.get_ptr(address)?,
             Direction::Reply => BACKENDS_V4.get_ptr(address)?,
@@ -353,6 +357,17 @@ impl Kernel for Xdp<'_> {
 fn cpu() -> u32 {
     // SAFETY: no arguments.
     unsafe { bpf_get_smp_processor_id() }
+}
+
+#[inline(always)]
+fn favourite(direction: Direction) -> Option<Favourite> {
+    let settings = SETTINGS.get_ptr(0)?;
+    // SAFETY: the row always exists; the control plane writes this word while packets read it. It is
+    // read as one.
+    unsafe {
+        let word = (&raw const (*settings).favourites[direction as usize]).cast::<u64>();
+        Some(core::mem::transmute::<u64, Favourite>(word.read_volatile()))
+    }
 }
 
 /// The endpoint of an address. Which it is never changes, as long as the address is there.

@@ -232,6 +232,23 @@ pub struct Settings {
     pub layout: u32,
     /// The generation of endpoints that is live, 0 or 1. One write to it changes all rules at once.
     pub generation: u32,
+    /// By [`Direction`]: an address that is found without a lookup.
+    pub favourites: [Favourite; 2],
+}
+
+/// An entry of `LISTENS_V4` or `BACKENDS_V4` that stands in [`Settings`] too: on most boxes there is
+/// one address to listen on, and its packets need no hash. Read and written as one word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C, align(8))]
+pub struct Favourite {
+    pub address: Address<4>,
+    /// Of `ENDPOINTS`.
+    pub row: u32,
+}
+
+impl Favourite {
+    /// No packet has this address.
+    pub const NONE: Self = Self { address: Address([0; 4]), row: 0 };
 }
 
 /// The link addresses of a frame, as they begin it.
@@ -536,7 +553,7 @@ const _: () = {
     assert!(size_of::<Page>() == 1024);
     assert!(size_of::<Translation>() == 32);
     assert!(size_of::<ArrivalKey>() == 40);
-    assert!(size_of::<Settings>() == 8 && size_of::<Trust>() == 16);
+    assert!(size_of::<Settings>() == 24 && size_of::<Trust>() == 16);
     assert!(size_of::<RememberedHop>() == 32);
     assert!(size_of::<RouteSet<4>>() == 24 && size_of::<RouteSet<16>>() == 48);
     assert!(size_of::<Counter>() == 40 + 8 * (ToStack::COUNT + Dropped::COUNT));

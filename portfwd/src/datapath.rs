@@ -16,8 +16,8 @@ use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{
-    Address, Counter, Direction, Dropped, Endpoint, HOP_BITS, Interface, Jiffies, LAYOUT, Page,
-    Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
+    Address, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface, Jiffies,
+    LAYOUT, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
 };
 use thiserror::Error;
 
@@ -254,6 +254,8 @@ pub struct Datapath {
     links: BTreeMap<u32, (XdpLink, Mode)>,
     capacity: Capacity,
     generation: u32,
+    /// Addresses that [`Settings`] leads from, and their rows, by direction.
+    favourites: [Option<(EndpointKey, u32)>; 2],
     /// Whether packets may still look at the generation before the live one.
     flipped: bool,
     /// Numbers of `DEVICES` by interface index.
@@ -318,6 +320,7 @@ impl Datapath {
             links: BTreeMap::new(),
             capacity,
             generation: 0,
+            favourites: [None; 2],
             flipped: false,
             devices: BTreeMap::new(),
             next_device: 0,
@@ -430,6 +433,18 @@ impl Datapath {
             self.write_address(key, Some(*number))?;
         }
 
+        for favourite in &mut self.favourites {
+            let is_gone = |key: &&EndpointKey| favourite.is_some_and(|(it, _)| it == **key);
+            if update.gone.iter().any(|key| is_gone(&key)) {
+                *favourite = None;
+            }
+        }
+        // The lowest: which of several it is does not matter.
+        let mut new: Vec<_> = update.new.iter().filter(|(key, _)| key.1.is_ipv4()).collect();
+        new.sort();
+        for (key, number) in new {
+            self.favourites[key.0 as usize].get_or_insert((*key, *number));
+        }
         self.generation = update.generation;
         self.write_settings()?;
         self.flipped = true;
@@ -487,7 +502,13 @@ impl Datapath {
     }
 
     fn write_settings(&mut self) -> Result<(), DatapathError> {
-        let settings = Settings { layout: LAYOUT, generation: self.generation };
+        let favourites = self.favourites.map(|favourite| match favourite {
+            Some(((_, IpAddr::V4(address)), row)) => {
+                Favourite { address: Address(address.octets()), row }
+            }
+            _ => Favourite::NONE,
+        });
+        let settings = Settings { layout: LAYOUT, generation: self.generation, favourites };
         let mut map = self.array::<Settings>("SETTINGS")?;
         map.set(0, Plain(settings), 0).map_err(map_error("SETTINGS"))
     }

@@ -211,7 +211,10 @@ fn is_right(ctx: &XdpContext) -> bool {
     let flow = port << 16 | address;
     // Flows and services are sent in step: each flow belongs to one service.
     let client_is_right = expected.any_client != 0
-        || address < 0x1_0000 && port < 0x1_0000 && flow < count && flow.checked_rem(services) == Some(service);
+        || address < 0x1_0000
+            && port < 0x1_0000
+            && flow < count
+            && flow.checked_rem(services) == Some(service);
     if length != expected.length || half(19) != length - 20 || !service_is_right || !client_is_right
     {
         return false;
