@@ -2,6 +2,7 @@
 #![no_std]
 #![no_main]
 
+use core::cell::Cell;
 use core::mem::size_of;
 
 use aya_ebpf::{
@@ -103,7 +104,16 @@ fn both(ctx: XdpContext) -> u32 {
 fn run(ctx: &XdpContext, role: Role) -> u32 {
     // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
     let frame = unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) };
-    match path::handle(&Xdp { ctx }, role, frame) {
+    let xdp = Xdp { ctx, noted: Cell::new(None) };
+    let verdict = path::handle(&xdp, role, frame);
+    // Here, where all paths have met again, and not on each of them: the verifier follows it that
+    // often.
+    if log::is_on()
+        && let Some(flow) = xdp.noted.get()
+    {
+        log::verdict(ctx, &flow, verdict);
+    }
+    match verdict {
         Verdict::Redirect(device) => DEVICES.redirect(device, 0).unwrap_or(xdp_action::XDP_DROP),
         Verdict::Stack(_) | Verdict::Pass(_) => xdp_action::XDP_PASS,
         Verdict::Drop(_) => xdp_action::XDP_DROP,
@@ -112,6 +122,8 @@ fn run(ctx: &XdpContext, role: Role) -> u32 {
 
 struct Xdp<'a> {
     ctx: &'a XdpContext,
+    /// For the log.
+    noted: Cell<Option<Flow>>,
 }
 
 impl Kernel for Xdp<'_> {
@@ -346,9 +358,9 @@ impl Kernel for Xdp<'_> {
 
     // The level is a constant of the loaded program: what is off, the verifier removes.
     #[inline(always)]
-    fn log(&self, flow: impl FnOnce() -> Flow, verdict: Verdict) {
+    fn note(&self, flow: impl FnOnce() -> Flow) {
         if log::is_on() {
-            log::verdict(self.ctx, &flow(), verdict);
+            self.noted.set(Some(flow()));
         }
     }
 }

@@ -166,8 +166,9 @@ pub trait Kernel {
     /// Counts a packet that passes.
     fn count_passed(&self, reason: Passed);
     fn now(&self) -> Jiffies;
-    /// Tells what became of a packet that a rule claimed, as it came in.
-    fn log(&self, flow: impl FnOnce() -> Flow, verdict: Verdict);
+    /// Notes the packet, as it came in, for whoever wants to see what becomes of those that rules
+    /// claim.
+    fn note(&self, flow: impl FnOnce() -> Flow);
 }
 
 /// Decides and does what becomes of `frame`.
@@ -298,7 +299,7 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
         }
     };
 
-    kernel.log(|| Flow::of(ip, &transport), verdict);
+    kernel.note(|| Flow::of(ip, &transport));
     if let Verdict::Drop(reason) = verdict {
         kernel.count(translation.counter, |counter| counter.dropped[reason as usize] += 1);
         return Ok(verdict);

@@ -238,7 +238,7 @@ impl Kernel for Router {
     fn now(&self) -> Jiffies {
         Jiffies(1)
     }
-    fn log(&self, _flow: impl FnOnce() -> Flow, _verdict: Verdict) {}
+    fn note(&self, _flow: impl FnOnce() -> Flow) {}
 }
 
 const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
