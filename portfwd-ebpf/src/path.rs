@@ -289,10 +289,11 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
             let goes = Flow::of(ip, &transport).translated(direction, address.widen(), port);
             let (verdict, hop) = ask(kernel, direction, ip, &goes)?;
             if let (Some(tag), Some(hop)) = (tag, hop)
-                && kernel.hop(hop.row(), |row| row.claim(tag, &hop)) == Some(true)
+                && let row = hop.row::<N>(direction)
+                && kernel.hop(row, |row| row.claim(tag, &hop)) == Some(true)
             {
                 I::routes(kernel, direction, &destination, |set| {
-                    set.remember(destination, tag, hop.row());
+                    set.remember(destination, tag, row);
                 });
             }
             (verdict, hop.map(|hop| hop.link))

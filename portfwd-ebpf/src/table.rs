@@ -319,8 +319,8 @@ impl Tag {
     }
 }
 
-/// Value of `HOPS`, by CPU and a hash of the hop: a way that the FIB told of, under a tag. Many
-/// destinations share it, as they do a gateway, so it is not written over while its tag holds.
+/// Value of `HOPS`, by CPU, family, direction and a hash of the hop: a way that the FIB told of, under a
+/// tag. Many destinations share it, as they do a gateway, so it is not written over while its tag holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct RememberedHop {
@@ -389,19 +389,23 @@ impl<const N: usize> RouteSet<N> {
     }
 }
 
-/// Of a hash of a hop, which chooses one of a CPU's rows of `HOPS`.
-pub const HOP_BITS: u32 = 10;
+/// Bits of the number of a CPU's row of `HOPS`.
+pub const HOP_BITS: u32 = 12;
 
 impl Hop {
-    /// Which of a CPU's rows of `HOPS` is this one's.
+    /// Which of a CPU's rows of `HOPS` is this one's, on the way to destinations of `N` bytes. Families
+    /// and directions do not share rows: they have tags of their own, and who writes over a row with
+    /// another tag relies on it that the one before never comes back.
     #[inline(always)]
-    pub fn row(&self) -> u32 {
-        let mut sum = self.device;
+    pub fn row<const N: usize>(&self, direction: Direction) -> u32 {
+        // Routes by one gateway may differ in their MTU.
+        let mut sum = self.device ^ self.mtu << 10;
         for word in self.link.0.as_chunks::<4>().0 {
             sum = (sum ^ u32::from_ne_bytes(*word)).wrapping_mul(0x9e37_79b1);
             sum ^= sum >> 16;
         }
-        sum & ((1 << HOP_BITS) - 1)
+        let family = u32::from(N > 4);
+        (sum << 2 | family << 1 | direction as u32) & ((1 << HOP_BITS) - 1)
     }
 }
 

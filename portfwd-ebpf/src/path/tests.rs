@@ -3,7 +3,7 @@
 extern crate std;
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::vec;
 use std::vec::Vec;
 
@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::packet::{TCP, UDP};
-use crate::table::{Address, Dropped, Shift};
+use crate::table::{Address, Dropped, HOP_BITS, Shift};
 
 const CLIENT: [u8; 4] = [198, 51, 100, 2];
 const BOX: [u8; 4] = [198, 51, 100, 1];
@@ -483,10 +483,25 @@ fn a_hop_that_is_in_use_is_not_written_over() {
         .map(|bit| {
             let mut bytes = [0x52, 0x54, 0, 1, 2, 3, 2, 0, 0, 0, 0, 9];
             bytes[bit / 8] ^= 1 << (bit % 8);
-            Hop { device: 3, link: LinkAddresses::from_bytes(bytes), ..Hop::default() }.row()
+            Hop { device: 3, link: LinkAddresses::from_bytes(bytes), ..Hop::default() }
+                .row::<4>(Direction::Reply)
         })
         .collect();
     assert!(rows.len() > 85, "{}", rows.len());
+    let row = |mtu| Hop { mtu, ..hop(3) }.row::<4>(Direction::Reply);
+    assert!(row(1500) != row(1400) && row(1500) != row(1280));
+    // And never share one with those that have other tags.
+    let hops = || (0..2000).map(hop);
+    let rows = [
+        hops().map(|hop| hop.row::<4>(Direction::Forward)).collect::<HashSet<_>>(),
+        hops().map(|hop| hop.row::<4>(Direction::Reply)).collect(),
+        hops().map(|hop| hop.row::<16>(Direction::Forward)).collect(),
+        hops().map(|hop| hop.row::<16>(Direction::Reply)).collect(),
+    ];
+    for (rows, others) in rows.iter().zip(rows.iter().cycle().skip(1)) {
+        assert!(rows.len() > 500 && rows.iter().all(|row| *row < 1 << HOP_BITS));
+        assert!(rows.is_disjoint(others));
+    }
 }
 
 #[test]

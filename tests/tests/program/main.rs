@@ -5,6 +5,7 @@ mod headers;
 mod hostile;
 mod own;
 mod packet;
+mod remembered;
 mod router;
 mod routes;
 mod rules;
