@@ -254,8 +254,8 @@ pub struct Datapath {
     links: BTreeMap<u32, (XdpLink, Mode)>,
     capacity: Capacity,
     generation: u32,
-    /// Whether packets may still look at the generation before the live one.
-    flipped: bool,
+    /// Ends when no packet looks at the generation before the live one any more.
+    readers: Option<thread::JoinHandle<()>>,
     /// Numbers of `DEVICES` by interface index.
     devices: BTreeMap<u32, u32>,
     next_device: u32,
@@ -316,7 +316,7 @@ impl Datapath {
             links: BTreeMap::new(),
             capacity,
             generation: 0,
-            flipped: false,
+            readers: None,
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
@@ -409,14 +409,17 @@ impl Datapath {
     ///
     /// A map is full or out of memory: what was live stays live.
     pub fn apply(&mut self, update: &Update) -> Result<(), DatapathError> {
-        self.wait_for_readers();
+        // Rows of the generation before the live one are written over.
+        if let Some(readers) = self.readers.take() {
+            readers.join().unwrap_or_else(|_| thread::sleep(GRACE));
+        }
         let mut translations = self.array::<Translation>("TRANSLATIONS")?;
         for (number, row) in &update.translations {
             translations.set(*number, Plain(*row), 0).map_err(map_error("TRANSLATIONS"))?;
         }
         let mut pages = self.array::<Page>("PAGES")?;
         for (number, page) in &update.pages {
-            pages.set(*number, Plain(*page), 0).map_err(map_error("PAGES"))?;
+            pages.set(*number, Plain(page.page()), 0).map_err(map_error("PAGES"))?;
         }
         let mut endpoints = self.array::<Endpoint>("ENDPOINTS")?;
         for (number, endpoint) in &update.endpoints {
@@ -430,25 +433,13 @@ impl Datapath {
 
         self.generation = update.generation;
         self.write_settings()?;
-        self.flipped = true;
+        // While nobody waits for it: it takes several milliseconds.
+        let waiting = thread::Builder::new().name("readers".to_owned()).spawn(wait_for_readers);
+        self.readers = waiting.map_err(|_| wait_for_readers()).ok();
         for key in &update.gone {
             self.write_address(key, None)?;
         }
         Ok(())
-    }
-
-    /// Rows of the generation before the live one may be written over once no packet looks at them.
-    fn wait_for_readers(&mut self) {
-        if !std::mem::take(&mut self.flipped) {
-            return;
-        }
-        // MEMBARRIER_CMD_GLOBAL is synchronize_rcu(), which XDP programs run under.
-        const GLOBAL: libc::c_long = 1;
-        // SAFETY: takes three integers.
-        if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
-            // Not with nohz_full.
-            thread::sleep(GRACE);
-        }
     }
 
     /// Makes an address lead to this row of the endpoints, or to none.
@@ -674,6 +665,17 @@ impl Datapath {
 
     fn map_mut(&mut self, name: &'static str) -> &mut Map {
         self.ebpf.map_mut(name).unwrap_or_else(|| missing(name))
+    }
+}
+
+/// Returns once no packet looks at the rows that were live when this was called.
+fn wait_for_readers() {
+    // MEMBARRIER_CMD_GLOBAL is synchronize_rcu(), which XDP programs run under.
+    const GLOBAL: libc::c_long = 1;
+    // SAFETY: takes three integers.
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
+        // Not with nohz_full.
+        thread::sleep(GRACE);
     }
 }
 

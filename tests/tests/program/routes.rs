@@ -185,7 +185,9 @@ fn interfaces_are_what_they_were_last_said_to_be() {
             let mut links = interfaces();
             for link in [WAN, LAN] {
                 match flags {
-                    Some(flags) => links.insert(link.into(), Interface { flags, mtu: 1500 }),
+                    Some(flags) => {
+                        links.insert(link.into(), Interface { flags, mtu: 1500, device: 0 })
+                    }
                     None => links.remove(&link.into()),
                 };
             }
