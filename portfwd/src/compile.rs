@@ -3,19 +3,26 @@
 //! [`plan`] settles what each rule means once its names are resolved, and whether it can be
 //! stateless. [`Compiler::compile`] turns a plan and the box's addresses into what to write.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::hash::Hash;
+use std::hash::BuildHasher as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use portfwd_ebpf::packet::{TCP, UDP};
 use portfwd_ebpf::table::{
-    Address, AnyAddress, Claims, Direction, Endpoint, Page, Ports as PortTable, Shift, Translation,
+    Address, AnyAddress, Claims, Direction, Endpoint, Ports as PortTable, Shift, Translation,
 };
 
+use self::numbered::Numbered;
+use self::pages::{Area, Canvas, EVERYWHERE, Pages, Runs, area};
 use crate::network::Externals;
 use crate::rule::{Host, Ports, Precedence, Rule, narrower, shared_claim};
+
+mod numbered;
+mod pages;
 
 /// The addresses of a host: at most one of each family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -43,7 +50,7 @@ impl HostAddresses {
 pub type Resolved = BTreeMap<String, HostAddresses>;
 
 /// One rule in one address family, with its backend's address known.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Leg {
     /// The rule's place in the rules that were planned.
     pub rule: usize,
@@ -70,6 +77,19 @@ impl Leg {
         [(self.tcp, TCP), (self.udp, UDP)]
             .into_iter()
             .filter_map(|(has, number)| has.then_some(number))
+    }
+
+    /// The first backend port whose replies this leg and another would have to answer differently.
+    fn clash(&self, other: &Self) -> Option<u16> {
+        let shares = self.tcp && other.tcp || self.udp && other.udp;
+        if self.backend != other.backend
+            || !shares
+            || (self.listen, self.shift) == (other.listen, other.shift)
+        {
+            return None;
+        }
+        let ((first, last), (from, to)) = (self.backend_ports(), other.backend_ports());
+        (first <= to && from <= last).then_some(first.max(from))
     }
 }
 
@@ -99,55 +119,103 @@ impl std::error::Error for Refused {}
 /// flow table.
 pub fn plan(rules: &[Rule], resolved: &Resolved) -> Result<Plan, Refused> {
     let mut refused = Vec::new();
-    let mut legs = Vec::with_capacity(rules.len());
+    let mut legs = Vec::with_capacity(room(rules.len()));
     for (number, rule) in rules.iter().enumerate() {
-        for target in &rule.to {
-            let host = match &target.host {
-                Host::Address(address) => HostAddresses::one(*address),
-                Host::Name(name) => resolved.get(name).copied().unwrap_or_default(),
-            };
-            let before = legs.len();
-            for backend in host.iter() {
-                if rule.listen.address.is_some_and(|listen| listen.is_ipv4() != backend.is_ipv4()) {
-                    continue;
-                }
-                let first = target.ports.map_or(rule.listen.ports.first(), |ports| ports.first());
-                legs.push(Leg {
-                    rule: number,
-                    listen: rule.listen.address,
-                    ports: rule.listen.ports,
-                    tcp: rule.protocol.tcp(),
-                    udp: rule.protocol.udp(),
-                    backend,
-                    shift: Shift::between(rule.listen.ports.first(), first),
-                    precedence: rule.precedence(),
-                });
-            }
-            if legs.len() == before {
-                refused.push(format!(
-                    "{}: rule \"{}\": {} has no address{}; check the name, or write an address",
-                    rule.place,
-                    rule.name,
-                    target.host,
-                    match rule.listen.address {
-                        Some(IpAddr::V4(_)) => " of IPv4, which the rule listens on",
-                        Some(IpAddr::V6(_)) => " of IPv6, which the rule listens on",
-                        None => "",
-                    }
-                ));
-            }
-        }
+        refused.extend(add_legs(&mut legs, number, rule, resolved));
     }
     for (first, second, port) in ambiguous_replies(&legs) {
-        let (a, b) = (&rules[legs[first].rule], &rules[legs[second].rule]);
-        refused.push(format!(
-            "{}: rule \"{}\" and rule \"{}\" ({}) both send to port {port} of {}: which of them a \
-             reply belongs to needs the flow table, which this version does not have; give the \
-             backend a second port or address",
-            b.place, b.name, a.name, a.place, legs[first].backend
-        ));
+        refused.push(ambiguity(rules, &legs[first], &legs[second], port));
     }
     if refused.is_empty() { Ok(Plan { legs }) } else { Err(Refused(refused)) }
+}
+
+/// Room for so many and some more: to move a very long list costs more than to add to it.
+fn room(length: usize) -> usize {
+    length + length / 8
+}
+
+impl Plan {
+    /// Adds the last of `rules`, of which the others were planned. Looks at each leg once.
+    ///
+    /// # Errors
+    ///
+    /// As [`plan`]; then nothing has changed.
+    pub fn add(&mut self, rules: &[Rule], resolved: &Resolved) -> Result<(), Refused> {
+        let Some((rule, planned)) = rules.split_last() else { return Ok(()) };
+        let mut legs = Vec::new();
+        let mut refused = add_legs(&mut legs, planned.len(), rule, resolved);
+        for leg in &legs {
+            let clash = |other: &Leg| other.clash(leg).map(|port| (*other, port));
+            if let Some((other, port)) = self.legs.iter().find_map(clash) {
+                refused.push(ambiguity(rules, &other, leg, port));
+            }
+        }
+        if !refused.is_empty() {
+            return Err(Refused(refused));
+        }
+        self.legs.extend(legs);
+        Ok(())
+    }
+
+    /// Takes out the rule with this number. Those behind it move up.
+    pub fn remove(&mut self, rule: usize) {
+        self.legs.retain(|leg| leg.rule != rule);
+        for leg in self.legs.iter_mut().filter(|leg| leg.rule > rule) {
+            leg.rule -= 1;
+        }
+    }
+}
+
+/// The legs of a rule; why not, if one of its backends has none.
+fn add_legs(legs: &mut Vec<Leg>, number: usize, rule: &Rule, resolved: &Resolved) -> Vec<String> {
+    let mut refused = Vec::new();
+    for target in &rule.to {
+        let host = match &target.host {
+            Host::Address(address) => HostAddresses::one(*address),
+            Host::Name(name) => resolved.get(name).copied().unwrap_or_default(),
+        };
+        let before = legs.len();
+        for backend in host.iter() {
+            if rule.listen.address.is_some_and(|listen| listen.is_ipv4() != backend.is_ipv4()) {
+                continue;
+            }
+            let first = target.ports.map_or(rule.listen.ports.first(), |ports| ports.first());
+            legs.push(Leg {
+                rule: number,
+                listen: rule.listen.address,
+                ports: rule.listen.ports,
+                tcp: rule.protocol.tcp(),
+                udp: rule.protocol.udp(),
+                backend,
+                shift: Shift::between(rule.listen.ports.first(), first),
+                precedence: rule.precedence(),
+            });
+        }
+        if legs.len() == before {
+            refused.push(format!(
+                "{}: rule \"{}\": {} has no address{}; check the name, or write an address",
+                rule.place,
+                rule.name,
+                target.host,
+                match rule.listen.address {
+                    Some(IpAddr::V4(_)) => " of IPv4, which the rule listens on",
+                    Some(IpAddr::V6(_)) => " of IPv6, which the rule listens on",
+                    None => "",
+                }
+            ));
+        }
+    }
+    refused
+}
+
+fn ambiguity(rules: &[Rule], first: &Leg, second: &Leg, port: u16) -> String {
+    let (a, b) = (&rules[first.rule], &rules[second.rule]);
+    format!(
+        "{}: rule \"{}\" and rule \"{}\" ({}) both send to port {port} of {}: which of them a \
+         reply belongs to needs the flow table, which this version does not have; give the \
+         backend a second port or address",
+        b.place, b.name, a.name, a.place, first.backend
+    )
 }
 
 /// Pairs of legs whose replies come from one backend port but would have to leave differently, with
@@ -168,10 +236,7 @@ fn ambiguous_replies(legs: &[Leg]) -> Vec<(usize, usize, u16)> {
             let leg = &legs[number];
             let (first, _) = leg.backend_ports();
             open.retain(|other| legs[*other].backend_ports().1 >= first);
-            let clash = open.iter().find(|other| {
-                let other = &legs[**other];
-                (other.listen, other.shift) != (leg.listen, leg.shift)
-            });
+            let clash = open.iter().find(|other| legs[**other].clash(leg).is_some());
             match clash {
                 Some(other) => {
                     let pair = (number.min(*other), number.max(*other));
@@ -236,7 +301,7 @@ pub struct Update {
     /// New rows, at numbers that no live row refers to.
     pub translations: Vec<(u32, Translation)>,
     /// New pages, at numbers that no live row refers to.
-    pub pages: Vec<(u32, Page)>,
+    pub pages: Vec<(u32, Runs)>,
     /// Rows of the endpoints whose next generation differs from what they hold.
     pub endpoints: Vec<(u32, Endpoint)>,
     /// Addresses that lead to those rows and did not before.
@@ -246,6 +311,8 @@ pub struct Update {
     pub gone: Vec<EndpointKey>,
     /// What makes the endpoints' next generation live.
     pub generation: u32,
+    /// How many rows of counters have names.
+    pub counters: u32,
 }
 
 /// How many rows the tables hold.
@@ -275,7 +342,7 @@ impl Capacity {
             endpoints: room(update.endpoints.len()),
             translations: room(update.translations.len()),
             pages: room(update.pages.len()),
-            counters: rules.len().max(1) as u32,
+            counters: (rules.len() + rules.len() / 4) as u32 + 256,
         }
     }
 
@@ -284,41 +351,80 @@ impl Capacity {
         update.endpoints.iter().all(|(number, _)| *number < self.endpoints)
             && update.translations.iter().all(|(number, _)| *number < self.translations)
             && update.pages.iter().all(|(number, _)| *number < self.pages)
+            && update.counters <= self.counters
     }
 }
 
-/// Keeps what is loaded, so that what does not change keeps its numbers.
+/// Keeps what is loaded, so that a change writes what it changes and nothing else.
 #[derive(Default)]
 pub struct Compiler {
-    translations: Interner<Translation>,
-    pages: Interner<Page>,
-    counters: BTreeMap<String, u32>,
-    endpoints: HashMap<EndpointKey, EndpointRow>,
-    /// Numbers of rows to which no address leads.
-    free_endpoints: Vec<u32>,
+    /// The names of rules, numbered as their counters are.
+    names: Names,
+    rows: Rows,
+    pages: Pages,
+    /// What is live.
+    legs: Vec<Placed>,
+    world: World,
+    endpoints: Numbered<EndpointKey, EndpointRow>,
+    /// Where the kernel may not have the same in both generations.
+    unsettled: Vec<EndpointKey>,
     generation: u32,
+    pending: Option<Pending>,
+}
+
+/// A leg with its rows.
+#[derive(Clone, Copy)]
+struct Placed {
+    /// Its rule is the number of the rule's name: the same as long as the name is.
+    leg: Leg,
+    /// Rows of its [`translations`].
+    rows: [u32; VARIANTS],
+}
+
+/// What was compiled last and is not live yet.
+struct Pending {
+    /// Live legs that stay, at the front and at the back, and what stands between.
+    front: usize,
+    back: usize,
+    between: Vec<Placed>,
+    world: World,
+    /// Rows that this uses and nothing live.
+    added: Vec<u32>,
+    /// Rows that this does not use any more.
+    dropped: Vec<u32>,
+    /// Tables as they were painted.
+    tables: Vec<(Table, PortTable)>,
 }
 
 /// A row of the endpoints.
+#[derive(Default)]
 struct EndpointRow {
-    number: u32,
-    /// What the kernel has, but for the next generation unless it is `written`.
-    endpoint: Endpoint,
-    written: bool,
+    /// What is live.
+    claims: Claims,
     /// The kernel has the address.
     known: bool,
+}
+
+/// One protocol at an endpoint.
+type Table = (EndpointKey, u8);
+
+fn table_of(claims: &mut Claims, protocol: u8) -> &mut PortTable {
+    if protocol == TCP { &mut claims.tcp } else { &mut claims.udp }
 }
 
 impl Compiler {
     /// The counter of a rule's name.
     pub fn counter(&self, name: &str) -> Option<u32> {
-        self.counters.get(name).copied()
+        self.names.find(name)
     }
 
     /// Works out what to write for `plan` of `rules`. Nothing is live until it is written and
     /// [`commit`](Self::commit) said so; what is not committed is forgotten by the next call.
     ///
     /// Ranges ask for the box's own sockets on the `ephemeral` ports, `*` on all.
+    ///
+    /// Every leg is compared with what is live, in about 50 ns; all other work grows with the
+    /// difference.
     pub fn compile(
         &mut self,
         rules: &[Rule],
@@ -326,157 +432,389 @@ impl Compiler {
         externals: &Externals,
         ephemeral: &RangeInclusive<u16>,
     ) -> Update {
-        self.translations.begin();
-        self.pages.begin();
-        // A name keeps its counter, also while no rule has it.
-        for rule in rules {
-            if !self.counters.contains_key(&rule.name) {
-                let next = self.counters.len() as u32;
-                self.counters.insert(rule.name.clone(), next);
-            }
+        self.forget();
+        let world = World::new(externals, ephemeral);
+        let mut touched = Touched::default();
+        let (pending, translations) = self.place(rules, plan, world, &mut touched);
+        for (_, live, painted) in &mut touched.tables {
+            *painted = area(*live, painted.clone());
         }
-        let strokes = self.strokes(rules, plan, externals, ephemeral);
+        let pending = self.pending.insert(pending);
+        let (front, rest) = self.legs.split_at(pending.front);
+        let back = &rest[rest.len() - pending.back..];
+        let legs = front.iter().chain(&pending.between).chain(back);
+        let strokes = strokes(legs, &pending.world, &touched);
         let mut canvas = Canvas::default();
-        let mut wanted = HashMap::new();
-        for strokes in strokes.chunk_by(|a, b| a.endpoint == b.endpoint) {
-            let claims = canvas.paint(strokes, &mut self.pages);
-            wanted.insert(strokes[0].endpoint, claims);
+        let mut strokes = strokes.as_slice();
+        let mut tables = Vec::with_capacity(touched.tables.len());
+        for (number, (table, live, area)) in touched.tables.into_iter().enumerate() {
+            let end = strokes.partition_point(|stroke| stroke.table == number as u32);
+            let (own, others) = strokes.split_at(end);
+            strokes = others;
+            let own = own.iter().map(|stroke| (stroke.ports, stroke.row));
+            let ports = canvas.paint(&mut self.pages, live, area, own);
+            self.pages.acquire(ports);
+            tables.push((table, ports));
         }
-        self.update(wanted)
+        pending.tables = tables;
+        let mut update = self.update();
+        update.translations = translations;
+        update.pages = self.pages.take_fresh();
+        update
     }
 
-    /// Every leg as strokes on its endpoints: by endpoint, and there from broad to narrow, so that
-    /// the narrower rule has the last word on a port.
-    fn strokes(
+    /// Finds out which legs are new or gone, gives rows to the new ones, and notes which parts of
+    /// which tables all of them touch.
+    fn place(
         &mut self,
         rules: &[Rule],
         plan: &Plan,
-        externals: &Externals,
-        ephemeral: &RangeInclusive<u16>,
-    ) -> Vec<Stroke> {
-        let mut legs: Vec<&Leg> = plan.legs.iter().collect();
-        legs.sort_by_key(|leg| std::cmp::Reverse(leg.precedence));
-        let mut strokes = Vec::with_capacity(2 * legs.len());
-        for leg in legs {
-            let counter = self.counters[&rules[leg.rule].name];
-            let every;
-            let addresses = match &leg.listen {
-                Some(address) => std::slice::from_ref(address),
-                None => {
-                    every = of_family(externals, leg.backend);
-                    &every
-                }
-            };
-            let Some(first) = addresses.first() else { continue };
-            let many = if addresses.len() > 1 { Translation::MANY_ADDRESSES } else { 0 };
-            let claimed = (leg.ports.first(), leg.ports.last());
-            let asking = asking_ports(leg.ports, ephemeral);
-            let mut stroke = |endpoint, ports, row| {
-                strokes.push(Stroke {
-                    endpoint,
-                    ports,
-                    row,
-                    tcp: leg.tcp,
-                    udp: leg.udp,
-                    all: leg.ports == Ports::All,
-                });
-            };
+        world: World,
+        touched: &mut Touched,
+    ) -> (Pending, Vec<(u32, Translation)>) {
+        let Self { names, rows, legs: live, world: before, endpoints, .. } = self;
+        let live_table = |(key, protocol): Table| {
+            let number = endpoints.find(&key);
+            number.map_or(PortTable::NONE, |number| {
+                *table_of(&mut endpoints[number].claims.clone(), protocol)
+            })
+        };
+        let stays = before.stays(&world);
+        let same = |placed: &Placed, leg: &Leg| {
+            placed.leg == Leg { rule: placed.leg.rule, ..*leg }
+                && stays(leg)
+                && names.get(placed.leg.rule) == rules[leg.rule].name
+        };
+        let pairs = || live.iter().zip(&plan.legs);
+        let front = pairs().take_while(|(placed, leg)| same(placed, leg)).count();
+        let ends = live[front..].iter().rev().zip(plan.legs[front..].iter().rev());
+        let back = ends.take_while(|(placed, leg)| same(placed, leg)).count();
+        let live = &live[front..live.len() - back];
+        let wanted = &plan.legs[front..plan.legs.len() - back];
 
-            for (place, address) in addresses.iter().enumerate() {
-                let is_first = if many != 0 && place == 0 { Translation::FIRST_ADDRESS } else { 0 };
-                let mut row = |ask| {
-                    self.translations.number(&Translation {
-                        address: any_address(leg.backend),
-                        shift: leg.shift,
-                        padding: [0; 2],
-                        flags: many | is_first | ask,
-                        counter,
-                        padding_2: 0,
-                    })
-                };
-                let endpoint = (Direction::Forward, *address);
-                if asking != Some(claimed) {
-                    stroke(endpoint, claimed, row(0));
-                }
-                if let Some(asking) = asking {
-                    stroke(endpoint, asking, row(Translation::ASK_SOCKETS));
+        // Among the others, wherever they stand.
+        let there = live.iter().enumerate().filter(|(_, placed)| stays(&placed.leg));
+        let mut there: HashMap<Leg, usize> =
+            there.map(|(place, placed)| (placed.leg, place)).collect();
+        let mut remains = vec![false; live.len()];
+        let mut between = Vec::with_capacity(wanted.len());
+        let (mut added, mut translations) = (Vec::new(), Vec::new());
+        for leg in wanted {
+            let leg = Leg { rule: names.number(&rules[leg.rule].name), ..*leg };
+            if let Some(place) = there.remove(&leg) {
+                remains[place] = true;
+                between.push(live[place]);
+                continue;
+            }
+            let mut placed = Placed { leg, rows: [0; VARIANTS] };
+            for (row, translation) in placed.rows.iter_mut().zip(world.translations(&leg)) {
+                if let Some(translation) = translation {
+                    *row = rows.take();
+                    added.push(*row);
+                    translations.push((*row, translation));
                 }
             }
-            let row = self.translations.number(&Translation {
-                address: any_address(*first),
-                shift: leg.shift.inverse(),
-                padding: [0; 2],
-                flags: many,
-                counter,
-                padding_2: 0,
-            });
-            stroke((Direction::Reply, leg.backend), leg.backend_ports(), row);
+            touched.leg(&leg, &world, live_table);
+            between.push(placed);
         }
-        strokes.sort_by_key(|stroke| stroke.endpoint);
-        strokes
+        let mut dropped = Vec::new();
+        for (placed, _) in live.iter().zip(remains).filter(|(_, remains)| !remains) {
+            dropped.extend(placed.rows.iter().filter(|row| **row != 0));
+            touched.leg(&placed.leg, before, live_table);
+        }
+        // An address that came or went.
+        for address in before.differing(&world) {
+            for protocol in [TCP, UDP] {
+                touched.table(((Direction::Forward, address), protocol), EVERYWHERE, live_table);
+            }
+        }
+        let tables = Vec::new();
+        (Pending { front, back, between, world, added, dropped, tables }, translations)
     }
 
-    /// What differs between what the kernel has and these claims in the next of the two generations.
-    fn update(&mut self, mut wanted: HashMap<EndpointKey, Claims>) -> Update {
-        let live = self.generation as usize;
-        let next = live ^ 1;
-        let (mut endpoints, mut new, mut gone) = (Vec::new(), Vec::new(), Vec::new());
-        for key in wanted.keys() {
-            let rows = self.endpoints.len();
-            self.endpoints.entry(*key).or_insert_with(|| EndpointRow {
-                number: self.free_endpoints.pop().unwrap_or(rows as u32),
-                endpoint: Endpoint::default(),
-                written: false,
-                known: false,
-            });
+    /// What to write so that the next generation has the pending tables, and all others as they are.
+    fn update(&mut self) -> Update {
+        let Self { endpoints: rows, unsettled, pending, .. } = self;
+        let tables = pending.iter().flat_map(|pending| &pending.tables);
+        let live = |rows: &Numbered<EndpointKey, EndpointRow>, key| {
+            rows.find(key).map_or(Claims::default(), |number| rows[number].claims)
+        };
+        let mut wanted: HashMap<EndpointKey, Claims> =
+            unsettled.iter().map(|key| (*key, live(rows, key))).collect();
+        for ((key, protocol), ports) in tables {
+            // An address without rules needs no row.
+            if *ports != PortTable::NONE || rows.find(key).is_some() {
+                let claims = wanted.entry(*key).or_insert_with(|| live(rows, key));
+                *table_of(claims, *protocol) = *ports;
+            }
         }
-        for (key, row) in &mut self.endpoints {
-            let claims = wanted.remove(key);
-            if claims.is_none() && row.endpoint.generations[live] == Claims::default() {
+        let (live, next) = (self.generation as usize, self.generation ^ 1);
+        let (mut endpoints, mut new, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+        for (key, claims) in &wanted {
+            let number =
+                rows.find(key).unwrap_or_else(|| rows.insert(*key, EndpointRow::default()));
+            let row = &rows[number];
+            let mut endpoint = Endpoint { generations: [*claims; 2] };
+            endpoint.generations[live] = row.claims;
+            endpoints.push((number, endpoint));
+            if !row.known {
+                new.push((*key, number));
+            }
+            if endpoint == Endpoint::default() {
                 gone.push(*key);
             }
-            let claims = claims.unwrap_or_default();
-            if row.endpoint.generations[next] != claims || !row.written {
-                row.endpoint.generations[next] = claims;
-                row.written = false;
-                endpoints.push((row.number, row.endpoint));
-            }
-            if !row.known {
-                new.push((*key, row.number));
-            }
         }
+        *unsettled = wanted.into_keys().collect();
         Update {
-            translations: self.translations.take_fresh(),
-            pages: self.pages.take_fresh(),
+            translations: Vec::new(),
+            pages: Vec::new(),
             endpoints,
             new,
             gone,
-            generation: next as u32,
+            generation: next,
+            counters: self.names.len(),
         }
     }
 
     /// `update`, which the last [`compile`](Self::compile) returned, is live now.
     pub fn commit(&mut self, update: &Update) {
-        self.translations.commit();
-        self.pages.commit();
-        for row in self.endpoints.values_mut() {
-            row.written = true;
-            row.known = true;
+        let Some(pending) = self.pending.take() else { return };
+        let Pending { front, back, between, world, dropped, tables, .. } = pending;
+        for key in &self.unsettled {
+            if let Some(number) = self.endpoints.find(key) {
+                self.endpoints[number].known = true;
+            }
+        }
+        self.unsettled.clear();
+        for ((key, protocol), ports) in tables {
+            let Some(number) = self.endpoints.find(&key) else { continue };
+            let before =
+                std::mem::replace(table_of(&mut self.endpoints[number].claims, protocol), ports);
+            self.pages.release(before);
+            if before != ports {
+                self.unsettled.push(key);
+            }
         }
         for key in &update.gone {
-            let row = self.endpoints.remove(key);
-            self.free_endpoints.extend(row.map(|row| row.number));
+            if let Some(number) = self.endpoints.find(key) {
+                self.endpoints.remove(number);
+            }
         }
+        self.rows.free.extend(dropped);
+        if self.legs.is_empty() {
+            // Room for the first that are added.
+            self.legs.reserve_exact(room(between.len()));
+        }
+        self.legs.splice(front..self.legs.len() - back, between);
+        self.world = world;
         self.generation = update.generation;
+    }
+
+    /// What was compiled last did not become live.
+    fn forget(&mut self) {
+        let Some(pending) = self.pending.take() else { return };
+        for (_, ports) in pending.tables {
+            self.pages.release(ports);
+        }
+        self.rows.free.extend(pending.added);
     }
 }
 
-/// The external addresses of the family of `like`.
-fn of_family(externals: &Externals, like: IpAddr) -> Vec<IpAddr> {
-    match like {
-        IpAddr::V4(_) => externals.v4.iter().copied().map(IpAddr::V4).collect(),
-        IpAddr::V6(_) => externals.v6.iter().copied().map(IpAddr::V6).collect(),
+/// What rules mean depends on: the external addresses and the ephemeral ports, first and last.
+#[derive(Default)]
+struct World {
+    v4: Vec<IpAddr>,
+    v6: Vec<IpAddr>,
+    ephemeral: (u16, u16),
+}
+
+/// A leg has at most so many translations: the reply's, then for its first address and for the
+/// others each one that does not ask for sockets and one that does.
+const VARIANTS: usize = 5;
+
+impl World {
+    fn new(externals: &Externals, ephemeral: &RangeInclusive<u16>) -> Self {
+        Self {
+            v4: externals.v4.iter().copied().map(IpAddr::V4).collect(),
+            v6: externals.v6.iter().copied().map(IpAddr::V6).collect(),
+            ephemeral: (*ephemeral.start(), *ephemeral.end()),
+        }
     }
+
+    /// The external addresses of the family of `like`.
+    fn of_family(&self, like: IpAddr) -> &[IpAddr] {
+        if like.is_ipv4() { &self.v4 } else { &self.v6 }
+    }
+
+    /// The addresses that a leg listens on.
+    fn listened<'a>(&'a self, leg: &'a Leg) -> &'a [IpAddr] {
+        match &leg.listen {
+            Some(address) => std::slice::from_ref(address),
+            None => self.of_family(leg.backend),
+        }
+    }
+
+    /// Which legs have the same translations in both worlds.
+    fn stays(&self, other: &Self) -> impl Fn(&Leg) -> bool + use<> {
+        let same =
+            |a: &[IpAddr], b: &[IpAddr]| a.first() == b.first() && (a.len() > 1) == (b.len() > 1);
+        let (v4, v6) = (same(&self.v4, &other.v4), same(&self.v6, &other.v6));
+        let ranges = self.ephemeral == other.ephemeral;
+        move |leg| {
+            let family = if leg.backend.is_ipv4() { v4 } else { v6 };
+            (leg.listen.is_some() || family)
+                && (ranges || !matches!(leg.ports, Ports::Range { .. }))
+        }
+    }
+
+    /// Addresses that only one of the two worlds has.
+    fn differing<'a>(&'a self, other: &'a Self) -> impl Iterator<Item = IpAddr> + 'a {
+        let all = |world: &'a Self| world.v4.iter().chain(&world.v6);
+        let lacks = |world: &'a Self| move |address: &&IpAddr| !all(world).any(|it| it == *address);
+        all(self).filter(lacks(other)).chain(all(other).filter(lacks(self))).copied()
+    }
+
+    /// What becomes of the packets of a leg, by variant.
+    fn translations(&self, leg: &Leg) -> [Option<Translation>; VARIANTS] {
+        let addresses = self.listened(leg);
+        let Some(first) = addresses.first() else { return [None; VARIANTS] };
+        let many = if addresses.len() > 1 { Translation::MANY_ADDRESSES } else { 0 };
+        let is_first = if many == 0 { 0 } else { Translation::FIRST_ADDRESS };
+        let translation = |address, shift, flags| Translation {
+            address: any_address(address),
+            shift,
+            padding: [0; 2],
+            flags: many | flags,
+            counter: leg.rule as u32,
+            padding_2: 0,
+        };
+        let forward = |flags| Some(translation(leg.backend, leg.shift, flags));
+        let [plain, asking] = self.forward_ports(leg).map(|ports| ports.is_some());
+        let ask = Translation::ASK_SOCKETS;
+        [
+            Some(translation(*first, leg.shift.inverse(), 0)),
+            forward(is_first).filter(|_| plain),
+            forward(is_first | ask).filter(|_| asking),
+            forward(0).filter(|_| plain && many != 0),
+            forward(ask).filter(|_| asking && many != 0),
+        ]
+    }
+
+    /// The ports on which a leg does not ask for sockets, and over these those on which it does.
+    fn forward_ports(&self, leg: &Leg) -> [Option<(u16, u16)>; 2] {
+        let claimed = (leg.ports.first(), leg.ports.last());
+        let asking = asking_ports(leg.ports, self.ephemeral);
+        [(asking != Some(claimed)).then_some(claimed), asking]
+    }
+}
+
+/// The parts of tables that a change touches.
+#[derive(Default)]
+struct Touched {
+    numbers: HashMap<Table, u32>,
+    /// Each as it is live, with what is to be painted.
+    tables: Vec<(Table, PortTable, Area)>,
+}
+
+impl Touched {
+    fn table(&mut self, table: Table, area: Area, live: impl Fn(Table) -> PortTable) {
+        let number = *self.numbers.entry(table).or_insert_with(|| {
+            self.tables.push((table, live(table), area.clone()));
+            self.tables.len() as u32 - 1
+        });
+        let (.., touched) = &mut self.tables[number as usize];
+        let (first, last) = (touched.start().min(area.start()), touched.end().max(area.end()));
+        *touched = *first..=*last;
+    }
+
+    /// All that a leg is painted on in this world.
+    fn leg(&mut self, leg: &Leg, world: &World, live: impl Fn(Table) -> PortTable + Copy) {
+        let highs = |(first, last): (u16, u16)| first.to_be_bytes()[0]..=last.to_be_bytes()[0];
+        let addresses = world.listened(leg);
+        for protocol in leg.protocols() {
+            for address in addresses {
+                let area = highs((leg.ports.first(), leg.ports.last()));
+                self.table(((Direction::Forward, *address), protocol), area, live);
+            }
+            if !addresses.is_empty() {
+                let table = ((Direction::Reply, leg.backend), protocol);
+                self.table(table, highs(leg.backend_ports()), live);
+            }
+        }
+    }
+}
+
+/// Ports of a table that a rule claims: what is painted over what was there.
+struct Stroke {
+    table: u32,
+    /// First and last.
+    ports: (u16, u16),
+    row: u32,
+    precedence: Precedence,
+}
+
+/// What these legs paint on the tables that are touched: by table, and there from broad to narrow, so
+/// that the narrower rule has the last word on a port.
+fn strokes<'a>(
+    legs: impl Iterator<Item = &'a Placed>,
+    world: &World,
+    touched: &Touched,
+) -> Vec<Stroke> {
+    // Legs without an address meet the same few tables.
+    let every = |addresses: &[IpAddr], protocol| -> Vec<(usize, u32)> {
+        let table = |(place, address): (usize, &IpAddr)| {
+            let table = touched.numbers.get(&((Direction::Forward, *address), protocol))?;
+            Some((place, *table))
+        };
+        addresses.iter().enumerate().filter_map(table).collect()
+    };
+    let every = [&world.v4, &world.v6].map(|addresses| [TCP, UDP].map(|it| every(addresses, it)));
+    let mut strokes = Vec::new();
+    for Placed { leg, rows: [reply, first, first_asking, other, other_asking] } in legs {
+        if *reply == 0 {
+            continue;
+        }
+        for protocol in leg.protocols() {
+            let mut paint = |table: u32, ports: (u16, u16), row: u32| {
+                let (.., area) = &touched.tables[table as usize];
+                let all = leg.ports == Ports::All && protocol == UDP;
+                let whole = std::slice::from_ref(&ports);
+                for ports in if all { &ALL_BUT_DHCP[..] } else { whole } {
+                    let [first, last] = [ports.0, ports.1].map(|port| port.to_be_bytes()[0]);
+                    if first <= *area.end() && *area.start() <= last {
+                        let precedence = leg.precedence;
+                        strokes.push(Stroke { table, ports: *ports, row, precedence });
+                    }
+                }
+            };
+            let [plain, asking] = world.forward_ports(leg);
+            let mut forward = |place: usize, table: u32| {
+                let rows = if place == 0 { [first, first_asking] } else { [other, other_asking] };
+                for (ports, row) in [plain, asking].into_iter().zip(rows) {
+                    if let Some(ports) = ports {
+                        paint(table, ports, *row);
+                    }
+                }
+            };
+            match leg.listen {
+                Some(address) => {
+                    let table = touched.numbers.get(&((Direction::Forward, address), protocol));
+                    table.into_iter().for_each(|table| forward(0, *table));
+                }
+                None => {
+                    let [v4, v6] = &every;
+                    let [tcp, udp] = if leg.backend.is_ipv4() { v4 } else { v6 };
+                    let tables = if protocol == TCP { tcp } else { udp };
+                    tables.iter().for_each(|(place, table)| forward(*place, *table));
+                }
+            }
+            if let Some(table) = touched.numbers.get(&((Direction::Reply, leg.backend), protocol)) {
+                paint(*table, leg.backend_ports(), *reply);
+            }
+        }
+    }
+    strokes.sort_by_key(|stroke| (stroke.table, Reverse(stroke.precedence)));
+    strokes
 }
 
 /// The UDP ports of `*`. DHCPv4 and DHCPv6 clients (68, 546) read replies from raw sockets, which no
@@ -486,10 +824,10 @@ const ALL_BUT_DHCP: [(u16, u16); 3] = [(0, 67), (69, 545), (547, u16::MAX)];
 /// The ports of a rule, first and last, that the box itself may use: there its sockets come first.
 /// Nobody listens on a range for the box's sake, but its connections start from the ephemeral ports;
 /// with `*` nobody meant the box's own services.
-fn asking_ports(ports: Ports, ephemeral: &RangeInclusive<u16>) -> Option<(u16, u16)> {
+fn asking_ports(ports: Ports, ephemeral: (u16, u16)) -> Option<(u16, u16)> {
     let (first, last) = match ports {
         Ports::One(_) => return None,
-        Ports::Range { first, last } => (first.max(*ephemeral.start()), last.min(*ephemeral.end())),
+        Ports::Range { first, last } => (first.max(ephemeral.0), last.min(ephemeral.1)),
         Ports::All => (ports.first(), ports.last()),
     };
     (first <= last).then_some((first, last))
@@ -502,146 +840,62 @@ fn any_address(address: IpAddr) -> AnyAddress {
     }
 }
 
-/// Ports of an endpoint that a rule claims: what is painted over what was there.
-#[derive(Clone, Copy, Debug)]
-struct Stroke {
-    endpoint: EndpointKey,
-    /// First and last.
-    ports: (u16, u16),
-    row: u32,
-    tcp: bool,
-    udp: bool,
-    /// Of `*`.
-    all: bool,
-}
-
-/// The 65,536 ports of one protocol at one endpoint, while rules are painted on them.
-struct Canvas {
-    rows: Vec<Page>,
-}
-
-impl Default for Canvas {
-    fn default() -> Self {
-        Self { rows: vec![Page([0; 256]); 256] }
-    }
-}
-
-impl Canvas {
-    /// The claims of an endpoint.
-    fn paint(&mut self, strokes: &[Stroke], pages: &mut Interner<Page>) -> Claims {
-        let tcp = strokes.iter().filter(|stroke| stroke.tcp).map(|it| (it.ports, it.row));
-        let udp = strokes.iter().filter(|stroke| stroke.udp).flat_map(|it| {
-            let all_but_dhcp: &[(u16, u16)] = if it.all { &ALL_BUT_DHCP } else { &[] };
-            let ports = if it.all { all_but_dhcp } else { std::slice::from_ref(&it.ports) };
-            ports.iter().map(|ports| (*ports, it.row))
-        });
-        Claims { tcp: self.ports(tcp, pages), udp: self.ports(udp, pages) }
-    }
-
-    /// The ports of one protocol.
-    fn ports(
-        &mut self,
-        mut strokes: impl Iterator<Item = ((u16, u16), u32)>,
-        pages: &mut Interner<Page>,
-    ) -> PortTable {
-        let Some(((first, last), row)) = strokes.next() else { return PortTable::NONE };
-        let Some(second) = strokes.next() else { return PortTable::range(first, last, row) };
-        let mut touched = [false; 256];
-        for ((first, last), row) in [((first, last), row), second].into_iter().chain(strokes) {
-            let [first_high, first_low] = first.to_be_bytes();
-            let [last_high, last_low] = last.to_be_bytes();
-            for high in first_high..=last_high {
-                let from = if high == first_high { first_low } else { 0 };
-                let to = if high == last_high { last_low } else { u8::MAX };
-                touched[usize::from(high)] = true;
-                self.rows[usize::from(high)].0[usize::from(from)..=usize::from(to)].fill(row);
-            }
-        }
-        let mut root = Page([0; 256]);
-        for (high, _) in touched.iter().enumerate().filter(|(_, touched)| **touched) {
-            root.0[high] = pages.number(&self.rows[high]);
-            self.rows[high] = Page([0; 256]);
-        }
-        PortTable::paged(pages.number(&root))
-    }
-}
-
-/// Gives equal values one number, from 1. A number whose value is neither live nor wanted any more
-/// is given again.
-struct Interner<T> {
-    entries: HashMap<T, Entry>,
-    fresh: Vec<(u32, T)>,
+/// Gives out numbers of rows, from 1.
+#[derive(Default)]
+struct Rows {
     free: Vec<u32>,
-    next: u32,
-    round: u64,
-    live: u64,
+    last: u32,
 }
 
-/// A number, and the last rounds in which it was live and wanted.
-struct Entry {
-    number: u32,
-    live: u64,
-    wanted: u64,
-}
-
-impl<T> Default for Interner<T> {
-    fn default() -> Self {
-        Self {
-            entries: HashMap::new(),
-            fresh: Vec::new(),
-            free: Vec::new(),
-            next: 1,
-            round: 0,
-            live: 0,
-        }
+impl Rows {
+    fn take(&mut self) -> u32 {
+        self.free.pop().unwrap_or_else(|| {
+            self.last += 1;
+            self.last
+        })
     }
 }
 
-impl<T: Copy + Eq + Hash> Interner<T> {
-    /// Starts a round. What the live round does not use is free from here on.
-    fn begin(&mut self) {
-        let Self { entries, fresh, free, next: _, round, live } = self;
-        *round += 1;
-        fresh.clear();
-        entries.retain(|_, entry| {
-            let keep = entry.live == *live;
-            if !keep {
-                free.push(entry.number);
-            }
-            keep
-        });
+/// Names, numbered from 0 as they came: in one text, as there may be very many.
+#[derive(Default)]
+struct Names {
+    text: String,
+    /// By number.
+    ends: Vec<u32>,
+    numbers: HashTable<u32>,
+    hasher: DefaultHashBuilder,
+}
+
+impl Names {
+    fn len(&self) -> u32 {
+        self.ends.len() as u32
     }
 
-    /// The number of `value` in this round.
-    fn number(&mut self, value: &T) -> u32 {
-        if let Some(entry) = self.entries.get_mut(value) {
-            entry.wanted = self.round;
-            return entry.number;
+    fn get(&self, number: usize) -> &str {
+        let start = number.checked_sub(1).map_or(0, |before| self.ends[before] as usize);
+        &self.text[start..self.ends[number] as usize]
+    }
+
+    fn find(&self, name: &str) -> Option<u32> {
+        let same = |number: &u32| self.get(*number as usize) == name;
+        self.numbers.find(self.hasher.hash_one(name), same).copied()
+    }
+
+    /// The number of a name, which may be new.
+    fn number(&mut self, name: &str) -> usize {
+        if let Some(number) = self.find(name) {
+            return number as usize;
         }
-        let number = self.free.pop().unwrap_or_else(|| {
-            let next = self.next;
-            self.next += 1;
-            next
+        let number = self.ends.len();
+        self.text.push_str(name);
+        self.ends.push(self.text.len() as u32);
+        let hash = self.hasher.hash_one(name);
+        let mut numbers = std::mem::take(&mut self.numbers);
+        numbers.insert_unique(hash, number as u32, |other| {
+            self.hasher.hash_one(self.get(*other as usize))
         });
-        let entry = Entry { number, live: u64::MAX, wanted: self.round };
-        self.entries.insert(*value, entry);
-        self.fresh.push((number, *value));
+        self.numbers = numbers;
         number
-    }
-
-    /// The values that are new in this round.
-    fn take_fresh(&mut self) -> Vec<(u32, T)> {
-        std::mem::take(&mut self.fresh)
-    }
-
-    /// This round is live.
-    fn commit(&mut self) {
-        self.live = self.round;
-        for entry in self.entries.values_mut() {
-            if entry.wanted == self.round {
-                entry.live = self.round;
-            }
-        }
     }
 }
 

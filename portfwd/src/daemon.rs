@@ -95,12 +95,15 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let (requests, inbox) = mpsc::channel(16);
     let metrics = metrics::listen(config.metrics, requests.clone()).await?;
     let socket = Socket::bind(&socket).await?;
-    let mut compiler = Compiler::default();
-    let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
     let capacity = Capacity::for_plan(&config.rules, &plan, &ephemeral);
     let mut datapath = Datapath::load(capacity, log_packets)?;
-    datapath.apply(&update)?;
-    compiler.commit(&update);
+    let mut compiler = Compiler::default();
+    // Once into each generation, so that the first change finds only itself to write.
+    for _ in 0..2 {
+        let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
+        datapath.apply(&update)?;
+        compiler.commit(&update);
+    }
 
     let keeper = Keeper::start(datapath.routes())?;
     let mut daemon = Daemon {

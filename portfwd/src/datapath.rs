@@ -256,8 +256,8 @@ pub struct Datapath {
     generation: u32,
     /// Addresses that [`Settings`] leads from, and their rows, by direction.
     favourites: [Option<(EndpointKey, u32)>; 2],
-    /// Whether packets may still look at the generation before the live one.
-    flipped: bool,
+    /// Ends when no packet looks at the generation before the live one any more.
+    readers: Option<thread::JoinHandle<()>>,
     /// Numbers of `DEVICES` by interface index.
     devices: BTreeMap<u32, u32>,
     next_device: u32,
@@ -321,7 +321,7 @@ impl Datapath {
             capacity,
             generation: 0,
             favourites: [None; 2],
-            flipped: false,
+            readers: None,
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
@@ -414,14 +414,17 @@ impl Datapath {
     ///
     /// A map is full or out of memory: what was live stays live.
     pub fn apply(&mut self, update: &Update) -> Result<(), DatapathError> {
-        self.wait_for_readers();
+        // Rows of the generation before the live one are written over.
+        if let Some(readers) = self.readers.take() {
+            readers.join().unwrap_or_else(|_| thread::sleep(GRACE));
+        }
         let mut translations = self.array::<Translation>("TRANSLATIONS")?;
         for (number, row) in &update.translations {
             translations.set(*number, Plain(*row), 0).map_err(map_error("TRANSLATIONS"))?;
         }
         let mut pages = self.array::<Page>("PAGES")?;
         for (number, page) in &update.pages {
-            pages.set(*number, Plain(*page), 0).map_err(map_error("PAGES"))?;
+            pages.set(*number, Plain(page.page()), 0).map_err(map_error("PAGES"))?;
         }
         let mut endpoints = self.array::<Endpoint>("ENDPOINTS")?;
         for (number, endpoint) in &update.endpoints {
@@ -439,33 +442,21 @@ impl Datapath {
                 *favourite = None;
             }
         }
-        // The lowest: which of several it is does not matter.
-        let mut new: Vec<_> = update.new.iter().filter(|(key, _)| key.1.is_ipv4()).collect();
-        new.sort();
-        for (key, number) in new {
-            self.favourites[key.0 as usize].get_or_insert((*key, *number));
+        for direction in [Direction::Forward, Direction::Reply] {
+            let of_this = |(key, _): &&(EndpointKey, u32)| key.0 == direction && key.1.is_ipv4();
+            let favourite = &mut self.favourites[direction as usize];
+            // The lowest: which of several it is does not matter.
+            *favourite = favourite.or_else(|| update.new.iter().filter(of_this).min().copied());
         }
         self.generation = update.generation;
         self.write_settings()?;
-        self.flipped = true;
+        // While nobody waits for it: it takes several milliseconds.
+        let waiting = thread::Builder::new().name("readers".to_owned()).spawn(wait_for_readers);
+        self.readers = waiting.map_err(|_| wait_for_readers()).ok();
         for key in &update.gone {
             self.write_address(key, None)?;
         }
         Ok(())
-    }
-
-    /// Rows of the generation before the live one may be written over once no packet looks at them.
-    fn wait_for_readers(&mut self) {
-        if !std::mem::take(&mut self.flipped) {
-            return;
-        }
-        // MEMBARRIER_CMD_GLOBAL is synchronize_rcu(), which XDP programs run under.
-        const GLOBAL: libc::c_long = 1;
-        // SAFETY: takes three integers.
-        if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
-            // Not with nohz_full.
-            thread::sleep(GRACE);
-        }
     }
 
     /// Makes an address lead to this row of the endpoints, or to none.
@@ -697,6 +688,17 @@ impl Datapath {
 
     fn map_mut(&mut self, name: &'static str) -> &mut Map {
         self.ebpf.map_mut(name).unwrap_or_else(|| missing(name))
+    }
+}
+
+/// Returns once no packet looks at the rows that were live when this was called.
+fn wait_for_readers() {
+    // MEMBARRIER_CMD_GLOBAL is synchronize_rcu(), which XDP programs run under.
+    const GLOBAL: libc::c_long = 1;
+    // SAFETY: takes three integers.
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } != 0 {
+        // Not with nohz_full.
+        thread::sleep(GRACE);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Tables are read back the way a packet reads them, and compared with what the rules say.
 
+use portfwd_ebpf::table::Page;
 use proptest::prelude::*;
 
 use super::*;
@@ -27,6 +28,9 @@ fn refusal(specs: &[&str]) -> String {
     }
 }
 
+/// From this port on: where it leads, and the name of the rule.
+type Range<'a> = (u16, Option<(Translation, &'a str)>);
+
 /// The kernel's tables, as updates fill them.
 #[derive(Default)]
 struct Kernel {
@@ -44,23 +48,121 @@ impl Kernel {
         let update = self.compiler.compile(rules, &plan, externals, &EPHEMERAL);
         assert_ne!(update.generation, self.generation);
         self.write(&update);
+        self.go_live(&update);
+        update
+    }
+
+    /// `update` was written.
+    fn go_live(&mut self, update: &Update) {
         self.generation = update.generation;
         for key in &update.gone {
             self.addresses.remove(key);
         }
-        self.compiler.commit(&update);
-        update
+        self.compiler.commit(update);
+    }
+
+    /// Where each port leads, as ranges: by address and protocol the first port, the translation but
+    /// for its counter, and the name of its rule. Addresses that lead nowhere are left out.
+    fn meaning(&self) -> BTreeMap<Table, Vec<Range<'_>>> {
+        let mut meaning = BTreeMap::new();
+        for (key, number) in &self.addresses {
+            let endpoint = self.endpoints.get(number).copied().unwrap_or_default();
+            let Claims { tcp, udp } = endpoint.generations[self.generation as usize];
+            for (protocol, table) in [(TCP, tcp), (UDP, udp)] {
+                let mut ranges = vec![(0, None)];
+                for port in (0..1024).chain(65_000..=u16::MAX) {
+                    let row = self.row(&table, port);
+                    if row != 0 || ranges.last().is_some_and(|(_, found)| found.is_some()) {
+                        let found = (row != 0).then(|| {
+                            let row = self.translations[&row];
+                            let name = self.compiler.names.get(row.counter as usize);
+                            (Translation { counter: 0, ..row }, name)
+                        });
+                        if ranges.last().is_none_or(|(_, last)| *last != found) {
+                            ranges.push((port, found));
+                        }
+                    }
+                }
+                if ranges.len() > 1 || ranges[0].1.is_some() {
+                    meaning.insert((*key, protocol), ranges);
+                }
+            }
+        }
+        meaning
+    }
+
+    /// The row of a port.
+    fn row(&self, ports: &PortTable, port: u16) -> u32 {
+        if ports.first <= ports.last {
+            return if (ports.first..=ports.last).contains(&port) { ports.row } else { 0 };
+        }
+        let [high, low] = port.to_be_bytes().map(usize::from);
+        let page = |number: u32, place: usize| match number {
+            0 => 0,
+            number => self.pages[&number].0[place],
+        };
+        page(page(ports.row, high), low)
+    }
+
+    /// Rows and pages that packets can reach now.
+    fn live(&self) -> (BTreeSet<u32>, BTreeSet<u32>) {
+        let (mut rows, mut pages) = (BTreeSet::new(), BTreeSet::new());
+        for endpoint in self.addresses.values().filter_map(|number| self.endpoints.get(number)) {
+            let Claims { tcp, udp } = endpoint.generations[self.generation as usize];
+            for table in [tcp, udp] {
+                if table.first <= table.last {
+                    rows.insert(table.row);
+                } else if table.row != 0 {
+                    pages.insert(table.row);
+                    for page in self.pages[&table.row].0.iter().filter(|page| **page != 0) {
+                        pages.insert(*page);
+                        rows.extend(self.pages[page].0.iter().filter(|row| **row != 0));
+                    }
+                }
+            }
+        }
+        (rows, pages)
+    }
+
+    /// Asserts that packets see the same until this is made live, whatever part of it is written.
+    fn assert_harmless(&self, update: &Update) {
+        let (rows, pages) = self.live();
+        assert!(update.translations.iter().all(|(number, _)| !rows.contains(number)));
+        assert!(update.pages.iter().all(|(number, _)| !pages.contains(number)));
+        let live = self.generation as usize;
+        let claims = |endpoint: &Endpoint| endpoint.generations[live];
+        let used: BTreeSet<u32> = self.addresses.values().copied().collect();
+        for (number, endpoint) in update.endpoints.iter().filter(|(it, _)| used.contains(it)) {
+            let there = self.endpoints.get(number).copied().unwrap_or_default();
+            assert_eq!(claims(endpoint), claims(&there));
+        }
+        for (key, number) in &update.new {
+            let claimed = update.endpoints.iter().find(|(other, _)| other == number).unwrap();
+            assert_eq!(claims(&claimed.1), Claims::default(), "{key:?}");
+            assert!(
+                self.addresses.iter().all(|(other, row)| (other == key) == (row == number)
+                    || other != key && row != number)
+            );
+        }
+        for key in &update.gone {
+            let number = self.addresses.get(key).or_else(|| {
+                update.new.iter().find(|(other, _)| other == key).map(|(_, number)| number)
+            });
+            let row = update.endpoints.iter().find(|(other, _)| Some(other) == number).unwrap();
+            assert_eq!(row.1, Endpoint::default(), "{key:?}");
+        }
     }
 
     /// Writes everything but what makes it live.
     fn write(&mut self, update: &Update) {
+        self.assert_harmless(update);
         for (number, row) in &update.translations {
             assert_ne!(*number, 0);
             self.translations.insert(*number, *row);
         }
         for (number, page) in &update.pages {
             assert_ne!(*number, 0);
-            self.pages.insert(*number, *page);
+            self.pages.insert(*number, page.page());
         }
         self.endpoints.extend(update.endpoints.iter().copied());
         self.addresses.extend(update.new.iter().copied());
@@ -74,16 +176,7 @@ impl Kernel {
         let endpoint = &self.endpoints[self.addresses.get(&(direction, address))?];
         let claims = &endpoint.generations[self.generation as usize];
         let ports = if protocol == TCP { claims.tcp } else { claims.udp };
-        let row = if ports.first <= ports.last {
-            if (ports.first..=ports.last).contains(&port) { ports.row } else { 0 }
-        } else {
-            let [high, low] = port.to_be_bytes().map(usize::from);
-            let page = |number: u32, place: usize| match number {
-                0 => 0,
-                number => self.pages[&number].0[place],
-            };
-            page(page(ports.row, high), low)
-        };
+        let row = self.row(&ports, port);
         if row == 0 {
             return None;
         }
@@ -421,13 +514,106 @@ fn few_rules() -> impl Strategy<Value = Vec<Rule>> {
     prop::collection::vec(rule, 1..8)
 }
 
+/// Rules that share pages and go over several, with some that are one place after another.
+fn rules_over_pages() -> impl Strategy<Value = Vec<Rule>> {
+    let listen = prop_oneof![Just(""), Just("198.51.100.1:"), Just("198.51.100.2:")];
+    let ports = prop_oneof![
+        4 => (1u16..5, 0u16..3).prop_map(|(low, high)| (256 * high + low).to_string()),
+        2 => (1u16..300, 1u16..600).prop_map(|(first, width)| format!("{first}-{}", first + width)),
+        1 => Just("*".to_owned()),
+    ];
+    let protocol = prop_oneof![Just("tcp"), Just("udp"), Just("any"), Just("tcp+udp")];
+    let rule = (listen, ports, 1u8..5, protocol).prop_filter_map("a rule", |it| {
+        let (listen, ports, backend, protocol) = it;
+        format!("{listen}{ports}:10.0.0.{backend}/{protocol}").parse::<Rule>().ok()
+    });
+    prop::collection::vec(rule, 1..16)
+}
+
+/// The rules of `pool` in the `mask`, without those that cannot go beside the ones before; their plan
+/// is made rule by rule.
+fn chosen(pool: &[Rule], mask: u16) -> (Vec<Rule>, Plan) {
+    let (mut rules, mut plan) = (Vec::new(), Plan::default());
+    for (_, rule) in pool.iter().enumerate().filter(|(place, _)| mask >> place & 1 == 1) {
+        rules.push(rule.clone());
+        let fits = crate::rule::overlaps(&rules).is_empty();
+        if !fits || plan.add(&rules, &Resolved::new()).is_err() {
+            rules.pop();
+        }
+    }
+    (rules, plan)
+}
+
 proptest! {
+    #[test]
+    fn a_plan_grows_and_shrinks_as_if_it_were_made_anew(
+        pool in rules_over_pages(), gone in prop::collection::vec(0usize..16, 0..8)
+    ) {
+        let anew = |rules: &[Rule]| super::plan(rules, &Resolved::new());
+        let mut rules: Vec<Rule> = Vec::new();
+        let mut plan = Plan::default();
+        for rule in &pool {
+            rules.push(rule.clone());
+            let before = plan.clone();
+            let added = plan.add(&rules, &Resolved::new());
+            prop_assert_eq!(added.is_ok(), anew(&rules).is_ok());
+            if added.is_err() {
+                prop_assert_eq!(&plan, &before);
+                rules.pop();
+            }
+        }
+        prop_assert_eq!(Ok(plan.clone()), anew(&rules));
+        for rule in gone {
+            if rule < rules.len() {
+                rules.remove(rule);
+                plan.remove(rule);
+            }
+        }
+        prop_assert_eq!(Ok(plan.clone()), anew(&rules));
+    }
+
+    #[test]
+    fn changes_lead_to_the_same_as_starting_anew(
+        pool in rules_over_pages(),
+        steps in prop::collection::vec((any::<u16>(), 0u8..6, 0u8..4, prop::bool::weighted(0.7)), 1..8)
+    ) {
+        let mut kernel = Kernel::default();
+        for (mask, first, count, live) in steps {
+            let (rules, plan) = chosen(&pool, mask);
+            let v4 = (0..count).map(|place| [198, 51, 100, 1 + (first + place) % 4].into()).collect();
+            // Sometimes another range of ephemeral ports.
+            let ephemeral = if first < 4 { EPHEMERAL } else { 100..=300 };
+            let externals = Externals { v4, v6: Vec::new() };
+            let update = kernel.compiler.compile(&rules, &plan, &externals, &ephemeral);
+            kernel.write(&update);
+            if !live {
+                continue;
+            }
+            kernel.go_live(&update);
+            let mut anew = Kernel::default();
+            let update = anew.compiler.compile(&rules, &plan, &externals, &ephemeral);
+            anew.write(&update);
+            anew.go_live(&update);
+            prop_assert_eq!(kernel.meaning(), anew.meaning());
+
+            // Nothing is kept that is not used.
+            let compiler = &kernel.compiler;
+            let (rows, pages) = kernel.live();
+            let placed: usize =
+                compiler.legs.iter().flat_map(|leg| leg.rows).filter(|row| *row != 0).count();
+            prop_assert_eq!(compiler.rows.last as usize - compiler.rows.free.len(), placed);
+            prop_assert!(rows.len() <= placed);
+            prop_assert_eq!(pages.len(), anew.live().1.len());
+            prop_assert_eq!(kernel.compiler.pages.used(), pages.len());
+        }
+    }
+
     #[test]
     fn replies_are_ambiguous_where_two_legs_answer_one_port_differently(rules in few_rules()) {
         // Without the check that is tested here.
         let legs: Vec<Leg> =
             rules.iter().flat_map(|rule| plan(std::slice::from_ref(rule), &Resolved::new())).enumerate()
-                .map(|(number, plan)| Leg { rule: number, ..plan.legs[0].clone() })
+                .map(|(number, plan)| Leg { rule: number, ..plan.legs[0] })
                 .collect();
         let clash = |a: &Leg, b: &Leg| {
             let ((first, last), (from, to)) = (a.backend_ports(), b.backend_ports());

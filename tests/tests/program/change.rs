@@ -103,7 +103,7 @@ fn rules_that_do_not_fit_change_nothing() {
     let cases: [(&str, Capacity, &[&str]); 3] = [
         ("TRANSLATIONS", Capacity { translations: 6, ..room }, &["1:@12.11/tcp"]),
         ("PAGES", Capacity { pages: 8, ..room }, &["1-513:@12.11/tcp", "600:@12.12/tcp"]),
-        ("ENDPOINTS_V4", Capacity { endpoints: 4, ..room }, &["1:@12.11/tcp", "2:@12.12/tcp"]),
+        ("ENDPOINTS", Capacity { endpoints: 4, ..room }, &["1:@12.11/tcp", "2:@12.12/tcp"]),
     ];
     for (map, capacity, specs) in cases {
         with_router_of(capacity, |router| {
