@@ -374,8 +374,7 @@ fn cpu() -> u32 {
 #[inline(always)]
 fn favourite(direction: Direction) -> Option<Favourite> {
     let settings = SETTINGS.get_ptr(0)?;
-    // SAFETY: the row always exists; the control plane writes this word while packets read it. It is
-    // read as one.
+    // SAFETY: the row always exists; the control plane writes this word while packets read it.
     unsafe {
         let word = (&raw const (*settings).favourites[direction as usize]).cast::<u64>();
         Some(core::mem::transmute::<u64, Favourite>(word.read_volatile()))

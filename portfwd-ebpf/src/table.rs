@@ -237,7 +237,7 @@ pub struct Settings {
 }
 
 /// An entry of `LISTENS_V4` or `BACKENDS_V4` that stands in [`Settings`] too: on most boxes there is
-/// one address to listen on, and its packets need no hash. Read and written as one word.
+/// one address to listen on, and its packets need no hash. Never changed but from none or to none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C, align(8))]
 pub struct Favourite {
@@ -247,8 +247,8 @@ pub struct Favourite {
 }
 
 impl Favourite {
-    /// No packet has this address.
-    pub const NONE: Self = Self { address: Address([0; 4]), row: 0 };
+    /// Leads nowhere.
+    pub const NONE: Self = Self { address: Address([0; 4]), row: u32::MAX };
 }
 
 /// The link addresses of a frame, as they begin it.

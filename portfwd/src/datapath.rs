@@ -20,6 +20,7 @@ use portfwd_ebpf::table::{
     LAYOUT, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
 };
 use thiserror::Error;
+use tracing::warn;
 
 use crate::compile::{Capacity, EndpointKey, Update};
 use crate::config::Attach;
@@ -152,35 +153,28 @@ impl Routes {
 pub struct Clock {
     read: Jiffies,
     when: Instant,
-    /// Ticks a second.
-    frequency: u32,
+    tick: Duration,
 }
 
 impl Clock {
-    /// From two readings, at least [`CALIBRATION`](Self::CALIBRATION) apart.
-    pub(crate) fn calibrated(first: (Jiffies, Instant), second: (Jiffies, Instant)) -> Self {
-        /// What kernels are configured for.
-        const FREQUENCIES: [u32; 4] = [100, 250, 300, 1000];
-        let ticks = second.0.0.wrapping_sub(first.0.0) as f64;
-        let seen = ticks / (second.1 - first.1).as_secs_f64();
-        let distance = |frequency: &u32| (f64::from(*frequency) / seen).ln().abs();
-        let nearest = FREQUENCIES.into_iter().min_by(|a, b| distance(a).total_cmp(&distance(b)));
-        Self { read: second.0, when: second.1, frequency: nearest.unwrap_or(FREQUENCIES[0]) }
+    /// From a reading.
+    pub(crate) fn new(read: Jiffies, when: Instant) -> Self {
+        // The coarse clock is as fine as the ticks are; the kernel says so in nanoseconds.
+        let tick = rustix::time::clock_getres(rustix::time::ClockId::MonotonicCoarse);
+        let tick = Duration::try_from(tick).unwrap_or_default();
+        Self { read, when, tick: tick.max(Duration::from_micros(1)) }
     }
-
-    /// Long enough to tell 250 from 300 by whole ticks.
-    const CALIBRATION: Duration = Duration::from_millis(100);
 
     /// What it shows at some time, not before it was read.
     fn at(&self, time: Instant) -> Jiffies {
         let elapsed = time.saturating_duration_since(self.when).as_nanos();
-        let ticks = elapsed * u128::from(self.frequency) / 1_000_000_000;
-        Jiffies(self.read.0.saturating_add(ticks as u64))
+        Jiffies(self.read.0.saturating_add((elapsed / self.tick.as_nanos()) as u64))
     }
 
     /// How long before `now` it showed `then`.
     pub fn between(&self, then: Jiffies, now: Instant) -> Duration {
-        Duration::from_secs(self.at(now).0.saturating_sub(then.0)) / self.frequency
+        let ticks = self.at(now).0.saturating_sub(then.0);
+        Duration::from_nanos(ticks.saturating_mul(self.tick.as_nanos() as u64))
     }
 }
 
@@ -294,7 +288,8 @@ impl Datapath {
         let mut verified = Vec::new();
         let clock = xdp_mut(&mut ebpf, CLOCK);
         clock.load().map_err(|error| verifier_error(CLOCK, error))?;
-        let started = read_clock(clock)?;
+        let (read, when) = read_clock(clock)?;
+        let clock = Clock::new(read, when);
         for role in [Role::External, Role::Internal, Role::Both] {
             let program = program_name(role);
             let xdp = xdp_mut(&mut ebpf, program);
@@ -308,8 +303,6 @@ impl Datapath {
                 time: start.elapsed(),
             });
         }
-        thread::sleep(Clock::CALIBRATION.saturating_sub(started.1.elapsed()));
-        let clock = Clock::calibrated(started, read_clock(xdp_mut(&mut ebpf, CLOCK))?);
         let trust = ebpf.take_map("TRUST").unwrap_or_else(|| missing("TRUST"));
         let trust = Array::try_from(trust).map_err(map_error("TRUST"))?;
         let routes =
@@ -436,26 +429,30 @@ impl Datapath {
             self.write_address(key, Some(*number))?;
         }
 
-        for favourite in &mut self.favourites {
-            let is_gone = |key: &&EndpointKey| favourite.is_some_and(|(it, _)| it == **key);
-            if update.gone.iter().any(|key| is_gone(&key)) {
-                *favourite = None;
-            }
-        }
         for direction in [Direction::Forward, Direction::Reply] {
-            let of_this = |(key, _): &&(EndpointKey, u32)| key.0 == direction && key.1.is_ipv4();
             let favourite = &mut self.favourites[direction as usize];
-            // The lowest: which of several it is does not matter.
-            *favourite = favourite.or_else(|| update.new.iter().filter(of_this).min().copied());
+            *favourite = match favourite {
+                Some((key, _)) if update.gone.contains(key) => None,
+                Some(_) => continue,
+                // The lowest: which of several it is does not matter.
+                None => {
+                    let of_this =
+                        |(key, _): &&(EndpointKey, u32)| key.0 == direction && key.1.is_ipv4();
+                    update.new.iter().filter(of_this).min().copied()
+                }
+            };
         }
         self.generation = update.generation;
         self.write_settings()?;
+        // What is live now stays, whatever becomes of these: their rows claim nothing.
+        let removed: Result<(), _> =
+            update.gone.iter().try_for_each(|key| self.write_address(key, None));
+        if let Err(error) = removed {
+            warn!("{error}; what was removed there stays in the way of later changes");
+        }
         // While nobody waits for it: it takes several milliseconds.
         let waiting = thread::Builder::new().name("readers".to_owned()).spawn(wait_for_readers);
         self.readers = waiting.map_err(|_| wait_for_readers()).ok();
-        for key in &update.gone {
-            self.write_address(key, None)?;
-        }
         Ok(())
     }
 
@@ -514,6 +511,16 @@ impl Datapath {
         &mut self,
         interfaces: &BTreeMap<u32, Interface>,
     ) -> Result<(), DatapathError> {
+        let written = self.write_interfaces(interfaces);
+        // Also after half of it.
+        self.routes.forget()?;
+        written
+    }
+
+    fn write_interfaces(
+        &mut self,
+        interfaces: &BTreeMap<u32, Interface>,
+    ) -> Result<(), DatapathError> {
         let mut map: HashMap<&mut MapData, u32, Plain<Interface>> =
             HashMap::try_from(self.map_mut("INTERFACES")).map_err(map_error("INTERFACES"))?;
         let there: BTreeMap<u32, Interface> = map
@@ -557,7 +564,7 @@ impl Datapath {
                 map.insert(index, Plain(interface), 0).map_err(map_error("INTERFACES"))?;
             }
         }
-        self.routes.forget()
+        Ok(())
     }
 
     /// Attaches the program of `role` to an interface, or replaces the one that is there; `auto`
@@ -817,20 +824,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_clock_of_the_kernel_is_read_in_ticks_that_kernels_have() {
-        let start = Instant::now();
-        let after = |milliseconds| start + Duration::from_millis(milliseconds);
-        for (frequency, seen) in [(100, 9..=11), (250, 24..=26), (300, 29..=31), (1000, 98..=102)] {
-            for ticks in seen {
-                let first = (Jiffies(4_294_892_296), start);
-                let second = (Jiffies(first.0.0 + ticks), after(100));
-                let clock = Clock::calibrated(first, second);
-                let later = clock.at(after(2_100));
-                assert_eq!(later.0, second.0.0 + 2 * frequency, "{frequency}: {ticks}");
-                let ago = clock.between(second.0, after(2_100));
-                assert_eq!(ago, Duration::from_secs(2), "{frequency}: {ticks}");
-            }
-        }
+    fn the_clock_goes_by_the_ticks_of_the_kernel() {
+        let when = Instant::now();
+        let clock = Clock { tick: Duration::from_millis(4), ..Clock::new(Jiffies(1000), when) };
+        let later = when + Duration::from_millis(2003);
+        assert_eq!(clock.at(later), Jiffies(1500));
+        assert_eq!(clock.between(Jiffies(1250), later), Duration::from_secs(1));
+        assert_eq!(clock.between(Jiffies(1501), later), Duration::ZERO);
+        // What kernels are configured for: 1,000 to 100 ticks a second.
+        let tick = Clock::new(Jiffies(0), when).tick;
+        assert!(Duration::from_micros(900) < tick && tick < Duration::from_millis(11), "{tick:?}");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! right.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -33,7 +34,7 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts the thread. Where it cannot do its work it says so and ends.
+    /// Starts the thread. While it cannot do its work, which it says once, nothing is remembered.
     ///
     /// # Errors
     ///
@@ -48,8 +49,16 @@ impl Keeper {
         }
         let interfaces = keeper.clone();
         let run = move || {
-            if let Err(error) = interfaces.keep(&routes) {
-                warn!("{error}; from now on the kernel is asked for each packet's route: slower");
+            let mut told = false;
+            loop {
+                let Err(error) = interfaces.keep(&routes);
+                // Trust runs out by itself meanwhile.
+                if !std::mem::replace(&mut told, true) {
+                    warn!(
+                        "{error}; routes are not remembered until it works again, which is slower"
+                    );
+                }
+                thread::sleep(TICK);
             }
         };
         thread::Builder::new().name("routes".to_owned()).spawn(run)?;
@@ -61,7 +70,7 @@ impl Keeper {
         *self.interfaces.lock().unwrap_or_else(PoisonError::into_inner) = names;
     }
 
-    fn keep(&self, routes: &Routes) -> Result<(), Failure> {
+    fn keep(&self, routes: &Routes) -> Result<Infallible, Failure> {
         let mut watch = Watch::open()?;
         let mut dependence = Dependence::default();
         let mut look_again = true;
@@ -69,6 +78,8 @@ impl Keeper {
         let mut again: Vec<Instant> = Vec::new();
         loop {
             if look_again {
+                // Until it is known what the way of a packet depends on.
+                routes.rely(Families::default(), Duration::ZERO)?;
                 dependence = tell(watch.dependence()?, &dependence);
             }
             let now = Instant::now();

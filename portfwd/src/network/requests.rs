@@ -10,7 +10,7 @@ use rtnetlink::{
 
 /// How many requests are sent at once: what comes back has to fit in the socket's buffer, which has
 /// 208 KiB unless the box says otherwise, at some 4 KiB an answer.
-pub(super) const AT_ONCE: usize = 32;
+pub(super) const AT_ONCE: usize = 16;
 
 /// What the kernel says to a request; `None` is that it is done.
 pub(super) type Answer = io::Result<Option<RouteNetlinkMessage>>;

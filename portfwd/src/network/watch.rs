@@ -13,7 +13,7 @@ use rtnetlink::{
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
         },
-        route::RouteMessage,
+        route::{RouteAttribute, RouteMessage},
         rule::{RuleAttribute, RuleMessage},
     },
     sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE},
@@ -105,7 +105,8 @@ impl Watch {
             Err(error) => return Err(error.into()),
         }
         let mut changed = Changed::default();
-        loop {
+        // Not until there are no more: with a steady stream of them nothing would ever be told.
+        for _ in 0..64 {
             match self.events.recv_from_full() {
                 Ok((datagram, _)) => {
                     for message in messages(&datagram) {
@@ -123,9 +124,10 @@ impl Watch {
                 Err(error) => return Err(error),
             }
         }
+        Ok(changed)
     }
 
-    /// What a message says has changed. What is not understood may be anything.
+    /// What a message says has changed.
     fn look_at(&mut self, message: Option<RouteNetlinkMessage>) -> Changed {
         let ways = Changed { ways: true, dependence: false };
         match message {
@@ -139,7 +141,9 @@ impl Watch {
             Some(RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route)) => {
                 Changed { dependence: route_depends_on(&route).is_some(), ..ways }
             }
-            _ => ways,
+            Some(_) => ways,
+            // Forwarding was switched on or off, or it is not understood.
+            None => Changed::ALL,
         }
     }
 
@@ -166,8 +170,10 @@ impl Watch {
 
     fn learn_neighbours(&mut self) -> io::Result<()> {
         self.neighbours.clear();
+        let mut neighbours = Vec::new();
         let all = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        for message in self.dump(all)? {
+        self.dump(all, |message| neighbours.extend(message))?;
+        for message in neighbours {
             self.look_at(Some(message));
         }
         Ok(())
@@ -185,44 +191,60 @@ impl Watch {
             RouteNetlinkMessage::GetRule(RuleMessage::default()),
             RouteNetlinkMessage::GetRoute(RouteMessage::default()),
         ];
-        for request in requests {
-            for message in self.dump(request).map_err(failed)? {
-                let (family, reason) = match &message {
-                    RouteNetlinkMessage::NewRule(rule) => {
-                        (rule.header.family, rule_depends_on(rule))
-                    }
-                    RouteNetlinkMessage::NewRoute(route) => {
-                        (route.header.address_family, route_depends_on(route))
-                    }
-                    _ => continue,
-                };
-                match family {
-                    AddressFamily::Inet => dependence.v4 = dependence.v4.or(reason),
-                    AddressFamily::Inet6 => dependence.v6 = dependence.v6.or(reason),
-                    _ => {}
+        let mut look = |message: Option<RouteNetlinkMessage>| {
+            let (family, reason) = match &message {
+                Some(RouteNetlinkMessage::NewRule(rule)) => {
+                    (rule.header.family, rule_depends_on(rule))
                 }
+                Some(RouteNetlinkMessage::NewRoute(route)) => {
+                    (route.header.address_family, route_depends_on(route))
+                }
+                Some(_) => return,
+                None => {
+                    (AddressFamily::Unspec, Some("a rule or route is not understood".to_owned()))
+                }
+            };
+            let Dependence { v4, v6 } = &mut dependence;
+            if family != AddressFamily::Inet6 && v4.is_none() {
+                v4.clone_from(&reason);
             }
+            if family != AddressFamily::Inet && v6.is_none() {
+                *v6 = reason;
+            }
+        };
+        for request in requests {
+            self.dump(request, &mut look).map_err(failed)?;
         }
         Ok(dependence)
     }
 
-    /// All that the kernel has of a kind.
-    fn dump(&self, request: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    /// Looks at all that the kernel has of a kind; `None` for what is not understood.
+    fn dump(
+        &self,
+        request: RouteNetlinkMessage,
+        mut look: impl FnMut(Option<RouteNetlinkMessage>),
+    ) -> io::Result<()> {
+        /// NLMSG_ERROR and NLMSG_DONE of netlink.h.
+        const ERROR: u16 = 2;
+        const DONE: u16 = 3;
         let mut request = NetlinkMessage::from(request);
         request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
         request.finalize();
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
         self.requests.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
-        let mut found = Vec::new();
         loop {
             let (datagram, _) = self.requests.recv_from_full()?;
-            for message in whole_messages(&datagram) {
-                match message.payload {
-                    NetlinkPayload::InnerMessage(message) => found.push(message),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
-                    NetlinkPayload::Done(_) => return Ok(found),
-                    _ => {}
+            for bytes in split(&datagram) {
+                let kind = bytes.get(4..6).map(|kind| u16::from_ne_bytes([kind[0], kind[1]]));
+                match kind {
+                    Some(DONE) => return Ok(()),
+                    Some(ERROR) => {
+                        let code = bytes.get(16..).and_then(|rest| rest.first_chunk());
+                        let code = code.map_or(libc::EPROTO, |code| -i32::from_ne_bytes(*code));
+                        return Err(io::Error::from_raw_os_error(code));
+                    }
+                    _ => look(message(bytes)),
                 }
             }
         }
@@ -231,14 +253,14 @@ impl Watch {
 
 /// The messages of a datagram; `None` for one that is not understood.
 fn messages(datagram: &[u8]) -> impl Iterator<Item = Option<RouteNetlinkMessage>> {
-    split(datagram).map(|bytes| match NetlinkMessage::deserialize(bytes).ok()?.payload {
-        NetlinkPayload::InnerMessage(message) => Some(message),
-        _ => None,
-    })
+    split(datagram).map(message)
 }
 
-fn whole_messages(datagram: &[u8]) -> impl Iterator<Item = NetlinkMessage<RouteNetlinkMessage>> {
-    split(datagram).filter_map(|bytes| NetlinkMessage::deserialize(bytes).ok())
+fn message(bytes: &[u8]) -> Option<RouteNetlinkMessage> {
+    match NetlinkMessage::deserialize(bytes).ok()?.payload {
+        NetlinkPayload::InnerMessage(message) => Some(message),
+        _ => None,
+    }
 }
 
 /// Each message of a datagram with its header: `struct nlmsghdr` begins with the length, and the next
@@ -298,6 +320,11 @@ fn rule_depends_on(rule: &RuleMessage) -> Option<String> {
 fn route_depends_on(route: &RouteMessage) -> Option<String> {
     if route.header.source_prefix_length != 0 {
         return Some("a route has a source prefix".to_owned());
+    }
+    // The kernel chooses one by a hash of more than the destination.
+    let several = |attribute: &RouteAttribute| matches!(attribute, RouteAttribute::MultiPath(hops) if hops.len() > 1);
+    if route.attributes.iter().any(several) {
+        return Some("a route has several paths".to_owned());
     }
     (route.header.tos != 0).then(|| "a route has a type of service".to_owned())
 }
@@ -365,7 +392,7 @@ mod tests {
             let changed = watch.look_at(Some(message.clone()));
             assert_eq!(changed, Changed { ways, dependence: false }, "{message:?}");
         }
-        assert_eq!(watch.look_at(None), Changed { ways: true, dependence: false });
+        assert_eq!(watch.look_at(None), Changed::ALL);
     }
 
     #[test]
