@@ -174,8 +174,9 @@ impl Clock {
     /// What it shows at some time, not before it was read.
     fn at(&self, time: Instant) -> Jiffies {
         let elapsed = time.saturating_duration_since(self.when).as_nanos();
-        let ticks = elapsed * u128::from(self.frequency) / 1_000_000_000;
-        Jiffies(self.read.0.saturating_add(ticks as u64))
+        // In whole nanoseconds, as the kernel has it: with 300 a second that makes 3 s a year.
+        let tick = (1_000_000_000 + self.frequency / 2) / self.frequency;
+        Jiffies(self.read.0.saturating_add((elapsed / u128::from(tick)) as u64))
     }
 
     /// How long before `now` it showed `then`.

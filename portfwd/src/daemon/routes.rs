@@ -49,6 +49,8 @@ impl Keeper {
         let interfaces = keeper.clone();
         let run = move || {
             if let Err(error) = interfaces.keep(&routes) {
+                // At once, if that can be done; if not, trust runs out.
+                let _ = routes.rely(Families::default(), Duration::ZERO);
                 warn!("{error}; from now on the kernel is asked for each packet's route: slower");
             }
         };
@@ -69,6 +71,8 @@ impl Keeper {
         let mut again: Vec<Instant> = Vec::new();
         loop {
             if look_again {
+                // A routing table that takes long to read may have changed meanwhile.
+                routes.rely(Families::default(), Duration::ZERO)?;
                 dependence = tell(watch.dependence()?, &dependence);
             }
             let now = Instant::now();
