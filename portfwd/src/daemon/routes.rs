@@ -52,7 +52,8 @@ impl Keeper {
             let mut told = false;
             loop {
                 let Err(error) = interfaces.keep(&routes);
-                // Trust runs out by itself meanwhile.
+                // At once, if that can be done; if not, trust runs out.
+                let _: Result<(), DatapathError> = routes.rely(Families::default(), Duration::ZERO);
                 if !std::mem::replace(&mut told, true) {
                     warn!(
                         "{error}; routes are not remembered until it works again, which is slower"

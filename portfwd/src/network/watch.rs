@@ -37,6 +37,9 @@ const GROUPS: [MulticastGroup; 11] = [
     MulticastGroup::Nexthop,
 ];
 
+/// Datagrams that are looked at before what they changed is told.
+const AT_ONCE: usize = 256;
+
 /// What may be different now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Changed {
@@ -105,8 +108,8 @@ impl Watch {
             Err(error) => return Err(error.into()),
         }
         let mut changed = Changed::default();
-        // Not until there are no more: with a steady stream of them nothing would ever be told.
-        for _ in 0..64 {
+        // Not to their end: there may be none while a routing daemon fills the table.
+        for _ in 0..AT_ONCE {
             match self.events.recv_from_full() {
                 Ok((datagram, _)) => {
                     for message in messages(&datagram) {
@@ -115,7 +118,7 @@ impl Watch {
                         changed.dependence |= dependence;
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(changed),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // Some were lost.
                 Err(error) if error.raw_os_error() == Some(ENOBUFS) => {
                     self.learn_neighbours()?;

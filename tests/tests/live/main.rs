@@ -1,5 +1,7 @@
 //! The network changes underneath a running portfwd, and how it starts and ends.
 
+mod routes;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
