@@ -4,7 +4,7 @@
 //! stateless. [`Compiler::compile`] turns a plan and the box's addresses into what to write.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt;
 use std::hash::BuildHasher as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -346,9 +346,16 @@ impl Capacity {
         }
     }
 
+    /// Whether there is this row of the endpoints. An update that did not fit may have left numbers
+    /// beyond the end, which the next one empties: that needs no writing.
+    pub fn has_endpoint(&self, number: u32) -> bool {
+        number < self.endpoints
+    }
+
     /// Whether `update` fits.
     pub fn holds(&self, update: &Update) -> bool {
-        update.endpoints.iter().all(|(number, _)| *number < self.endpoints)
+        let is_empty = |endpoint: &Endpoint| *endpoint == Endpoint::default();
+        update.endpoints.iter().all(|(number, it)| self.has_endpoint(*number) || is_empty(it))
             && update.translations.iter().all(|(number, _)| *number < self.translations)
             && update.pages.iter().all(|(number, _)| *number < self.pages)
             && update.counters <= self.counters
@@ -600,7 +607,7 @@ impl Compiler {
                 self.endpoints.remove(number);
             }
         }
-        self.rows.free.extend(dropped);
+        self.rows.free.extend(dropped.into_iter().map(Reverse));
         if self.legs.is_empty() {
             // Room for the first that are added.
             self.legs.reserve_exact(room(between.len()));
@@ -616,7 +623,7 @@ impl Compiler {
         for (_, ports) in pending.tables {
             self.pages.release(ports);
         }
-        self.rows.free.extend(pending.added);
+        self.rows.free.extend(pending.added.into_iter().map(Reverse));
     }
 }
 
@@ -840,19 +847,22 @@ fn any_address(address: IpAddr) -> AnyAddress {
     }
 }
 
-/// Gives out numbers of rows, from 1.
+/// Gives out numbers of rows, from 1, the lowest first: the table has an end.
 #[derive(Default)]
 struct Rows {
-    free: Vec<u32>,
+    free: BinaryHeap<Reverse<u32>>,
     last: u32,
 }
 
 impl Rows {
     fn take(&mut self) -> u32 {
-        self.free.pop().unwrap_or_else(|| {
-            self.last += 1;
-            self.last
-        })
+        self.free.pop().map_or_else(
+            || {
+                self.last += 1;
+                self.last
+            },
+            |Reverse(number)| number,
+        )
     }
 }
 

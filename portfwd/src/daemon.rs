@@ -66,6 +66,7 @@ pub struct Options {
 /// Whatever keeps it from starting; then nothing is attached and nothing is left behind. Once it
 /// runs, trouble is told and forwarding resumes when it ends.
 pub async fn run(options: Options) -> Result<(), Failure> {
+    keep_large_tables_apart();
     let interrupt = signal(SignalKind::interrupt())?;
     let terminate = signal(SignalKind::terminate())?;
     let Options { config, socket, log_packets } = options;
@@ -153,6 +154,17 @@ fn give_back_memory() {
     // SAFETY: takes an integer, and may be called at any time.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Has the C library take large tables from the system one by one, whatever was freed before: they
+/// grow without being copied, room in them that is not used yet costs nothing, and all of it goes
+/// back.
+fn keep_large_tables_apart() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes integers, and may be called at any time.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 256 << 10);
     }
 }
 

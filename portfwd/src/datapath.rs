@@ -419,13 +419,17 @@ impl Datapath {
         for (number, page) in &update.pages {
             pages.set(*number, Plain(page.page()), 0).map_err(map_error("PAGES"))?;
         }
+        let capacity = self.capacity;
         let mut endpoints = self.array::<Endpoint>("ENDPOINTS")?;
         for (number, endpoint) in &update.endpoints {
+            if !capacity.has_endpoint(*number) && *endpoint == Endpoint::default() {
+                continue;
+            }
             endpoints.set(*number, Plain(*endpoint), 0).map_err(map_error("ENDPOINTS"))?;
         }
         // What leads to a row is never written anew: the kernel gives the memory of an entry that it
         // replaces or removes to the next one, while packets still look at it.
-        for (key, number) in &update.new {
+        for (key, number) in update.new.iter().filter(|(_, it)| capacity.has_endpoint(*it)) {
             self.write_address(key, Some(*number))?;
         }
 

@@ -1,15 +1,18 @@
 //! Values with a key, by number.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::hash::{BuildHasher as _, Hash};
 use std::ops::{Index, IndexMut};
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
-/// Values with a key each, numbered from 0. The number of one that was removed is given again.
+/// Values with a key each, numbered from 0. The lowest that is free is given
+/// first: tables have an end.
 pub struct Numbered<K, V> {
     entries: Vec<(K, V)>,
     numbers: HashTable<u32>,
-    free: Vec<u32>,
+    free: BinaryHeap<Reverse<u32>>,
     hasher: DefaultHashBuilder,
 }
 
@@ -18,7 +21,7 @@ impl<K, V> Default for Numbered<K, V> {
         Self {
             entries: Vec::new(),
             numbers: HashTable::new(),
-            free: Vec::new(),
+            free: BinaryHeap::new(),
             hasher: DefaultHashBuilder::default(),
         }
     }
@@ -47,7 +50,7 @@ impl<K: Hash + Eq, V: Default> Numbered<K, V> {
         let Self { entries, numbers, free, hasher } = self;
         let hash = hasher.hash_one(&key);
         let number = match free.pop() {
-            Some(number) => {
+            Some(Reverse(number)) => {
                 entries[number as usize] = (key, value);
                 number
             }
@@ -68,7 +71,7 @@ impl<K: Hash + Eq, V: Default> Numbered<K, V> {
         let hash = self.hasher.hash_one(&*key);
         if let Ok(entry) = self.numbers.find_entry(hash, |other| *other == number) {
             entry.remove();
-            self.free.push(number);
+            self.free.push(Reverse(number));
         }
     }
 }

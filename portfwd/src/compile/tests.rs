@@ -490,6 +490,21 @@ fn a_change_undone_before_it_was_live_leaves_nothing() {
     assert_eq!(numbers.len(), 4);
 }
 
+#[test]
+fn what_did_not_fit_is_no_obstacle_to_what_fits() {
+    let mut kernel = loaded(&["80:10.0.0.1"]);
+    let capacity = Capacity { endpoints: 4, translations: 10, pages: 4, counters: 256 };
+    let many: Vec<String> = (1..50).map(|port| format!("{port}:10.0.1.{port}")).collect();
+    let many = rules(&many.iter().map(String::as_str).collect::<Vec<_>>());
+    let many_plan = plan(&many, &Resolved::new()).unwrap();
+    for port in 81..90 {
+        let update = kernel.compiler.compile(&many, &many_plan, &externals(), &EPHEMERAL);
+        assert!(!capacity.holds(&update));
+        let update = kernel.load(&rules(&[&format!("{port}:10.0.0.1")]), &externals());
+        assert!(capacity.holds(&update), "{update:?}");
+    }
+}
+
 /// Rules over few addresses and ports, so that they meet.
 fn few_rules() -> impl Strategy<Value = Vec<Rule>> {
     let listen = prop_oneof![Just(""), Just("198.51.100.1:"), Just("198.51.100.7:")];
