@@ -99,12 +99,10 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let capacity = Capacity::for_plan(&config.rules, &plan, &ephemeral);
     let mut datapath = Datapath::load(capacity, log_packets)?;
     let mut compiler = Compiler::default();
-    // Once into each generation, so that the first change finds only itself to write.
-    for _ in 0..2 {
-        let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
-        datapath.apply(&update)?;
-        compiler.commit(&update);
-    }
+    let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
+    datapath.apply(&update)?;
+    compiler.commit(&update);
+    drop(update);
 
     let keeper = Keeper::start(datapath.routes())?;
     let mut daemon = Daemon {
@@ -286,6 +284,10 @@ impl Daemon {
         give_back_memory();
         let rules = self.config.rules.len();
         info!("forwarding {rules} rule{}; stop with Ctrl-C", if rules == 1 { "" } else { "s" });
+        // Once more, into the other generation, so that the first change finds only itself to write.
+        if let Some(problem) = self.load() {
+            warn!("{problem}");
+        }
 
         let mut told_of_changes = true;
         let mut neighbours = every(network::REFRESH);
