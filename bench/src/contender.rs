@@ -6,7 +6,7 @@ use std::net::SocketAddrV4;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use portfwd_tests::{Portfwd, TempDir};
+use portfwd_tests::{Namespace, Portfwd, TempDir};
 
 use crate::Options;
 use crate::proxy::{self, Forward, Proxy};
@@ -148,6 +148,17 @@ impl Contender {
 }
 
 impl Contender {
+    /// What a rule is added with: a command, which is a process of its own, or a call.
+    pub fn adds_with(self) -> &'static str {
+        match self {
+            Self::Native => "portfwd (library)",
+            Self::NftMap => "nft add element",
+            Self::NftChain => "nft add rule",
+            Self::Iptables => "iptables -A",
+            _ => self.name(),
+        }
+    }
+
     /// Adds one rule to those that it was started with, by the command that users would type.
     pub fn add(self, rig: &Rig, rule: Forward) -> Result<()> {
         let Forward { transport, listen, to } = rule;
@@ -262,18 +273,37 @@ impl ConntrackRoom {
         ("/proc/sys/net/netfilter/nf_conntrack_max", 8 << 20),
     ];
 
-    /// Makes room, and says how much; nothing on a machine without connection tracking.
-    pub fn make() -> Result<(Self, Option<String>)> {
+    /// Makes room, and says how much, or that there is none to make.
+    pub fn make() -> Result<(Self, String)> {
         let mut before = Self(Vec::new());
+        // The files come with connection tracking, and that with the first rules that need it.
+        let is_there = || Self::SIZES.iter().all(|(path, _)| Path::new(path).exists());
+        let why = if is_there() { None } else { Self::load().err() };
+        if !is_there() {
+            let mut note = "nftables and iptables: connection tracking has the room that this \
+                            machine gives it; there are no files to set it"
+                .to_owned();
+            if let Some(why) = why {
+                let _ = write!(note, " ({why:#})");
+            }
+            return Ok((before, note));
+        }
         for (path, size) in Self::SIZES {
-            let Ok(old) = fs::read_to_string(path) else { return Ok((before, None)) };
+            let old = fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?;
             fs::write(path, size.to_string())
                 .with_context(|| format!("cannot write {size} to {path}"))?;
             before.0.push((path, old));
         }
         let note = "nftables and iptables: connection tracking has room for 8,388,608 flows in \
                     1,048,576 buckets (nf_conntrack_max, hashsize)";
-        Ok((before, Some(note.into())))
+        Ok((before, note.into()))
+    }
+
+    /// Has the kernel load connection tracking, by a table in a namespace that goes at once.
+    fn load() -> Result<()> {
+        let namespace = Namespace::new("conntrack")?;
+        let table = format!("table ip bench {{\n{NFT_CHAIN}}}\n}}\n");
+        rig::feed(namespace.command("nft").args(["-f", "-"]), &table)
     }
 }
 

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: portfwd and its alternatives on one rig, measured in turn.
 
 mod contender;
+mod machine;
 mod measure;
 mod plot;
 mod proxy;
@@ -18,6 +19,7 @@ use clap::Parser;
 
 use crate::contender::{ConntrackRoom, Contender};
 use crate::measure::Bench;
+use crate::report::Failure;
 
 /// Measures portfwd and its alternatives, as root. Everything stays in network namespaces of its own.
 #[derive(Parser)]
@@ -75,18 +77,27 @@ fn run(options: Options) -> Result<()> {
     // All but the data path, which pins itself.
     rig::pin(rig::proxy_cpu())?;
     let mut bench = Bench::new(options);
+    bench.report.notes.extend(machine::notes(&bench.options.portfwd));
     for contender in Contender::ALL {
         if let Some(why) = contender.absent() {
             bench.report.notes.push(format!("absent: {}: {why}", contender.name()));
         }
     }
     let (_room, note) = ConntrackRoom::make()?;
-    bench.report.notes.extend(note);
+    bench.report.notes.push(note);
     for (name, run) in measures {
         if bench.wants(name) {
-            run(&mut bench).with_context(|| format!("cannot measure {name}"))?;
+            // What the others find is kept, whatever becomes of one.
+            if let Err(error) = run(&mut bench) {
+                let why = format!("{error:#}").replace('\n', "; ");
+                measure::progress(&format!("{name}: refused: {why}"));
+                let (case, contender) = ("the measure".into(), "all".into());
+                bench.report.failures.push(Failure { measure: name, case, contender, why });
+            }
         }
     }
+    let busy = bench.busy_note();
+    bench.report.notes.extend(busy);
     println!("{}", bench.report.table());
     if let Some(path) = &bench.options.json {
         let text = serde_json::to_string_pretty(&bench.report.json())?;

@@ -275,12 +275,18 @@ fn lines(
     let was_measured = |case: &str| rows.iter().any(|row| row.case == case);
     let cases: Vec<_> = cases.iter().filter(|(case, _)| was_measured(case)).collect();
     let case_of = |row: &Row| cases.iter().position(|(case, _)| *case == row.case);
-    let rows: Vec<&Row> = rows
-        .iter()
-        .copied()
-        .filter(|row| case_of(row).is_some() && row.refused.is_none())
-        .collect();
+    let (rows, refused): (Vec<&Row>, Vec<&Row>) =
+        rows.iter().filter(|row| case_of(row).is_some()).partition(|row| row.refused.is_none());
     let unit = rows.first()?.unit?;
+    // A line of text for each contender that has gaps, below the axis.
+    let mut gaps: Vec<(&str, Vec<&str>, &str)> = Vec::new();
+    for row in &refused {
+        let (Some(case), Some(why)) = (case_of(row), &row.refused) else { continue };
+        match gaps.iter_mut().find(|(contender, ..)| *contender == row.contender) {
+            Some((_, names, _)) => names.push(cases[case].1),
+            None => gaps.push((&row.contender, vec![cases[case].1], why)),
+        }
+    }
     let (unit_name, divisor) = axis_unit(unit);
 
     let mut all: Vec<Series> = Vec::new();
@@ -317,8 +323,14 @@ fn lines(
     let last = cases.len().saturating_sub(1).max(1) as f64;
     let x = |case: usize| LEFT + 28.0 + case as f64 / last * (right - LEFT - 28.0);
 
-    let mut svg = Svg::new(HEIGHT, title, &remark(&rows, unit, ""));
+    const STEP: f64 = 20.0;
+    let height = HEIGHT + STEP * gaps.len() as f64;
+    let mut svg = Svg::new(height, title, &remark(&rows, unit, ""));
     let faint = Text { colour: FAINT, size: 13.0, ..Text::default() };
+    for (number, (contender, names, why)) in gaps.iter().enumerate() {
+        let text = format!("{}, {}: refused: {why}", look(contender).name, names.join(", "));
+        svg.text(24.0, HEIGHT + STEP * number as f64, &text, &faint);
+    }
     svg.text(24.0, TOP - 24.0, unit_name, &faint);
     let scale = Text { anchor: "end", ..faint };
     for tick in ticks {
@@ -580,6 +592,14 @@ mod tests {
             contender: "socat".into(),
             why: "<2 packets".into(),
         });
+        for case in ["p99, idle", "p99, 80 % of its own maximum"] {
+            report.failures.push(Failure {
+                measure: "latency",
+                case: case.into(),
+                contender: "routing".into(),
+                why: "lost all".into(),
+            });
+        }
         let paths = plots(&report, directory.path()).unwrap();
         assert_eq!(paths.len(), 2 * CHARTS.len());
         for pair in paths.chunks(2) {
@@ -593,6 +613,8 @@ mod tests {
             let png = fs::read(&pair[1]).unwrap();
             assert!(png.starts_with(b"\x89PNG"), "{}", pair[1].display());
         }
+        let latency = fs::read_to_string(directory.path().join("latency.svg")).unwrap();
+        assert!(latency.contains(">routing, idle, 80 %: refused: lost all<"), "{latency}");
         let throughput = fs::read_to_string(&paths[0]).unwrap();
         assert!(throughput.contains("2.10 Mpps"), "{throughput}");
         assert!(throughput.contains("refused: &lt;2 packets"), "{throughput}");

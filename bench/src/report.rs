@@ -124,6 +124,56 @@ pub struct Row {
 }
 
 impl Report {
+    /// Ends a case, whose samples begin at `first`. A figure stands for all its rounds: who was
+    /// refused in one has no figure in all that the case found, by whomever; and where a figure is
+    /// missing in a round, as a percentile of packets that were lost, the others of it go, and a note
+    /// says so.
+    pub fn settle(
+        &mut self,
+        measure: &'static str,
+        case: &str,
+        first: usize,
+        rounds: u32,
+        refused: &[(&'static str, String)],
+    ) {
+        let found = self.samples.split_off(first);
+        let mut cases: Vec<&str> = Vec::new();
+        let mut counts: BTreeMap<(&str, &str), u32> = BTreeMap::new();
+        for sample in &found {
+            if !cases.contains(&sample.case.as_str()) {
+                cases.push(&sample.case);
+            }
+            *counts.entry((&sample.case, &sample.contender)).or_default() += 1;
+        }
+        if cases.is_empty() {
+            cases.push(case);
+        }
+        for (contender, why) in refused {
+            self.failures.extend(cases.iter().map(|case| Failure {
+                measure,
+                case: (*case).to_owned(),
+                contender: (*contender).to_owned(),
+                why: why.clone(),
+            }));
+        }
+        let is_refused = |contender: &str| refused.iter().any(|(other, _)| *other == contender);
+        counts.retain(|(_, contender), count| *count < rounds && !is_refused(contender));
+        self.notes.extend(counts.iter().map(|((case, contender), count)| {
+            let missing = rounds - count;
+            format!(
+                "{measure}: {case}: {contender} has no figure: none in {missing} of {rounds} rounds"
+            )
+        }));
+        let whole: Vec<Sample> = found
+            .iter()
+            .filter(|sample| {
+                !counts.contains_key(&(sample.case.as_str(), sample.contender.as_str()))
+            })
+            .cloned()
+            .collect();
+        self.samples.extend(whole);
+    }
+
     /// A row for each measure, case and contender, in the order in which they first ran.
     pub fn rows(&self) -> Vec<Row> {
         type Key<'a> = (&'static str, &'a str, &'a str);
@@ -326,6 +376,42 @@ mod tests {
         assert!(line.contains("refused: 3 of 100 packets were wrong"), "{table}");
         assert!(!line.contains("1.00 pps"), "{table}");
         assert!(report.csv().contains(r#""forward","portfwd",,,,"3 of 100 packets were wrong""#));
+    }
+
+    #[test]
+    fn who_is_refused_in_a_later_round_has_no_figure_at_all() {
+        let mut report = Report::default();
+        report.samples.push(sample("portfwd", 1, 5.0));
+        for (case, contender) in [("p50", LIMIT), ("p50", "portfwd"), ("p99", LIMIT)] {
+            report.samples.push(Sample { case: case.into(), ..sample(contender, 1, 1.0) });
+        }
+        report.settle("throughput", "round trip", 1, 1, &[("portfwd", "lost all".into())]);
+        let rows = report.rows();
+        let refused = |case: &str, contender: &str| {
+            let row = rows.iter().find(|row| row.case == case && row.contender == contender);
+            row.unwrap().refused.clone()
+        };
+        assert_eq!(refused("p50", "portfwd").as_deref(), Some("lost all"));
+        assert_eq!(refused("p99", "portfwd").as_deref(), Some("lost all"));
+        assert_eq!((refused("p50", LIMIT), refused("p99", LIMIT)), (None, None));
+        // What another case found stays.
+        assert_eq!(refused("forward", "portfwd"), None);
+
+        let mut report = Report::default();
+        report.settle("throughput", "round trip", 0, 1, &[("portfwd", "lost all".into())]);
+        assert_eq!(report.rows()[0].case, "round trip");
+    }
+
+    #[test]
+    fn a_figure_that_a_round_lacks_is_none() {
+        let samples = vec![sample(LIMIT, 1, 1.0), sample(LIMIT, 2, 1.0), sample("portfwd", 2, 1.0)];
+        let mut report = Report { samples, ..Report::default() };
+        report.settle("throughput", "forward", 0, 2, &[]);
+        assert_eq!(report.rows().len(), 1);
+        assert_eq!(
+            report.notes,
+            ["throughput: forward: portfwd has no figure: none in 1 of 2 rounds"]
+        );
     }
 
     #[test]

@@ -77,8 +77,6 @@ pub struct Load {
     pub arrives_at: Services,
     /// Whether what arrives comes from a client's own address.
     pub keeps_client: bool,
-    /// A service port whose packets pass the receiver; 0 for none.
-    pub pass: u16,
 }
 
 impl Load {
@@ -108,7 +106,6 @@ impl Load {
             length: self.length(),
             reply: (direction == Direction::Reply).into(),
             any_client: (!self.keeps_client).into(),
-            pass: self.pass.into(),
         }
     }
 
@@ -205,7 +202,6 @@ pub fn received(ebpf: &Ebpf) -> Result<Received> {
     let mut sum = Received::default();
     for Plain(cpu) in map.get(&0, 0)?.iter() {
         sum.packets += cpu.packets;
-        sum.bytes += cpu.bytes;
         sum.checked += cpu.checked;
         sum.wrong += cpu.wrong;
     }

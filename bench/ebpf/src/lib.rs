@@ -79,8 +79,6 @@ pub struct Expected {
     pub reply: u32,
     /// 1 if clients may have other addresses and ports than they sent from: a proxy has its own.
     pub any_client: u32,
-    /// A service port whose packets are not of the stream: they pass. 0 for none.
-    pub pass: u32,
 }
 
 /// What a receiver has seen.
@@ -88,8 +86,6 @@ pub struct Expected {
 #[repr(C)]
 pub struct Received {
     pub packets: u64,
-    /// Of the IP packets.
-    pub bytes: u64,
     /// Packets that were looked at in full.
     pub checked: u64,
     /// Of those, what was not as expected.
@@ -165,7 +161,6 @@ impl Expected {
         length: Stream::NONE.length,
         reply: 0,
         any_client: 0,
-        pass: 0,
     };
 }
 

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use portfwd::compile::{Capacity, Compiler, Resolved, plan};
+use portfwd::compile::{Capacity, Compiler, Plan, Resolved, plan};
 use portfwd::datapath::Datapath;
 use portfwd::network::Externals;
 use portfwd::rule::Rule;
@@ -21,7 +21,9 @@ const EPHEMERAL: RangeInclusive<u16> = 32_768..=60_999;
 /// is attached.
 pub struct Control {
     pub datapath: Datapath,
+    plan: Plan,
     compiler: Compiler,
+    externals: Externals,
 }
 
 impl Control {
@@ -36,19 +38,30 @@ impl Control {
             interfaces.insert(rig::interface(&rig.router, name)?, interface);
         }
         datapath.set_interfaces(&interfaces)?;
-        let mut control = Self { datapath, compiler: Compiler::default() };
-        control.change(rules)?;
+        let externals = Externals { v4: vec![rig::WAN], v6: vec![rig::WAN6] };
+        let mut control = Self { datapath, plan, compiler: Compiler::default(), externals };
+        control.write(rules)?;
         // As the daemon has them do while it listens to changes of routes. Here nothing changes.
         let families = Families { v4: true, v6: true };
         control.datapath.routes().rely(families, Duration::from_secs(3600))?;
         Ok(control)
     }
 
-    /// Makes these the rules: from what users write to tables that packets see.
-    pub fn change(&mut self, rules: &[Rule]) -> Result<()> {
-        let externals = Externals { v4: vec![rig::WAN], v6: vec![rig::WAN6] };
-        let plan = plan(rules, &Resolved::new())?;
-        let update = self.compiler.compile(rules, &plan, &externals, &EPHEMERAL);
+    /// Adds the last of these rules, of which the others are there: from what users write to tables
+    /// that packets see.
+    pub fn add(&mut self, rules: &[Rule]) -> Result<()> {
+        self.plan.add(rules, &Resolved::new())?;
+        self.write(rules)
+    }
+
+    /// Takes out the rule that came after these.
+    pub fn remove_after(&mut self, rules: &[Rule]) -> Result<()> {
+        self.plan.remove(rules.len());
+        self.write(rules)
+    }
+
+    fn write(&mut self, rules: &[Rule]) -> Result<()> {
+        let update = self.compiler.compile(rules, &self.plan, &self.externals, &EPHEMERAL);
         self.datapath.apply(&update)?;
         self.compiler.commit(&update);
         Ok(())

@@ -13,7 +13,7 @@ use portfwd_bench_ebpf::{HEADERS, Headers, Turn};
 use portfwd_ebpf::path::Role;
 
 use crate::measure::control::{self, Control};
-use crate::measure::{Bench, progress, wait_for_idle};
+use crate::measure::{Bench, progress};
 use crate::proxy::{Forward, Transport};
 use crate::report::{LIMIT, Unit, median};
 use crate::rig::{self, Rig, Wire};
@@ -67,7 +67,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         for round in 1..=rounds {
             progress(&format!("{NAME}: round {round} of {rounds}"));
             for (set, datapath) in sets.iter().zip(&datapaths) {
-                wait_for_idle(&bench.options);
+                bench.wait_for_idle();
                 for class in &set.classes {
                     let case = format!("{}, {}", class.name, set.name);
                     let ingress = if class.role == Role::External { wan } else { lan };

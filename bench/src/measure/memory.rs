@@ -26,7 +26,11 @@ pub fn run(bench: &mut Bench) -> Result<()> {
                 value: bytes as f64,
                 unit: Unit::Bytes,
             };
-            Ok(vec![bytes("maps", maps(portfwd)?), bytes("daemon", resident(portfwd)?)])
+            Ok(vec![
+                bytes("maps", maps(portfwd)?),
+                bytes("daemon", resident(portfwd, "VmRSS:")?),
+                bytes("daemon, at most so far", resident(portfwd, "VmHWM:")?),
+            ])
         });
     }
     Ok(())
@@ -48,11 +52,11 @@ fn maps(portfwd: &Portfwd) -> Result<u64> {
     Ok(maps.iter().map(|(_, bytes)| bytes).sum())
 }
 
-/// Bytes of memory that a process has in use.
-fn resident(portfwd: &Portfwd) -> Result<u64> {
+/// Bytes of memory that a process has in use, or had at most, by the kernel's name for it.
+fn resident(portfwd: &Portfwd, name: &str) -> Result<u64> {
     let path = format!("/proc/{}/status", portfwd.id());
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-    Ok(field(&text, "VmRSS:").with_context(|| format!("{path} has no VmRSS"))? * 1024)
+    Ok(field(&text, name).with_context(|| format!("{path} has no {name}"))? * 1024)
 }
 
 /// The number after a name, in files of /proc with a line for each.

@@ -17,7 +17,7 @@ use anyhow::Result;
 
 use crate::Options;
 use crate::contender::Contender;
-use crate::report::{Failure, Report, Sample, Unit};
+use crate::report::{Report, Sample, Unit};
 
 type Measure = fn(&mut Bench) -> Result<()>;
 
@@ -36,6 +36,10 @@ pub const ALL: [(&str, Measure); 7] = [
 pub struct Bench {
     pub options: Options,
     pub report: Report,
+    /// How often something was about to be measured, and how often of those the machine was busy
+    /// with something else all the same.
+    waits: u32,
+    busy: u32,
 }
 
 /// One figure of one run.
@@ -58,7 +62,7 @@ impl Options {
 
 impl Bench {
     pub fn new(options: Options) -> Self {
-        Self { options, report: Report::default() }
+        Self { options, report: Report::default(), waits: 0, busy: 0 }
     }
 
     /// Whether a measure is asked for.
@@ -77,25 +81,38 @@ impl Bench {
         all.iter().copied().filter(|one| wanted(one) && one.absent().is_none()).collect()
     }
 
-    /// Measures one case in rounds: every contender in turn, then again. Who fails once is refused,
-    /// and not asked again.
+    /// Measures one case in rounds: every contender in turn, then again. Who fails once is refused in
+    /// all that this case has figures of, and not asked again.
     pub fn case(
         &mut self,
         measure: &'static str,
         case: &str,
         contenders: &[Contender],
+        run: impl FnMut(&Options, Contender) -> Result<Vec<Reading>>,
+    ) {
+        self.case_of(measure, case, contenders, Contender::name, run);
+    }
+
+    /// As [`case`](Self::case), with other names for what is measured.
+    pub fn case_of(
+        &mut self,
+        measure: &'static str,
+        case: &str,
+        contenders: &[Contender],
+        name: impl Fn(Contender) -> &'static str,
         mut run: impl FnMut(&Options, Contender) -> Result<Vec<Reading>>,
     ) {
         let rounds = self.options.rounds();
         let contenders = self.contenders(contenders);
+        let first = self.report.samples.len();
         let mut refused = Vec::new();
         for round in 1..=rounds {
             for contender in &contenders {
-                let name = contender.name();
-                if refused.contains(contender) {
+                let name = name(*contender);
+                if refused.iter().any(|(other, _)| *other == name) {
                     continue;
                 }
-                wait_for_idle(&self.options);
+                self.wait_for_idle();
                 match run(&self.options, *contender) {
                     Ok(readings) => {
                         for Reading { case, value, unit } in readings {
@@ -109,14 +126,26 @@ impl Bench {
                     Err(error) => {
                         let why = format!("{error:#}").replace('\n', "; ");
                         progress(&format!("{measure}: {case}: {name} refused: {why}"));
-                        let (case, contender_name) = (case.to_owned(), name.to_owned());
-                        let failure = Failure { measure, case, contender: contender_name, why };
-                        self.report.failures.push(failure);
-                        refused.push(*contender);
+                        refused.push((name, why));
                     }
                 }
             }
         }
+        self.report.settle(measure, case, first, rounds, &refused);
+    }
+
+    /// Waits a while for an idle machine.
+    pub fn wait_for_idle(&mut self) {
+        self.waits += 1;
+        self.busy += u32::from(!becomes_idle(&self.options));
+    }
+
+    /// What a reader must know of the machine while it measured.
+    pub fn busy_note(&self) -> Option<String> {
+        let Self { waits, busy, .. } = self;
+        (*busy > 0).then(|| {
+            format!("the machine was busy with something else before {busy} of {waits} runs")
+        })
     }
 
     pub fn sample(
@@ -137,19 +166,20 @@ pub fn progress(text: &str) {
     eprintln!("{text}");
 }
 
-/// Waits until nothing else runs on this machine, but not for ever.
-pub fn wait_for_idle(options: &Options) {
+/// Waits until nothing else runs on this machine, but not for ever; whether it came to that.
+fn becomes_idle(options: &Options) -> bool {
     const WINDOW: Duration = Duration::from_millis(20);
     let patience = Duration::from_millis(if options.quick { 200 } else { 3000 });
     let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
-        let Some(before) = busy() else { return };
+        let Some(before) = busy() else { return true };
         thread::sleep(WINDOW);
         // /proc/stat counts hundredths of a second: one tick in a window is a quarter of two cores.
         if busy().is_none_or(|now| now <= before + 1) {
-            return;
+            return true;
         }
     }
+    false
 }
 
 /// Ticks that all cores were busy.

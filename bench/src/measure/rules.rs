@@ -85,24 +85,22 @@ fn change(bench: &mut Bench, count: u32) {
         let rig = Rig::new(Wire::Frames)?;
         let start = Instant::now();
         let _running = contender.start(options, &rig, rules)?;
-        let loaded = start.elapsed();
+        let value = start.elapsed().as_secs_f64();
+        Ok(vec![Reading { case: loading.clone(), value, unit: Unit::Seconds }])
+    });
+    bench.case_of(NAME, &adding, &changeable, Contender::adds_with, |options, contender| {
+        let rig = Rig::new(Wire::Frames)?;
         let another = rules.another().context("there is room for one rule more")?;
-        let added = match contender {
-            Contender::Native => rig.router.enter(|| add_in_process(&rig, rules, another))?,
-            _ => {
-                let start = Instant::now();
-                contender.add(&rig, another)?;
-                start.elapsed()
-            }
+        let added = if contender == Contender::Native {
+            rig.router.enter(|| add_in_process(&rig, rules, another))?
+        } else {
+            let _running = contender.start(options, &rig, rules)?;
+            let start = Instant::now();
+            contender.add(&rig, another)?;
+            start.elapsed()
         };
-        Ok(vec![
-            Reading { case: loading.clone(), value: loaded.as_secs_f64(), unit: Unit::Seconds },
-            Reading {
-                case: adding.clone(),
-                value: added.as_secs_f64() * 1e3,
-                unit: Unit::Milliseconds,
-            },
-        ])
+        let value = added.as_secs_f64() * 1e3;
+        Ok(vec![Reading { case: adding.clone(), value, unit: Unit::Milliseconds }])
     });
 }
 
@@ -110,16 +108,17 @@ fn change(bench: &mut Bench, count: u32) {
 /// left behind.
 fn add_in_process(rig: &Rig, rules: Rules, another: Forward) -> Result<Duration> {
     const TIMES: usize = 5;
-    let few: Vec<Rule> =
+    let mut all: Vec<Rule> =
         rules.iter().map(|rule| control::rule(&rule.spec())).collect::<Result<_>>()?;
-    let many: Vec<Rule> = few.iter().cloned().chain([control::rule(&another.spec())?]).collect();
-    let mut control = Control::load(rig, &few)?;
+    let mut control = Control::load(rig, &all)?;
+    all.push(control::rule(&another.spec())?);
+    let few = &all[..all.len() - 1];
     let mut times = Vec::new();
     for _ in 0..TIMES {
         let start = Instant::now();
-        control.change(&many)?;
+        control.add(&all)?;
         times.push(start.elapsed().as_secs_f64());
-        control.change(&few)?;
+        control.remove_after(few)?;
     }
     Ok(Duration::from_secs_f64(median(&times)))
 }

@@ -94,7 +94,6 @@ pub fn load(contender: Contender, rules: Rules, frame: u32, flows: u32) -> Load 
         sent_to: if contender.translates() { rules.listened() } else { arrives_at },
         arrives_at,
         keeps_client: contender.proxy().is_none(),
-        pass: 0,
     }
 }
 
@@ -122,19 +121,7 @@ pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load)
     let first = generators.first_mut().context("no direction")?;
     let packets = on_path(|| {
         first.send(flows)?;
-        // Calls for sending take a while to begin and to end: what is sent in one call lasts longer
-        // than what is measured.
-        let mut trial = 1024;
-        loop {
-            let start = Instant::now();
-            first.send(trial)?;
-            let took = start.elapsed();
-            if took >= TRIAL {
-                let longer = 1.4 * time.as_secs_f64() / took.as_secs_f64();
-                return Ok((f64::from(trial) * longer) as u32);
-            }
-            trial *= 2;
-        }
+        lasting(time, |packets| first.send(packets))
     })?;
 
     // A proxy takes its time to open a socket for each client.
@@ -153,11 +140,12 @@ pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load)
                 })
             })
             .collect();
-        let look = || -> Result<(Received, Received, Duration)> {
+        let all = || receivers.iter().map(Receiver::received).collect::<Result<Vec<Received>>>();
+        let look = || -> Result<(Vec<Received>, Vec<Received>, Duration)> {
             thread::sleep(warm);
-            let (before, start) = (sum(&receivers)?, Instant::now());
+            let (before, start) = (all()?, Instant::now());
             thread::sleep(time);
-            let (after, elapsed) = (sum(&receivers)?, start.elapsed());
+            let (after, elapsed) = (all()?, start.elapsed());
             Ok((before, after, elapsed))
         };
         let seen = look();
@@ -167,16 +155,41 @@ pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load)
         }
         seen
     })?;
+    let mut sum = 0;
+    for ((direction, before), after) in directions.iter().zip(&before).zip(&after) {
+        sum += arrived(before, after).with_context(|| format!("{direction:?}").to_lowercase())?;
+    }
+    Ok(sum as f64 / elapsed.as_secs_f64())
+}
+
+/// How many packets arrived in between, all that were checked being right.
+pub fn arrived(before: &Received, after: &Received) -> Result<u64> {
     let arrived = after.packets - before.packets;
     ensure!(arrived > 0, "no packet arrived");
-    ensure!(after.checked > 0, "too few packets arrived to check one: {arrived}");
+    let Received { checked, wrong, .. } = after;
+    ensure!(*checked > 0, "too few packets arrived to check one: {arrived}");
     ensure!(
-        after.wrong == 0,
-        "{} of {} packets that were checked are not what they should be",
-        after.wrong,
-        after.checked
+        *wrong == 0,
+        "{wrong} of {checked} packets that were checked are not what they should be"
     );
-    Ok(arrived as f64 / elapsed.as_secs_f64())
+    Ok(arrived)
+}
+
+/// How many packets to send in one call, so that sending them lasts longer than `time`: calls take a
+/// while to begin and to end, of which nothing should be in a figure. (The same while makes the
+/// estimate too low, hence twice as many.)
+pub fn lasting(time: Duration, mut send: impl FnMut(u32) -> Result<()>) -> Result<u32> {
+    let mut trial = 1024;
+    loop {
+        let start = Instant::now();
+        send(trial)?;
+        let took = start.elapsed();
+        if took >= TRIAL {
+            let longer = 2.0 * time.as_secs_f64() / took.as_secs_f64();
+            return Ok((f64::from(trial) * longer) as u32);
+        }
+        trial *= 2;
+    }
 }
 
 /// Does something on the core of the data path.
@@ -189,13 +202,33 @@ fn on_path<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn sum(receivers: &[Receiver]) -> Result<Received> {
-    let mut sum = Received::default();
-    for receiver in receivers {
-        let one = receiver.received()?;
-        sum.packets += one.packets;
-        sum.checked += one.checked;
-        sum.wrong += one.wrong;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_direction_is_checked() {
+        let none = Received::default();
+        let some = Received { packets: 640, checked: 10, wrong: 0 };
+        assert_eq!(arrived(&none, &some).unwrap(), 640);
+        assert_eq!(arrived(&some, &some).unwrap_err().to_string(), "no packet arrived");
+        let unchecked = Received { packets: 5, ..none };
+        assert!(arrived(&none, &unchecked).unwrap_err().to_string().contains("too few"));
+        let wrong = Received { wrong: 1, ..some };
+        assert!(arrived(&none, &wrong).unwrap_err().to_string().starts_with("1 of 10 packets"));
     }
-    Ok(sum)
+
+    #[test]
+    fn a_call_lasts_longer_than_what_is_measured() {
+        let mut sent = 0;
+        let packets = lasting(TRIAL * 3, |packets| {
+            sent = packets;
+            thread::sleep(if packets < 4096 { TRIAL / 10 } else { TRIAL });
+            Ok(())
+        });
+        // Six times what took as long as a trial, or a little less: sleep oversleeps.
+        let packets = packets.unwrap();
+        assert_eq!(sent, 4096);
+        assert!((3 * 4096..=6 * 4096).contains(&packets), "{packets}");
+    }
 }
