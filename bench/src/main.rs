@@ -19,10 +19,10 @@ use clap::Parser;
 
 use crate::contender::{ConntrackRoom, Contender};
 use crate::measure::Bench;
-use crate::report::Failure;
+use crate::report::{Failure, Report};
 
 /// Measures portfwd and its alternatives, as root. Everything stays in network namespaces of its own.
-#[derive(Parser)]
+#[derive(Clone, Parser)]
 #[command(name = "bench", bin_name = "cargo xtask bench")]
 pub struct Options {
     /// All of it in under two minutes: short runs, one round, fewer cases
@@ -40,6 +40,9 @@ pub struct Options {
     /// Write all samples as CSV
     #[arg(long, value_name = "FILE")]
     pub csv: Option<PathBuf>,
+    /// Measure nothing, and show what earlier runs wrote with --json; may be given several times
+    #[arg(long, value_name = "FILE")]
+    pub from: Vec<PathBuf>,
     /// Draw plots for people, as SVG and PNG
     #[arg(long, value_name = "DIRECTORY")]
     pub plots: Option<PathBuf>,
@@ -59,6 +62,37 @@ fn main() -> ExitCode {
 }
 
 fn run(options: Options) -> Result<()> {
+    let report = if options.from.is_empty() { measured(&options)? } else { read(&options.from)? };
+    println!("{}", report.table());
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&report.json())?;
+        write(path, &text)?;
+    }
+    if let Some(path) = &options.csv {
+        write(path, &report.csv())?;
+    }
+    if let Some(directory) = &options.plots {
+        for path in plot::plots(&report, directory)? {
+            println!("{}", path.display());
+        }
+    }
+    let refused = report.failures.len();
+    ensure!(refused == 0, "{refused} figures were refused; the table says why");
+    Ok(())
+}
+
+/// What earlier runs found.
+fn read(files: &[PathBuf]) -> Result<Report> {
+    let mut report = Report::default();
+    for path in files {
+        let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        report.add(&text).with_context(|| format!("{} is not of the bench", path.display()))?;
+    }
+    Ok(report)
+}
+
+/// What is found now.
+fn measured(options: &Options) -> Result<Report> {
     ensure!(portfwd_tests::is_root(), "measuring needs root; start it with `cargo xtask bench`");
     portfwd_tests::netns::clean_stale()?;
     let measures = measure::ALL;
@@ -76,7 +110,7 @@ fn run(options: Options) -> Result<()> {
     }
     // All but the data path, which pins itself.
     rig::pin(rig::proxy_cpu())?;
-    let mut bench = Bench::new(options);
+    let mut bench = Bench::new(options.clone());
     bench.report.notes.extend(machine::notes(&bench.options.portfwd));
     for contender in Contender::ALL {
         if let Some(why) = contender.absent() {
@@ -98,22 +132,7 @@ fn run(options: Options) -> Result<()> {
     }
     let busy = bench.busy_note();
     bench.report.notes.extend(busy);
-    println!("{}", bench.report.table());
-    if let Some(path) = &bench.options.json {
-        let text = serde_json::to_string_pretty(&bench.report.json())?;
-        write(path, &text)?;
-    }
-    if let Some(path) = &bench.options.csv {
-        write(path, &bench.report.csv())?;
-    }
-    if let Some(directory) = &bench.options.plots {
-        for path in plot::plots(&bench.report, directory)? {
-            println!("{}", path.display());
-        }
-    }
-    let refused = bench.report.failures.len();
-    ensure!(refused == 0, "{refused} figures were refused; the table says why");
-    Ok(())
+    Ok(bench.report)
 }
 
 fn write(path: &PathBuf, text: &str) -> Result<()> {

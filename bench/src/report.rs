@@ -3,14 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The contender to which the others are compared within a round.
 pub const LIMIT: &str = "limit";
 
 /// What a value counts, and how it is printed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Unit {
     PacketsPerSecond,
@@ -123,7 +124,58 @@ pub struct Row {
     pub refused: Option<String>,
 }
 
+/// What an earlier run wrote, as it stands there.
+#[derive(Deserialize)]
+struct Earlier {
+    samples: Vec<EarlierSample>,
+    failures: Vec<EarlierFailure>,
+    notes: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct EarlierSample {
+    measure: String,
+    case: String,
+    contender: String,
+    round: u32,
+    value: f64,
+    unit: Unit,
+}
+
+#[derive(Deserialize)]
+struct EarlierFailure {
+    measure: String,
+    case: String,
+    contender: String,
+    why: String,
+}
+
+/// The name of a measure that there is.
+fn known(measure: &str) -> Result<&'static str> {
+    let mut names = crate::measure::ALL.iter().map(|(name, _)| *name);
+    names.find(|name| *name == measure).with_context(|| format!("there is no measure {measure}"))
+}
+
 impl Report {
+    /// Adds what an earlier run wrote as JSON.
+    pub fn add(&mut self, json: &[u8]) -> Result<()> {
+        let Earlier { samples, failures, notes } = serde_json::from_slice(json)?;
+        for EarlierSample { measure, case, contender, round, value, unit } in samples {
+            let measure = known(&measure)?;
+            self.samples.push(Sample { measure, case, contender, round, value, unit });
+        }
+        for EarlierFailure { measure, case, contender, why } in failures {
+            let measure = known(&measure)?;
+            self.failures.push(Failure { measure, case, contender, why });
+        }
+        for note in notes {
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
+        }
+        Ok(())
+    }
+
     /// Ends a case, whose samples begin at `first`. A figure stands for all its rounds: who was
     /// refused in one has no figure in all that the case found, by whomever; and where a figure is
     /// missing in a round, as a percentile of packets that were lost, the others of it go, and a note
@@ -358,6 +410,20 @@ mod tests {
         assert_eq!((rows[0].contender.as_str(), rows[0].ratio), (LIMIT, None));
         assert_eq!((rows[1].median, rows[1].min, rows[1].max), (50.0, 20.0, 100.0));
         assert_eq!(rows[1].ratio, Some(0.5));
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let mut report = Report { samples: vec![sample(LIMIT, 1, 2.0)], ..Report::default() };
+        report.notes.push("a machine".into());
+        let written = serde_json::to_vec(&report.json()).unwrap();
+        let mut read = Report::default();
+        read.add(&written).unwrap();
+        assert_eq!((&read.samples, &read.notes), (&report.samples, &report.notes));
+        read.add(&written).unwrap();
+        assert_eq!((read.samples.len(), read.notes.len()), (2, 1));
+        let other = br#"{"samples":[],"failures":[{"measure":"x","case":"","contender":"","why":""}],"notes":[]}"#;
+        assert!(read.add(other).is_err());
     }
 
     #[test]
