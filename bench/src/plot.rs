@@ -299,6 +299,10 @@ fn lines(
             None => all.push(Series { look, points: vec![point] }),
         }
     }
+    // Cases were measured in another order than that of the axis.
+    for series in &mut all {
+        series.points.sort_by_key(|(case, _)| *case);
+    }
     // portfwd is drawn last, above the others.
     all.sort_by(|a, b| a.look.width.total_cmp(&b.look.width));
 
