@@ -22,6 +22,8 @@ pub enum Contender {
     /// portfwd with its programs in the driver, and in the stack.
     Native,
     Generic,
+    /// portfwd in the driver, with a rule that needs the flow table.
+    Stateful,
     /// The kernel's routing to the server's own address: nothing is translated.
     Routing,
     /// nftables, with all rules in one map.
@@ -52,10 +54,11 @@ pub enum Running {
 }
 
 impl Contender {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Limit,
         Self::Native,
         Self::Generic,
+        Self::Stateful,
         Self::Routing,
         Self::NftMap,
         Self::NftChain,
@@ -71,6 +74,7 @@ impl Contender {
             Self::Limit => LIMIT,
             Self::Native => "portfwd native",
             Self::Generic => "portfwd generic",
+            Self::Stateful => "portfwd stateful",
             Self::Routing => "routing",
             Self::NftMap => "nftables",
             Self::NftChain => "nftables chain",
@@ -95,7 +99,7 @@ impl Contender {
             (proxy::find(name).is_none()).then(|| format!("{name} is not installed ({package})"))
         };
         match self {
-            Self::Limit | Self::Native | Self::Generic | Self::Routing => None,
+            Self::Limit | Self::Native | Self::Generic | Self::Stateful | Self::Routing => None,
             Self::NftMap | Self::NftChain => program("nft", "nftables"),
             Self::Iptables => program("iptables-restore", "iptables"),
             Self::Nginx | Self::Haproxy | Self::Socat | Self::Realm => self.proxy()?.absent(),
@@ -127,8 +131,9 @@ impl Contender {
     pub fn start(self, options: &Options, rig: &Rig, rules: Rules) -> Result<Running> {
         match self {
             Self::Limit => return Ok(Running::Limit { _limit: Limit::start(rig)? }),
-            Self::Native => return portfwd(&options.portfwd, rig, rules, "native"),
-            Self::Generic => return portfwd(&options.portfwd, rig, rules, "generic"),
+            Self::Native => return portfwd(&options.portfwd, rig, &rules.toml("native")),
+            Self::Generic => return portfwd(&options.portfwd, rig, &rules.toml("generic")),
+            Self::Stateful => return portfwd(&options.portfwd, rig, &rules.stateful_toml()),
             Self::Routing => {}
             Self::NftMap => nft(rig, &nft_map(rules))?,
             Self::NftChain => nft(rig, &nft_chain(rules))?,
@@ -190,7 +195,7 @@ impl Contender {
     }
 }
 
-fn portfwd(binary: &Path, rig: &Rig, rules: Rules, attach: &str) -> Result<Running> {
+fn portfwd(binary: &Path, rig: &Rig, text: &str) -> Result<Running> {
     ensure!(
         binary.exists(),
         "{}: there is no such file; name portfwd with --portfwd FILE",
@@ -198,7 +203,7 @@ fn portfwd(binary: &Path, rig: &Rig, rules: Rules, attach: &str) -> Result<Runni
     );
     let directory = TempDir::new()?;
     let config = directory.path().join("portfwd.toml");
-    fs::write(&config, rules.toml(attach))?;
+    fs::write(&config, text)?;
     let arguments = ["--config".as_ref(), config.as_os_str()];
     let portfwd = Portfwd::start(&rig.router, binary, &arguments, directory.path())?;
     Ok(Running::Portfwd { portfwd, _directory: directory })

@@ -92,6 +92,20 @@ impl Rules {
     }
 }
 
+impl Rules {
+    /// portfwd's configuration, with a rule more that shares a port of the first backend: both need flows
+    /// then, of which there is room for a million.
+    pub fn stateful_toml(self) -> String {
+        let (listen, to) = (SocketAddrV4::new(rig::EXTERNAL, 9), self.backends());
+        let to = SocketAddrV4::new(Ipv4Addr::from_bits(to.address), to.port as u16);
+        let rule = format!(
+            "[flows]\nsize = 1200000\n[[rule]]\nname = \"twin\"\nprotocol = \"udp\"\nlisten = \"{listen}\"\nto = \"{to}\"\n"
+        );
+        // Tables that are not rules come first.
+        self.toml("native").replacen("[[rule]]", &format!("{rule}[[rule]]"), 1)
+    }
+}
+
 /// The address that is `number` after the first.
 pub fn nth(first: Ipv4Addr, number: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(first.to_bits() + number)

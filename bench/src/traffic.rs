@@ -77,6 +77,8 @@ pub struct Load {
     pub arrives_at: Services,
     /// Whether what arrives comes from a client's own address.
     pub keeps_client: bool,
+    /// Whether flows are answered, and speak again, before anything is measured.
+    pub established: bool,
 }
 
 impl Load {

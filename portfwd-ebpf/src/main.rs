@@ -11,23 +11,26 @@ use aya_ebpf::{
         BPF_F_CURRENT_NETNS, BPF_F_NO_PREALLOC, BPF_FIB_LKUP_RET_BLACKHOLE,
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
         BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
-        BPF_FIB_LKUP_RET_UNSUPP_LWT, bpf_fib_lookup as fib_lookup, bpf_sock_tuple, xdp_action,
+        BPF_FIB_LKUP_RET_UNSUPP_LWT, BPF_NOEXIST, bpf_fib_lookup as fib_lookup, bpf_sock_tuple,
+        xdp_action,
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
         bpf_skc_lookup_tcp,
     },
     macros::{map, xdp},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, xdp::DevMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, xdp::DevMap},
     programs::XdpContext,
 };
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
-    packet::{Frame, TCP},
-    path::{self, Flow, Kernel, Role, Route, Verdict},
+    flow::{Added, Flows},
+    packet::{Frame, Ip, TCP},
+    path::{self, Flow, Kernel, Part, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, Favourite, HOP_BITS,
-        Interface, Jiffies, LinkAddresses, Page, Passed, RememberedHop, RouteSet, Settings,
-        Translation, Trust,
+        Address, AnyAddress, ArrivalKey, Candidate, ClientKey, Counter, Direction, Endpoint, Favourite,
+        FlowHalf, FlowKey, HOP_BITS, Interface, Jiffies, LinkAddresses, Mapping, MappingKey, Page, Port,
+        Passed, RememberedHop, RouteSet, Settings, Translation, Trust,
     },
 };
 
@@ -65,6 +68,24 @@ static ROUTES_V6: Array<RouteSet<16>> = Array::with_max_entries(1 << 15, 0);
 #[map]
 static HOPS: Array<RememberedHop> = Array::with_max_entries(1 << HOP_BITS, 0);
 #[map]
+static FLOWS_V4: HashMap<FlowKey<4>, FlowHalf<4>> =
+    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static FLOWS_V6: HashMap<FlowKey<16>, FlowHalf<16>> =
+    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static PROBATION_V4: LruHashMap<FlowKey<4>, Candidate<4>> = LruHashMap::with_max_entries(1024, 0);
+#[map]
+static PROBATION_V6: LruHashMap<FlowKey<16>, Candidate<16>> = LruHashMap::with_max_entries(1024, 0);
+#[map]
+static MAPPINGS: HashMap<MappingKey, Mapping> =
+    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+#[map]
+static CLIENTS: HashMap<ClientKey, Port> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+/// By [`Part::program`].
+#[map]
+static PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
+#[map]
 static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
 
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
@@ -99,23 +120,71 @@ fn both(ctx: XdpContext) -> u32 {
     run(&ctx, Role::Both)
 }
 
-/// From the path's verdict to XDP's, in one place.
+#[xdp]
+fn forward_v4(ctx: XdpContext) -> u32 {
+    run_flow::<4, Ipv4Hdr>(&ctx, Part::Forward)
+}
+
+#[xdp]
+fn forward_v6(ctx: XdpContext) -> u32 {
+    run_flow::<16, Ipv6Hdr>(&ctx, Part::Forward)
+}
+
+#[xdp]
+fn reply_v4(ctx: XdpContext) -> u32 {
+    run_flow::<4, Ipv4Hdr>(&ctx, Part::Reply)
+}
+
+#[xdp]
+fn reply_v6(ctx: XdpContext) -> u32 {
+    run_flow::<16, Ipv6Hdr>(&ctx, Part::Reply)
+}
+
+#[xdp]
+fn hairpin_v4(ctx: XdpContext) -> u32 {
+    run_flow::<4, Ipv4Hdr>(&ctx, Part::Hairpin)
+}
+
+#[xdp]
+fn hairpin_v6(ctx: XdpContext) -> u32 {
+    run_flow::<16, Ipv6Hdr>(&ctx, Part::Hairpin)
+}
+
 #[inline(always)]
 fn run(ctx: &XdpContext, role: Role) -> u32 {
-    // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
-    let frame = unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) };
     let xdp = Xdp { ctx, noted: Cell::new(None) };
-    let verdict = path::handle(&xdp, role, frame);
-    // Here, where all paths have met again, and not on each of them: the verifier follows it that
-    // often.
-    if log::is_on()
-        && let Some(flow) = xdp.noted.get()
-    {
-        log::verdict(ctx, &flow, verdict);
+    let verdict = path::handle(&xdp, role, frame(ctx));
+    if let Verdict::Flow(part, family) = verdict {
+        // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
+        unsafe { PARTS.tail_call(ctx, part.program(family)) };
     }
+    xdp.log(verdict);
+    action(verdict)
+}
+
+#[inline(always)]
+fn run_flow<'a, const N: usize, I: Ip<N>>(ctx: &'a XdpContext, part: Part) -> u32
+where
+    Xdp<'a>: Flows<N>,
+{
+    let xdp = Xdp { ctx, noted: Cell::new(None) };
+    let verdict = path::handle_flow::<N, I, _>(&xdp, part, frame(ctx));
+    xdp.log(verdict);
+    action(verdict)
+}
+
+#[inline(always)]
+fn frame(ctx: &XdpContext) -> Frame<'_> {
+    // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
+    unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) }
+}
+
+/// From the path's verdict to XDP's, in one place.
+#[inline(always)]
+fn action(verdict: Verdict) -> u32 {
     match verdict {
         Verdict::Redirect(device) => DEVICES.redirect(device, 0).unwrap_or(xdp_action::XDP_DROP),
-        Verdict::Stack(_) | Verdict::Pass(_) => xdp_action::XDP_PASS,
+        Verdict::Stack(_) | Verdict::Pass(_) | Verdict::Flow(..) => xdp_action::XDP_PASS,
         Verdict::Drop(_) => xdp_action::XDP_DROP,
     }
 }
@@ -124,6 +193,19 @@ struct Xdp<'a> {
     ctx: &'a XdpContext,
     /// For the log.
     noted: Cell<Option<Flow>>,
+}
+
+impl Xdp<'_> {
+    /// Here, where all paths have met again, and not on each of them: the verifier follows it that
+    /// often.
+    #[inline(always)]
+    fn log(&self, verdict: Verdict) {
+        if log::is_on()
+            && let Some(flow) = self.noted.get()
+        {
+            log::verdict(self.ctx, &flow, verdict);
+        }
+    }
 }
 
 impl Kernel for Xdp<'_> {
@@ -335,6 +417,37 @@ impl Kernel for Xdp<'_> {
     }
 
     #[inline(always)]
+    fn masquerade(&self) -> ([u16; 2], u32) {
+        // SAFETY: the row always exists, and these words never change.
+        SETTINGS.get_ptr(0).map_or(([1, 0], 0), |settings| unsafe {
+            ((*settings).masquerade, (*settings).seed)
+        })
+    }
+
+    #[inline(always)]
+    fn mapping<R>(&self, key: &MappingKey, look: impl FnOnce(&mut Mapping) -> R) -> Option<R> {
+        // SAFETY: as in `flows!`.
+        MAPPINGS.get_ptr_mut(key).map(|mapping| look(unsafe { &mut *mapping }))
+    }
+
+    #[inline(always)]
+    fn add_mapping(&self, key: &MappingKey, mapping: &Mapping) -> Added {
+        added(MAPPINGS.insert(key, mapping, BPF_NOEXIST.into()))
+    }
+
+    #[inline(always)]
+    fn client_port(&self, key: &ClientKey) -> Option<Port> {
+        // SAFETY: two bytes, copied out.
+        unsafe { CLIENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_client_port(&self, key: &ClientKey, port: Port) {
+        // Without it, the next flow of the client may get another port.
+        let _: Result<(), i32> = CLIENTS.insert(key, port, 0);
+    }
+
+    #[inline(always)]
     fn count(&self, counter: u32, change: impl FnOnce(&mut Counter)) {
         if let Some(counter) = COUNTERS.get_ptr_mut(counter) {
             // SAFETY: this CPU's own row.
@@ -362,6 +475,68 @@ impl Kernel for Xdp<'_> {
         if log::is_on() {
             self.noted.set(Some(flow()));
         }
+    }
+}
+
+macro_rules! flows {
+    ($size:literal, $flows:ident, $probation:ident) => {
+        impl Flows<$size> for Xdp<'_> {
+            #[inline(always)]
+            fn flow<R>(
+                &self,
+                key: &FlowKey<$size>,
+                look: impl FnOnce(&mut FlowHalf<$size>) -> R,
+            ) -> Option<R> {
+                // SAFETY: memory of the map. Other CPUs read and write it too, word by word: see
+                // "Flows" in ARCHITECTURE.md.
+                $flows.get_ptr_mut(key).map(|half| look(unsafe { &mut *half }))
+            }
+
+            #[inline(always)]
+            fn add_flow(&self, key: &FlowKey<$size>, half: &FlowHalf<$size>) -> Added {
+                added($flows.insert(key, half, BPF_NOEXIST.into()))
+            }
+
+            #[inline(always)]
+            fn remove_flow(&self, key: &FlowKey<$size>) {
+                // Whoever removed it before did the same.
+                let _: Result<(), i32> = $flows.remove(key);
+            }
+
+            #[inline(always)]
+            fn candidate<R>(
+                &self,
+                key: &FlowKey<$size>,
+                look: impl FnOnce(&mut Candidate<$size>) -> R,
+            ) -> Option<R> {
+                // SAFETY: as above.
+                $probation.get_ptr_mut(key).map(|candidate| look(unsafe { &mut *candidate }))
+            }
+
+            #[inline(always)]
+            fn add_candidate(&self, key: &FlowKey<$size>, candidate: &Candidate<$size>) -> Added {
+                added($probation.insert(key, candidate, BPF_NOEXIST.into()))
+            }
+
+            #[inline(always)]
+            fn remove_candidate(&self, key: &FlowKey<$size>) {
+                // As above.
+                let _: Result<(), i32> = $probation.remove(key);
+            }
+        }
+    };
+}
+flows!(4, FLOWS_V4, PROBATION_V4);
+flows!(16, FLOWS_V6, PROBATION_V6);
+
+#[inline(always)]
+fn added(result: Result<(), i32>) -> Added {
+    /// EEXIST.
+    const EXISTS: i32 = -17;
+    match result {
+        Ok(()) => Added::Yes,
+        Err(EXISTS) => Added::Exists,
+        Err(_) => Added::Full,
     }
 }
 
@@ -448,6 +623,7 @@ mod log {
             Verdict::Stack(reason) => ("to the stack: ", reason.name()),
             Verdict::Pass(reason) => ("passed: ", reason.name()),
             Verdict::Drop(reason) => ("dropped: ", reason.name()),
+            Verdict::Flow(..) => ("passed: ", Passed::NoFlow.name()),
         };
         if flow.family == 2 {
             let source = u32::from_be(words(flow.source)[0]);

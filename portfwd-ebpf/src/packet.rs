@@ -10,9 +10,11 @@ use network_types::{
 };
 
 use crate::checksum::{Change, Checksum};
+use crate::flow::Segment;
 use crate::path::Kernel;
 use crate::table::{
-    Address, Claims, Direction, Endpoint, LinkAddresses, Passed, Port, Ports, RouteSet, Trust,
+    Address, Claims, Direction, Endpoint, Ends, LinkAddresses, Passed, Port, Ports, RouteSet, Trust,
+    flow_flags,
 };
 
 /// A header as it lies in a frame.
@@ -212,6 +214,26 @@ impl<'a> Transport<'a> {
         }
     }
 
+    /// What it is to its TCP connection.
+    #[inline(always)]
+    pub fn segment(&self) -> Segment {
+        let Self::Tcp(tcp) = self else { return Segment::None };
+        match (tcp.syn() != 0, tcp.ack() != 0, tcp.rst() != 0) {
+            (true, false, _) => Segment::Opens,
+            (true, true, false) => Segment::Accepts(u32::from_be_bytes(tcp.seq).wrapping_add(1)),
+            (false, true, false) => Segment::Acknowledges(u32::from_be_bytes(tcp.ack_seq)),
+            _ => Segment::Other,
+        }
+    }
+
+    /// The [`flow_flags`] that it brings.
+    #[inline(always)]
+    pub fn flow_flags(&self) -> u32 {
+        let Self::Tcp(tcp) = self else { return 0 };
+        let fin = if tcp.fin() != 0 { flow_flags::FIN } else { 0 };
+        fin | if tcp.rst() != 0 { flow_flags::RESET } else { 0 }
+    }
+
     /// Sets the port that `direction` translates and repairs the checksum, which `addresses`
     /// changed as well, through the pseudo header (RFC 9293, section 3.1; RFC 768).
     #[inline(always)]
@@ -253,6 +275,14 @@ pub trait Ip<const N: usize>: Header {
 
     fn source(&self) -> Address<N>;
     fn destination(&self) -> Address<N>;
+
+    /// Both ends of the packet.
+    #[inline(always)]
+    fn ends(&self, transport: &Transport<'_>) -> Ends<N> {
+        let (source_port, destination_port) = transport.ports();
+        Ends { source: self.source(), destination: self.destination(), source_port, destination_port }
+    }
+
     /// Bytes of the whole IP packet, as the header says.
     fn length(&self) -> u16;
     /// Hops left.

@@ -5,11 +5,12 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
+use crate::flow::{self, Added, Flows, Refused};
 use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport};
 use crate::table::{
-    Address, AnyAddress, ArrivalKey, Claims, Counter, Direction, Dropped, Endpoint, Hop, Interface,
-    Jiffies, LinkAddresses, Page, Passed, Port, Ports, RememberedHop, RouteSet, Tag, ToStack,
-    Translation, Trust,
+    Address, AnyAddress, ArrivalKey, Claims, ClientKey, Counter, Direction, Dropped, Endpoint, Ends, Hop,
+    Interface, Jiffies, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, Ports,
+    RememberedHop, RouteSet, Tag, ToStack, Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -34,6 +35,40 @@ pub enum Verdict {
     Pass(Passed),
     /// Nothing more.
     Drop(Dropped),
+    /// A flow decides, for which there is another program: [`handle_flow`].
+    Flow(Part, Family),
+}
+
+/// The families of addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// The parts of the way that flows decide: programs of their own, one for each family, so that stateless
+/// rules never pay for them. Each starts anew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Part {
+    /// From a client outside, to a stateful rule.
+    Forward,
+    /// From a backend of a stateful rule.
+    Reply,
+    /// From an internal interface, and of no stateless rule: to or from a client inside.
+    Hairpin,
+}
+
+impl Part {
+    /// How many programs there are.
+    pub const PROGRAMS: u32 = 6;
+
+    /// The number of its program.
+    #[inline(always)]
+    pub const fn program(self, family: Family) -> u32 {
+        2 * self as u32 + family as u32
+    }
 }
 
 /// A packet's addresses and ports.
@@ -53,23 +88,19 @@ impl Flow {
     /// Of a packet with these headers. Made where it is needed: most packets need none.
     #[inline(always)]
     fn of<const N: usize, I: Ip<N>>(ip: &I, transport: &Transport<'_>) -> Self {
-        let (source_port, destination_port) = transport.ports();
-        Self {
-            family: I::FAMILY,
-            protocol: transport.protocol(),
-            source_port,
-            destination_port,
-            source: ip.source().widen(),
-            destination: ip.destination().widen(),
-        }
+        Self::between(&ip.ends(transport), transport.protocol())
     }
 
-    /// This flow with one end translated.
+    /// Of a packet with these ends.
     #[inline(always)]
-    fn translated(self, direction: Direction, address: AnyAddress, port: Port) -> Self {
-        match direction {
-            Direction::Forward => Self { destination: address, destination_port: port, ..self },
-            Direction::Reply => Self { source: address, source_port: port, ..self },
+    pub fn between<const N: usize>(ends: &Ends<N>, protocol: u8) -> Self {
+        Self {
+            family: if N == 4 { Ipv4Hdr::FAMILY } else { Ipv6Hdr::FAMILY },
+            protocol,
+            source_port: ends.source_port,
+            destination_port: ends.destination_port,
+            source: ends.source.widen(),
+            destination: ends.destination.widen(),
         }
     }
 
@@ -123,7 +154,7 @@ pub enum Route {
 }
 
 /// What the path asks of the kernel: maps and helpers.
-pub trait Kernel {
+pub trait Kernel: Flows<4> + Flows<16> {
     /// The live generation of endpoints: 0 or 1.
     fn generation(&self) -> u32;
     fn endpoint_v4(&self, direction: Direction, address: &Address<4>) -> Option<&Endpoint>;
@@ -161,6 +192,14 @@ pub trait Kernel {
     fn arrival(&self, key: &ArrivalKey) -> Option<AnyAddress>;
     /// Remembers by which address a client came, or forgets it.
     fn set_arrival(&self, key: &ArrivalKey, address: Option<&AnyAddress>);
+    /// The ports for masquerade, first and last, and the seed of their choice.
+    fn masquerade(&self) -> ([u16; 2], u32);
+    /// Looks at who has an address and port of this box.
+    fn mapping<R>(&self, key: &MappingKey, look: impl FnOnce(&mut Mapping) -> R) -> Option<R>;
+    fn add_mapping(&self, key: &MappingKey, mapping: &Mapping) -> Added;
+    /// The port that a client has.
+    fn client_port(&self, key: &ClientKey) -> Option<Port>;
+    fn set_client_port(&self, key: &ClientKey, port: Port);
     /// Changes a rule's counter.
     fn count(&self, counter: u32, change: impl FnOnce(&mut Counter));
     /// Counts a packet that passes.
@@ -198,45 +237,194 @@ fn ethernet<K: Kernel>(kernel: &K, role: Role, frame: &mut Frame<'_>) -> Result<
 }
 
 #[inline(always)]
-fn ip<const N: usize, I: Ip<N>, K: Kernel>(
+fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     role: Role,
-    ethernet: &mut Ethernet,
-    frame: &mut Frame<'_>,
+    ethernet: &'a mut Ethernet,
+    frame: &mut Frame<'a>,
 ) -> Result<Verdict, Passed> {
     let available = frame.remaining();
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let end = |direction| match direction {
-        Direction::Forward => ip.destination(),
-        Direction::Reply => ip.source(),
-    };
+    let (source, destination) = (ip.source(), ip.destination());
     let claims = |direction| {
-        let endpoint = I::endpoint(kernel, direction, &end(direction)).ok_or(Passed::NoRule)?;
-        let [even, odd] = &endpoint.generations;
-        Ok(if kernel.generation() == 0 { even } else { odd })
+        let end = match direction {
+            Direction::Forward => &destination,
+            Direction::Reply => &source,
+        };
+        claims::<N, I, K>(kernel, direction, end)
     };
-    // What follows is made twice for `Both`, so that the direction is a constant of each.
-    if matches!(role, Role::External | Role::Both) {
-        match claims(Direction::Forward) {
-            Ok(claims) => {
-                let headers = Headers { ethernet, ip, available };
-                return translate(kernel, Direction::Forward, claims, headers, frame);
+    // Each direction has code of its own, in which it is a constant.
+    match role {
+        Role::External => {
+            let forward = claims(Direction::Forward)?;
+            let mut packet = Packet::take(ethernet, ip, frame, available)?;
+            translate(kernel, Direction::Forward, forward, &mut packet)
+        }
+        Role::Internal => {
+            let Ok(reply) = claims(Direction::Reply) else {
+                claims(Direction::Forward)?;
+                return Ok(Verdict::Flow(Part::Hairpin, family::<N>()));
+            };
+            let mut packet = Packet::take(ethernet, ip, frame, available)?;
+            match translate(kernel, Direction::Reply, reply, &mut packet) {
+                // To no client outside.
+                Err(Passed::NoRule | Passed::Inside) => Ok(Verdict::Flow(Part::Hairpin, family::<N>())),
+                done => done,
             }
-            Err(reason) if role == Role::External => return Err(reason),
-            Err(_) => {}
+        }
+        Role::Both => {
+            let forward = claims(Direction::Forward);
+            let reply = if forward.is_err() { Some(claims(Direction::Reply)?) } else { None };
+            let mut packet = Packet::take(ethernet, ip, frame, available)?;
+            if let Ok(forward) = forward {
+                match translate(kernel, Direction::Forward, forward, &mut packet) {
+                    // What answers a masqueraded client comes to an address of this box too.
+                    Err(Passed::NoRule) => {}
+                    done => return done,
+                }
+            }
+            let reply = match reply {
+                Some(reply) => reply,
+                None => claims(Direction::Reply)?,
+            };
+            translate(kernel, Direction::Reply, reply, &mut packet)
         }
     }
-    let claims = claims(Direction::Reply)?;
-    let headers = Headers { ethernet, ip, available };
-    translate(kernel, Direction::Reply, claims, headers, frame)
 }
 
-/// The headers that stand before the transport header.
-struct Headers<'a, I> {
+/// The part of the way that flows decide. `frame` is as it came.
+#[inline(always)]
+pub fn handle_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
+    kernel: &K,
+    part: Part,
+    mut frame: Frame<'_>,
+) -> Verdict {
+    match flow_ip::<N, I, K>(kernel, part, &mut frame) {
+        Ok(verdict) => verdict,
+        Err(reason) => {
+            kernel.count_passed(reason);
+            Verdict::Pass(reason)
+        }
+    }
+}
+
+#[inline(always)]
+fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
+    kernel: &K,
+    part: Part,
+    frame: &mut Frame<'_>,
+) -> Result<Verdict, Passed> {
+    let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
+    let available = frame.remaining();
+    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+    let mut packet = Packet::take(ethernet, ip, frame, available)?;
+    let claimed = |packet: &Packet<'_, I>, direction| {
+        let end = match direction {
+            Direction::Forward => packet.ip.destination(),
+            Direction::Reply => packet.ip.source(),
+        };
+        let claims = claims::<N, I, K>(kernel, direction, &end)?;
+        claimed(kernel, direction, claims, packet)
+    };
+    if part != Part::Forward {
+        if packet.ip.ttl() <= 1 {
+            return Err(Passed::Ttl);
+        }
+        if let Some(sent) = reply_flow(kernel, &mut packet) {
+            return sent;
+        }
+        let reply = claimed(&packet, Direction::Reply);
+        if part == Part::Reply {
+            let reply = reply?;
+            if !reply.has(Translation::ALSO_ALONE) {
+                return Err(Passed::NoFlow);
+            }
+            let mut ends = packet.ip.ends(&packet.transport);
+            ends.source = reply.address.narrow();
+            ends.source_port = ends.source_port.shifted(reply.shift);
+            let goes = (ends, reply.counter, false);
+            return send_flow::<false, N, I, K>(kernel, &goes, &mut packet, kernel.now());
+        }
+        // What is said if it is none of ours at all.
+        let reason = if reply.is_ok() { Passed::Inside } else { Passed::NoRule };
+        return match claimed(&packet, Direction::Forward) {
+            Ok(translation) => forward_flow(kernel, translation, &mut packet, true),
+            Err(Passed::NoRule) => Err(reason),
+            Err(other) => Err(other),
+        };
+    }
+    let translation = claimed(&packet, Direction::Forward)?;
+    forward_flow(kernel, translation, &mut packet, false)
+}
+
+/// Of addresses of `N` bytes.
+const fn family<const N: usize>() -> Family {
+    if N == 4 { Family::V4 } else { Family::V6 }
+}
+
+/// What rules claim at one end of a packet.
+#[inline(always)]
+fn claims<'k, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &'k K,
+    direction: Direction,
+    end: &Address<N>,
+) -> Result<&'k Claims, Passed> {
+    let endpoint = I::endpoint(kernel, direction, end).ok_or(Passed::NoRule)?;
+    let [even, odd] = &endpoint.generations;
+    Ok(if kernel.generation() == 0 { even } else { odd })
+}
+
+/// The headers of a packet that may be a rule's.
+struct Packet<'a, I> {
     ethernet: &'a mut Ethernet,
     ip: &'a mut I,
-    /// What the frame held from the start of `ip` on.
-    available: usize,
+    transport: Transport<'a>,
+}
+
+impl<'a, I> Packet<'a, I> {
+    /// Takes what follows `ip`, from whose start on `available` bytes are there.
+    #[inline(always)]
+    fn take<const N: usize>(
+        ethernet: &'a mut Ethernet,
+        ip: &'a mut I,
+        frame: &mut Frame<'a>,
+        available: usize,
+    ) -> Result<Self, Passed>
+    where
+        I: Ip<N>,
+    {
+        let transport = ip.transport(frame, available)?;
+        Ok(Self { ethernet, ip, transport })
+    }
+
+    /// What flows look at.
+    #[inline(always)]
+    fn of_flow<const N: usize>(&self, now: Jiffies) -> flow::Packet<N>
+    where
+        I: Ip<N>,
+    {
+        let Self { ip, transport, .. } = self;
+        flow::Packet {
+            ends: ip.ends(transport),
+            protocol: transport.protocol(),
+            segment: transport.segment(),
+            flags: transport.flow_flags(),
+            length: ip.length(),
+            now,
+        }
+    }
+}
+
+/// What a packet becomes.
+struct Goes<const N: usize> {
+    ends: Ends<N>,
+    /// Whether both ends may have changed, or just the one that the direction translates.
+    both: bool,
+    /// The flags of its translation that count once it is known to go.
+    flags: u32,
+    counter: u32,
+    /// The client is on an internal interface.
+    hairpin: bool,
 }
 
 /// A packet to or from an address of a rule.
@@ -245,49 +433,139 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     claims: &Claims,
-    Headers { ethernet, ip, available }: Headers<'_, I>,
-    frame: &mut Frame<'_>,
+    packet: &mut Packet<'_, I>,
 ) -> Result<Verdict, Passed> {
-    let mut transport = ip.transport(frame, available)?;
+    let translation = claimed(kernel, direction, claims, packet)?;
+    if translation.has(Translation::STATEFUL) {
+        let part = match direction {
+            Direction::Forward => Part::Forward,
+            Direction::Reply => Part::Reply,
+        };
+        return Ok(Verdict::Flow(part, family::<N>()));
+    }
+    let mut ends = packet.ip.ends(&packet.transport);
+    let mut address: Address<N> = translation.address.narrow();
+    if direction == Direction::Reply
+        && translation.has(Translation::MANY_ADDRESSES)
+        && let came = Flow::of(packet.ip, &packet.transport)
+        && let Some(arrival) = kernel.arrival(&came.reversed().arrival())
+    {
+        address = arrival.narrow();
+    }
+    let (end, port) = match direction {
+        Direction::Forward => (&mut ends.destination, &mut ends.destination_port),
+        Direction::Reply => (&mut ends.source, &mut ends.source_port),
+    };
+    *end = address;
+    *port = port.shifted(translation.shift);
+    let Translation { flags, counter, .. } = *translation;
+    let goes = Goes { ends, both: false, flags, counter, hairpin: false };
+    send(kernel, direction, goes, packet, kernel.now())
+}
+
+/// The translation of a packet, which no socket of this box is open for and whose time to live does not
+/// end here.
+#[inline(always)]
+fn claimed<'k, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &'k K,
+    direction: Direction,
+    claims: &Claims,
+    packet: &Packet<'_, I>,
+) -> Result<&'k Translation, Passed> {
+    let Packet { ip, transport, .. } = packet;
     let (source_port, destination_port) = transport.ports();
     let port = match direction {
         Direction::Forward => destination_port,
         Direction::Reply => source_port,
     };
     let translation = translation(kernel, transport.claimed(claims), port).ok_or(Passed::NoRule)?;
-
-    if translation.has(Translation::ASK_SOCKETS) && kernel.has_socket(&Flow::of(ip, &transport)) {
+    if translation.has(Translation::ASK_SOCKETS) && kernel.has_socket(&Flow::of(*ip, transport)) {
         return Err(Passed::Own);
     }
     if ip.ttl() <= 1 {
         return Err(Passed::Ttl);
     }
+    Ok(translation)
+}
 
-    let mut address: Address<N> = translation.address.narrow();
-    if direction == Direction::Reply
-        && translation.has(Translation::MANY_ADDRESSES)
-        && let Some(arrival) = kernel.arrival(&Flow::of(ip, &transport).reversed().arrival())
-    {
-        address = arrival.narrow();
-    }
-    let port = port.shifted(translation.shift);
-    let length = ip.length();
+/// A packet to a backend, of a flow that it may begin.
+#[inline(always)]
+fn forward_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
+    kernel: &K,
+    translation: &Translation,
+    packet: &mut Packet<'_, I>,
+    hairpin: bool,
+) -> Result<Verdict, Passed> {
     let now = kernel.now();
+    let counter = translation.counter;
+    match flow::forward(kernel, translation, &packet.of_flow(now), hairpin) {
+        Ok(ends) => {
+            // Hops to backends are the same wherever the client is.
+            send_flow::<true, N, I, K>(kernel, &(ends, counter, false), packet, now)
+        }
+        Err(Refused::Pass(reason)) => Err(reason),
+        Err(Refused::Drop(reason)) => {
+            kernel.note(|| Flow::of(packet.ip, &packet.transport));
+            Ok(drop_counted(kernel, counter, reason))
+        }
+    }
+}
 
-    let destination = match direction {
-        Direction::Forward => address,
-        Direction::Reply => ip.destination(),
-    };
+/// A packet from a backend, if it is of a flow.
+#[inline(always)]
+fn reply_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
+    kernel: &K,
+    packet: &mut Packet<'_, I>,
+) -> Option<Result<Verdict, Passed>> {
+    let now = kernel.now();
+    let flow::Reply { ends, counter, hairpin } = flow::reply(kernel, &packet.of_flow(now))?;
+    Some(send_flow::<false, N, I, K>(kernel, &(ends, counter, hairpin), packet, now))
+}
+
+/// Sends a packet of a flow with these ends and this counter, to a client inside or not.
+// Not inlined: what it needs of the stack stands beside nothing else.
+#[inline(never)]
+fn send_flow<const FORWARD: bool, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &K,
+    (ends, counter, hairpin): &(Ends<N>, u32, bool),
+    packet: &mut Packet<'_, I>,
+    now: Jiffies,
+) -> Result<Verdict, Passed> {
+    let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
+    let goes =
+        Goes { ends: *ends, both: true, flags: 0, counter: *counter, hairpin: *hairpin };
+    send(kernel, direction, goes, packet, now)
+}
+
+#[inline(always)]
+fn drop_counted<K: Kernel>(kernel: &K, counter: u32, reason: Dropped) -> Verdict {
+    kernel.count(counter, |counter| counter.dropped[reason as usize] += 1);
+    Verdict::Drop(reason)
+}
+
+/// Routes, rewrites and counts a packet.
+#[inline(always)]
+fn send<const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    goes: Goes<N>,
+    packet: &mut Packet<'_, I>,
+    now: Jiffies,
+) -> Result<Verdict, Passed> {
+    let Packet { ethernet, ip, transport } = packet;
+    let Goes { ends, both, flags, counter, hairpin } = goes;
+    let length = ip.length();
+    let destination = ends.destination;
     // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
-    let tag = tag(kernel, direction, ip, now);
+    let tag = if hairpin { None } else { tag(kernel, direction, *ip, now) };
     let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
     let (verdict, link) = match remembered {
         Some(hop) if u32::from(length) <= hop.mtu => {
             (Verdict::Redirect(hop.device), Some(hop.link))
         }
         _ => {
-            let goes = Flow::of(ip, &transport).translated(direction, address.widen(), port);
-            let (verdict, hop) = ask(kernel, direction, ip, &goes)?;
+            let asked = Flow::between(&ends, transport.protocol());
+            let (verdict, hop) = ask(kernel, direction, hairpin, *ip, &asked)?;
             if let (Some(tag), Some(hop)) = (tag, hop)
                 && let row = hop.row::<N>(direction)
                 && kernel.hop(row, |row| row.claim(tag, &hop)) == Some(true)
@@ -300,15 +578,13 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
         }
     };
 
-    kernel.note(|| Flow::of(ip, &transport));
+    kernel.note(|| Flow::of(*ip, transport));
     if let Verdict::Drop(reason) = verdict {
-        kernel.count(translation.counter, |counter| counter.dropped[reason as usize] += 1);
-        return Ok(verdict);
+        return Ok(drop_counted(kernel, counter, reason));
     }
-    if direction == Direction::Forward && translation.has(Translation::MANY_ADDRESSES) {
-        let came = Flow::of(ip, &transport);
-        let goes = came.translated(direction, address.widen(), port);
-        remember_arrival(kernel, translation, &came, &goes);
+    if direction == Direction::Forward && flags & Translation::MANY_ADDRESSES != 0 {
+        let came = Flow::of(*ip, transport);
+        remember_arrival(kernel, flags, &came, &Flow::between(&ends, transport.protocol()));
     }
     // The stack takes a hop off and writes the link addresses itself.
     let mut hops = 0;
@@ -316,12 +592,19 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
         ethernet.set_link(&link);
         hops = 1;
     }
-    let addresses = ip.rewrite(direction, address, hops);
-    transport.rewrite(direction, port, addresses);
-    kernel.count(translation.counter, |counter| {
-        let tally = &mut counter.translated[direction as usize];
-        tally.packets += 1;
-        tally.bytes += u64::from(length);
+    let (source, target) = ((ends.source, ends.source_port), (destination, ends.destination_port));
+    let (end, other) = match direction {
+        Direction::Forward => (target, source),
+        Direction::Reply => (source, target),
+    };
+    if both {
+        let addresses = ip.rewrite(direction.opposite(), other.0, 0);
+        transport.rewrite(direction.opposite(), other.1, addresses);
+    }
+    let addresses = ip.rewrite(direction, end.0, hops);
+    transport.rewrite(direction, end.1, addresses);
+    kernel.count(counter, |counter| {
+        counter.translated[direction as usize].add(length);
         counter.last = now;
         if let Verdict::Stack(reason) = verdict {
             counter.to_stack[reason as usize] += 1;
@@ -347,7 +630,7 @@ fn translation<K: Kernel>(kernel: &K, ports: Ports, port: Port) -> Option<&Trans
 
 /// Row 0 of each table is none.
 #[inline(always)]
-fn present(number: u32) -> Option<u32> {
+pub(crate) fn present(number: u32) -> Option<u32> {
     (number != 0).then_some(number)
 }
 
@@ -385,6 +668,7 @@ fn remembered<const N: usize, I: Ip<N>, K: Kernel>(
 fn ask<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
+    hairpin: bool,
     ip: &I,
     goes: &Flow,
 ) -> Result<(Verdict, Option<Hop>), Passed> {
@@ -402,7 +686,7 @@ fn ask<const N: usize, I: Ip<N>, K: Kernel>(
     };
     let verdict = match direction {
         Direction::Forward => forward(kernel, route, size),
-        Direction::Reply => reply(kernel, route, size)?,
+        Direction::Reply => reply(kernel, route, size, hairpin)?,
     };
     Ok(match (verdict, route) {
         (Verdict::Redirect(device), Route::Via { mtu, link, .. }) => {
@@ -449,17 +733,23 @@ fn forward<K: Kernel>(kernel: &K, route: Route, size: Size) -> Verdict {
     }
 }
 
-/// A packet of a backend is the rule's only if it leaves by an external interface; whatever else it
-/// is, the stack knows better.
+/// A packet of a backend is the rule's only if it leaves by an external interface, or by an internal one
+/// to a client that came from there; whatever else it is, the stack knows better.
 #[inline(always)]
-fn reply<K: Kernel>(kernel: &K, route: Route, size: Size) -> Result<Verdict, Passed> {
+fn reply<K: Kernel>(
+    kernel: &K,
+    route: Route,
+    size: Size,
+    hairpin: bool,
+) -> Result<Verdict, Passed> {
+    let place = if hairpin { Interface::INTERNAL } else { Interface::EXTERNAL };
     let (Route::Via { interface: index, .. } | Route::NoNeighbour { interface: index }) = route
     else {
         return Err(Passed::Inside);
     };
     let interface = kernel
         .interface(index)
-        .filter(|interface| interface.has(Interface::EXTERNAL))
+        .filter(|interface| interface.has(place))
         .ok_or(Passed::Inside)?;
     match size {
         Size::Fits => Ok(leave(interface, route)),
@@ -485,10 +775,10 @@ fn leave(interface: Interface, route: Route) -> Verdict {
 /// The reply to a client that came by another address than the first must leave with that one. Only
 /// those are remembered.
 #[inline(always)]
-fn remember_arrival<K: Kernel>(kernel: &K, translation: &Translation, came: &Flow, goes: &Flow) {
+fn remember_arrival<K: Kernel>(kernel: &K, flags: u32, came: &Flow, goes: &Flow) {
     let key = goes.arrival();
     let known = kernel.arrival(&key);
-    if translation.has(Translation::FIRST_ADDRESS) {
+    if flags & Translation::FIRST_ADDRESS != 0 {
         if known.is_some() {
             kernel.set_arrival(&key, None);
         }

@@ -7,7 +7,7 @@ use core::mem::{align_of, size_of};
 
 /// The version of everything in this module; it stands in [`Settings`], so that halves of different
 /// builds refuse each other.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// A port: two bytes in network order.
 // Aligned as a number is, like the addresses below: on the BPF stack nothing else is allowed.
@@ -94,6 +94,16 @@ pub enum Direction {
     Reply = 1,
 }
 
+impl Direction {
+    #[inline(always)]
+    pub const fn opposite(self) -> Self {
+        match self {
+            Self::Forward => Self::Reply,
+            Self::Reply => Self::Forward,
+        }
+    }
+}
+
 /// Value of `ENDPOINTS`, to which `LISTENS_V4` and `LISTENS_V6` lead from an address that rules listen
 /// on, and `BACKENDS_V4` and `BACKENDS_V6` from the address of a backend: what rules claim there, in
 /// two generations of which [`Settings::generation`] names the live one.
@@ -158,15 +168,21 @@ pub struct Page(pub [u32; 256]);
 pub struct Translation {
     /// The new address, of the family of the endpoint that leads here.
     pub address: AnyAddress,
-    /// What to add to the port.
+    /// What to add to the port; with [`ONE_PORT`](Self::ONE_PORT) the port's number itself.
     pub shift: Shift,
-    pub padding: [u8; 2],
+    /// With [`SEVERAL`](Self::SEVERAL): how many backends the rule has, at most [`MOST_BACKENDS`].
+    pub backends: u16,
     /// The constants below.
     pub flags: u32,
     /// The rule's row in `COUNTERS`.
     pub counter: u32,
-    pub padding_2: u32,
+    /// With [`SEVERAL`](Self::SEVERAL): a row of `PAGES` that holds the backends' rows of
+    /// `TRANSLATIONS`.
+    pub pool: u32,
 }
+
+/// How many backends a rule may have: what a page holds.
+pub const MOST_BACKENDS: usize = 256;
 
 impl Translation {
     /// The rule could swallow the box's own traffic: pass what a socket of the box is open for.
@@ -176,12 +192,193 @@ impl Translation {
     pub const MANY_ADDRESSES: u32 = 2;
     /// On forward, beside [`MANY_ADDRESSES`](Self::MANY_ADDRESSES): this is the first of them.
     pub const FIRST_ADDRESS: u32 = 4;
+    /// What becomes of a packet is for its flow to say.
+    pub const STATEFUL: u32 = 8;
+    /// On forward, beside [`STATEFUL`](Self::STATEFUL): the backend sees an address of this box.
+    pub const MASQUERADE: u32 = 16;
+    /// On forward, beside [`STATEFUL`](Self::STATEFUL): all ports become one.
+    pub const ONE_PORT: u32 = 32;
+    /// On forward, beside [`STATEFUL`](Self::STATEFUL): one of several backends is chosen for a flow.
+    pub const SEVERAL: u32 = 64;
+    /// On reply, beside [`STATEFUL`](Self::STATEFUL): what is of no flow is translated as by a stateless
+    /// rule.
+    pub const ALSO_ALONE: u32 = 128;
 
     /// Whether a flag is set.
     #[inline(always)]
     pub const fn has(&self, flag: u32) -> bool {
         self.flags & flag != 0
     }
+
+    /// What a port becomes.
+    #[inline(always)]
+    pub const fn port(&self, port: Port) -> Port {
+        if self.has(Self::ONE_PORT) { Port::new(self.shift.0) } else { port.shifted(self.shift) }
+    }
+}
+
+/// Both ends of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct Ends<const N: usize> {
+    pub source: Address<N>,
+    pub destination: Address<N>,
+    pub source_port: Port,
+    pub destination_port: Port,
+}
+
+impl<const N: usize> Ends<N> {
+    /// Those of the answer.
+    #[inline(always)]
+    pub const fn reversed(self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+        }
+    }
+}
+
+/// Key of `FLOWS_V4`, `FLOWS_V6`, and of `PROBATION_V4`, `PROBATION_V6`: a flow's packets in one
+/// direction, as they come.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct FlowKey<const N: usize> {
+    pub ends: Ends<N>,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// [`Direction`].
+    pub direction: u8,
+    pub padding: [u8; 2],
+}
+
+impl<const N: usize> FlowKey<N> {
+    #[inline(always)]
+    pub const fn new(ends: Ends<N>, protocol: u8, direction: Direction) -> Self {
+        Self { ends, protocol, direction: direction as u8, padding: [0; 2] }
+    }
+
+    /// The key of the other direction of a flow whose packets with this key become `becomes`.
+    #[inline(always)]
+    pub const fn twin(&self, becomes: Ends<N>) -> Self {
+        Self { ends: becomes.reversed(), direction: self.direction ^ 1, ..*self }
+    }
+}
+
+/// Of the key of an entry: see [`FlowHalf::mark`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(transparent)]
+pub struct Mark(u32);
+
+impl<const N: usize> FlowKey<N> {
+    #[inline(always)]
+    pub fn mark(&self) -> Mark {
+        let ports = u32::from(self.ends.source_port.number()) << 16
+            | u32::from(self.ends.destination_port.number());
+        let mut mark = ports ^ u32::from(self.protocol) ^ u32::from(self.direction) << 8;
+        for end in [&self.ends.source, &self.ends.destination] {
+            for word in end.0.as_chunks::<4>().0 {
+                mark = (mark ^ u32::from_ne_bytes(*word)).wrapping_mul(0x9e37_79b1);
+                mark ^= mark >> 15;
+            }
+        }
+        Mark(mark)
+    }
+}
+
+/// Value of `FLOWS_V4` and `FLOWS_V6`: one direction of an established flow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct FlowHalf<const N: usize> {
+    /// Of its key. The kernel gives the memory of an entry that is removed to the next at once, while
+    /// packets look at it. It writes this first, so who reads it last knows whose the rest was.
+    pub mark: Mark,
+    /// The rule's row in `COUNTERS`.
+    pub counter: u32,
+    /// The packets' ends from now on.
+    pub becomes: Ends<N>,
+    /// The constants below, of what came in this direction.
+    pub flags: u32,
+    /// When the flow began.
+    pub created: Jiffies,
+    /// When the last packet came.
+    pub last: Jiffies,
+    /// The packets that came. What two CPUs count at once is counted once.
+    pub tally: Tally,
+}
+
+/// Value of `PROBATION_V4` and `PROBATION_V6`, under the key of its reply: a flow whose client did not
+/// speak again after the backend's answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Candidate<const N: usize> {
+    /// As in [`FlowHalf`].
+    pub mark: Mark,
+    /// The rule's row in `COUNTERS`.
+    pub counter: u32,
+    /// The ends of a reply from now on.
+    pub becomes: Ends<N>,
+    /// The constants below.
+    pub flags: u32,
+    /// What the client will acknowledge if the backend's SYN and ACK reached it.
+    pub proof: u32,
+    pub padding: u32,
+    pub created: Jiffies,
+    /// When the last packet of either direction came.
+    pub last: Jiffies,
+    /// By [`Direction`].
+    pub tallies: [Tally; 2],
+}
+
+/// Flags of [`FlowHalf`] and [`Candidate`].
+pub mod flow_flags {
+    /// A TCP FIN came.
+    pub const FIN: u32 = 1;
+    /// A TCP RST came.
+    pub const RESET: u32 = 2;
+    /// The backend answered.
+    pub const ANSWERED: u32 = 4;
+    /// The client is on an internal interface.
+    pub const HAIRPIN: u32 = 8;
+    /// [`Candidate::proof`](super::Candidate::proof) is known.
+    pub const PROOF: u32 = 16;
+}
+
+/// Key of `MAPPINGS`: an address and port of this box that a client may have.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct MappingKey {
+    pub address: AnyAddress,
+    pub port: Port,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub padding: [u8; 5],
+}
+
+/// Value of `MAPPINGS`: who has the port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Mapping {
+    pub client: AnyAddress,
+    /// When a flow of it last began or, before it was established, had a packet.
+    pub last: Jiffies,
+    pub port: Port,
+    pub padding: [u8; 2],
+    /// 1 once a flow of it was established: until then another client may take it over.
+    pub established: u32,
+}
+
+/// Key of `CLIENTS`: a client and an address of this box. The value is the port that it has there.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct ClientKey {
+    pub client: AnyAddress,
+    pub address: AnyAddress,
+    pub port: Port,
+    /// IP protocol number.
+    pub protocol: u8,
+    pub padding: [u8; 5],
 }
 
 /// Key of `ARRIVALS`: one client's traffic with one backend.
@@ -207,6 +404,9 @@ pub struct Interface {
     pub mtu: u32,
     /// Its row in `DEVICES`.
     pub device: u32,
+    /// The box's own address there, for masquerade; zero is none.
+    pub v4: Address<4>,
+    pub v6: Address<16>,
 }
 
 impl Interface {
@@ -222,6 +422,12 @@ impl Interface {
     pub const fn has(&self, flag: u32) -> bool {
         self.flags & flag != 0
     }
+
+    /// The box's own address of `N` bytes there; zero is none.
+    #[inline(always)]
+    pub fn address<const N: usize>(&self) -> Address<N> {
+        if N == 4 { self.v4.widen().narrow() } else { self.v6.widen().narrow() }
+    }
 }
 
 /// Value of the single row of `SETTINGS`.
@@ -234,6 +440,10 @@ pub struct Settings {
     pub generation: u32,
     /// By [`Direction`]: an address that is found without a lookup.
     pub favourites: [Favourite; 2],
+    /// The ports for masquerade, first and last, in host byte order.
+    pub masquerade: [u16; 2],
+    /// A random number, so that nobody outside knows which ports a client gets.
+    pub seed: u32,
 }
 
 /// An entry of `LISTENS_V4` or `BACKENDS_V4` that stands in [`Settings`] too: on most boxes there is
@@ -293,6 +503,14 @@ pub struct Hop {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 #[repr(transparent)]
 pub struct Jiffies(pub u64);
+
+impl Jiffies {
+    /// How many ticks after `then` this is; none if it is before.
+    #[inline(always)]
+    pub const fn since(self, then: Self) -> u64 {
+        self.0.saturating_sub(then.0)
+    }
+}
 
 /// Value of `TRUST`, row 0 for IPv4 and 1 for IPv6: how far the programs may rely on what the FIB
 /// told before.
@@ -442,6 +660,15 @@ pub struct Tally {
     pub bytes: u64,
 }
 
+impl Tally {
+    /// Counts an IP packet of `length` bytes.
+    #[inline(always)]
+    pub fn add(&mut self, length: u16) {
+        self.packets += 1;
+        self.bytes += u64::from(length);
+    }
+}
+
 /// Value of `COUNTERS`, per CPU: a rule's packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
@@ -454,6 +681,10 @@ pub struct Counter {
     pub to_stack: [u64; ToStack::COUNT],
     /// Packets that the rule claimed and that were dropped, by [`Dropped`].
     pub dropped: [u64; Dropped::COUNT],
+    /// Flows that began.
+    pub flows: u64,
+    /// Packets of flows that could not be established, as the table is full. They were translated.
+    pub crowded: u64,
 }
 
 /// Declares the reasons of a verdict once: their numbers in the maps, their names for users, and
@@ -513,6 +744,8 @@ reasons! {
         Inside = "not_external",
         /// A reply larger than its route's MTU: the stack tells the backend.
         TooBig = "too_big",
+        /// Of no flow of a stateful rule: a backend's own packet, or one that comes too late.
+        NoFlow = "no_flow",
     }
 }
 
@@ -547,6 +780,12 @@ reasons! {
         Merged = "merged",
         /// Forwarding is off on the interface it came by (sysctl).
         ForwardingOff = "forwarding_off",
+        /// No port was free to tell this client's flow from others: see [masquerade] ports.
+        NoPort = "no_port",
+        /// The interface to the backend has no address to masquerade with.
+        NoAddress = "no_address",
+        /// The kernel had no memory for the flow.
+        NoRoom = "no_room",
     }
 }
 
@@ -557,10 +796,16 @@ const _: () = {
     assert!(size_of::<Page>() == 1024);
     assert!(size_of::<Translation>() == 32);
     assert!(size_of::<ArrivalKey>() == 40);
-    assert!(size_of::<Settings>() == 24 && size_of::<Trust>() == 16);
+    assert!(size_of::<Settings>() == 32 && size_of::<Trust>() == 16);
+    assert!(size_of::<Interface>() == 32);
+    assert!(size_of::<FlowKey<4>>() == 16 && size_of::<FlowKey<16>>() == 40);
+    assert!(size_of::<FlowHalf<4>>() == 56 && size_of::<FlowHalf<16>>() == 80);
+    assert!(size_of::<Candidate<4>>() == 80 && size_of::<Candidate<16>>() == 104);
+    assert!(size_of::<MappingKey>() == 24 && size_of::<Mapping>() == 32);
+    assert!(size_of::<ClientKey>() == 40);
     assert!(size_of::<RememberedHop>() == 32);
     assert!(size_of::<RouteSet<4>>() == 24 && size_of::<RouteSet<16>>() == 48);
-    assert!(size_of::<Counter>() == 40 + 8 * (ToStack::COUNT + Dropped::COUNT));
+    assert!(size_of::<Counter>() == 56 + 8 * (ToStack::COUNT + Dropped::COUNT));
 };
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::api::{self, Count, List, RuleStats, Stats};
-use crate::compile::{Capacity, Plan, explain, plan};
+use crate::compile::{BoxPorts, Capacity, Plan, explain, plan};
 use crate::config::{self, Config};
 use crate::daemon::{self, Failure, Options, resolve_all};
 use crate::datapath::{Datapath, DatapathError, Verified};
@@ -248,8 +248,10 @@ impl Check {
 
 /// Loads the programs, attaches nothing, and takes them off again.
 fn try_programs(config: &Config, plan: &Plan) -> Result<Vec<Verified>, DatapathError> {
-    let capacity = Capacity::for_plan(&config.rules, plan, &(32768..=60999));
-    Ok(Datapath::load(capacity, false)?.verified().to_vec())
+    let ports =
+        BoxPorts { ephemeral: 32768..=60999, masquerade: config.masquerade.clone() };
+    let capacity = Capacity::for_plan(&config.rules, plan, &ports, config.flows.size);
+    Ok(Datapath::load(capacity, &ports, false)?.verified().to_vec())
 }
 
 impl Checked {

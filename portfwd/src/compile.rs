@@ -1,6 +1,6 @@
 //! From rules to tables. Pure: it asks nothing of the kernel.
 //!
-//! [`plan`] settles what each rule means once its names are resolved, and whether it can be
+//! [`plan`] settles what each rule means once its names are resolved, and whether it is
 //! stateless. [`Compiler::compile`] turns a plan and the box's addresses into what to write.
 
 use std::cmp::Reverse;
@@ -13,13 +13,14 @@ use std::ops::RangeInclusive;
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use portfwd_ebpf::packet::{TCP, UDP};
 use portfwd_ebpf::table::{
-    Address, AnyAddress, Claims, Direction, Endpoint, Ports as PortTable, Shift, Translation,
+    Address, AnyAddress, Claims, Direction, Endpoint, MOST_BACKENDS, Ports as PortTable, Shift,
+    Translation,
 };
 
 use self::numbered::Numbered;
 use self::pages::{Area, Canvas, EVERYWHERE, Pages, Runs, area};
 use crate::network::Externals;
-use crate::rule::{Host, Ports, Precedence, Rule, narrower, shared_claim};
+use crate::rule::{Host, Ports, Precedence, Rule, Source, narrower, shared_claim};
 
 mod numbered;
 mod pages;
@@ -61,15 +62,57 @@ pub struct Leg {
     pub udp: bool,
     pub backend: IpAddr,
     /// From the listened port to the backend's.
-    pub shift: Shift,
+    pub becomes: Becomes,
+    pub state: State,
+    pub masquerade: bool,
+    /// With several backends: which of them this is, and a number of their list, from 1. 0 is none.
+    place: u8,
+    pool: u32,
     precedence: Precedence,
+}
+
+/// Whether packets need the flow table.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum State {
+    Stateless,
+    Stateful,
+    /// But replies of no flow can be answered from the rule alone.
+    AlsoAlone,
+}
+
+/// What becomes of the port.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Becomes {
+    /// This much higher.
+    Shifted(Shift),
+    /// This one, whatever it was.
+    One(u16),
 }
 
 impl Leg {
     /// The backend's ports. A shifted range never wraps: both ends are ports.
     fn backend_ports(&self) -> (u16, u16) {
-        let shifted = |port: u16| port.wrapping_add(self.shift.0);
-        (shifted(self.ports.first()), shifted(self.ports.last()))
+        match self.becomes {
+            Becomes::Shifted(Shift(shift)) => {
+                let shifted = |port: u16| port.wrapping_add(shift);
+                (shifted(self.ports.first()), shifted(self.ports.last()))
+            }
+            Becomes::One(port) => (port, port),
+        }
+    }
+
+    /// Where a reply of a stateless rule leaves, but for the port's own number.
+    fn answers(&self) -> (Option<IpAddr>, Becomes) {
+        (self.listen, self.becomes)
+    }
+
+    fn is_stateful(&self) -> bool {
+        self.state != State::Stateless
+    }
+
+    /// Whether it leads packets to one of the backends: the first of several does so for all.
+    fn leads(&self) -> bool {
+        self.place == 0
     }
 
     /// The IP protocols it forwards.
@@ -79,25 +122,43 @@ impl Leg {
             .filter_map(|(has, number)| has.then_some(number))
     }
 
-    /// The first backend port whose replies this leg and another would have to answer differently.
-    fn clash(&self, other: &Self) -> Option<u16> {
+    /// Whether some reply of a backend could be of this leg and of the other, and would have to leave
+    /// differently.
+    fn clashes(&self, other: &Self) -> bool {
         let shares = self.tcp && other.tcp || self.udp && other.udp;
-        if self.backend != other.backend
-            || !shares
-            || (self.listen, self.shift) == (other.listen, other.shift)
-        {
-            return None;
-        }
         let ((first, last), (from, to)) = (self.backend_ports(), other.backend_ports());
-        (first <= to && from <= last).then_some(first.max(from))
+        self.backend == other.backend
+            && shares
+            && self.answers() != other.answers()
+            && first <= to
+            && from <= last
     }
 }
 
-/// What the rules mean, each of them stateless.
+/// Why a rule needs the flow table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stateful {
+    Masquerade,
+    SeveralBackends,
+    /// Many listened ports become one.
+    OnePort,
+    /// Another rule, by its place, answers differently from a port of the same backend.
+    SharesPort(usize),
+}
+
+/// What the rules mean.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Plan {
+    /// In the order of their rules.
     pub legs: Vec<Leg>,
+    /// Rules that need the flow table, by their place; all others are stateless.
+    pub stateful: BTreeMap<usize, Stateful>,
+    /// The lists of several backends, with what becomes of ports there.
+    pools: Vec<Pool>,
 }
+
+/// The backends of a rule in one family.
+type Pool = Box<[(IpAddr, Becomes)]>;
 
 /// Why rules cannot be loaded: a line each.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -115,18 +176,18 @@ impl std::error::Error for Refused {}
 ///
 /// # Errors
 ///
-/// A name without an address of the family that its rule listens on, and rules that would need the
-/// flow table.
+/// A name without an address of the family that its rule listens on.
 pub fn plan(rules: &[Rule], resolved: &Resolved) -> Result<Plan, Refused> {
     let mut refused = Vec::new();
-    let mut legs = Vec::with_capacity(room(rules.len()));
+    let mut plan = Plan { legs: Vec::with_capacity(room(rules.len())), ..Plan::default() };
     for (number, rule) in rules.iter().enumerate() {
-        refused.extend(add_legs(&mut legs, number, rule, resolved));
+        refused.extend(plan.add_legs(number, rule, resolved));
     }
-    for (first, second, port) in ambiguous_replies(&legs) {
-        refused.push(ambiguity(rules, &legs[first], &legs[second], port));
+    if !refused.is_empty() {
+        return Err(Refused(refused));
     }
-    if refused.is_empty() { Ok(Plan { legs }) } else { Err(Refused(refused)) }
+    plan.mark(rules);
+    Ok(plan)
 }
 
 /// Room for so many and some more: to move a very long list costs more than to add to it.
@@ -142,114 +203,220 @@ impl Plan {
     /// As [`plan`]; then nothing has changed.
     pub fn add(&mut self, rules: &[Rule], resolved: &Resolved) -> Result<(), Refused> {
         let Some((rule, planned)) = rules.split_last() else { return Ok(()) };
-        let mut legs = Vec::new();
-        let mut refused = add_legs(&mut legs, planned.len(), rule, resolved);
-        for leg in &legs {
-            let clash = |other: &Leg| other.clash(leg).map(|port| (*other, port));
-            if let Some((other, port)) = self.legs.iter().find_map(clash) {
-                refused.push(ambiguity(rules, &other, leg, port));
-            }
-        }
+        let (before, pools) = (self.legs.len(), self.pools.len());
+        let refused = self.add_legs(planned.len(), rule, resolved);
         if !refused.is_empty() {
+            self.legs.truncate(before);
+            self.pools.truncate(pools);
             return Err(Refused(refused));
         }
-        self.legs.extend(legs);
+        let (legs, new) = self.legs.split_at(before);
+        let clash = |leg: &Leg| new.iter().any(|new| new.clashes(leg));
+        let own = own_reason(rule, new).is_some();
+        if own || legs.iter().any(clash) {
+            self.mark(rules);
+        }
         Ok(())
     }
 
     /// Takes out the rule with this number. Those behind it move up.
-    pub fn remove(&mut self, rule: usize) {
+    pub fn remove(&mut self, rules: &[Rule], rule: usize) {
         self.legs.retain(|leg| leg.rule != rule);
         for leg in self.legs.iter_mut().filter(|leg| leg.rule > rule) {
             leg.rule -= 1;
         }
+        if !self.stateful.is_empty() {
+            self.mark(rules);
+        }
     }
-}
 
-/// The legs of a rule; why not, if one of its backends has none.
-fn add_legs(legs: &mut Vec<Leg>, number: usize, rule: &Rule, resolved: &Resolved) -> Vec<String> {
-    let mut refused = Vec::new();
-    for target in &rule.to {
-        let host = match &target.host {
-            Host::Address(address) => HostAddresses::one(*address),
-            Host::Name(name) => resolved.get(name).copied().unwrap_or_default(),
-        };
-        let before = legs.len();
-        for backend in host.iter() {
-            if rule.listen.address.is_some_and(|listen| listen.is_ipv4() != backend.is_ipv4()) {
+    /// Whether some rule masquerades.
+    pub fn masquerades(&self) -> bool {
+        self.stateful.values().any(|why| *why == Stateful::Masquerade)
+    }
+
+    /// The legs of a rule; why not, if one of its backends has none.
+    fn add_legs(&mut self, number: usize, rule: &Rule, resolved: &Resolved) -> Vec<String> {
+        let mut refused = Vec::new();
+        let first_leg = self.legs.len();
+        for target in &rule.to {
+            let host = match &target.host {
+                Host::Address(address) => HostAddresses::one(*address),
+                Host::Name(name) => resolved.get(name).copied().unwrap_or_default(),
+            };
+            let mut usable = false;
+            for backend in host.iter() {
+                if rule.listen.address.is_some_and(|listen| listen.is_ipv4() != backend.is_ipv4()) {
+                    continue;
+                }
+                let first = target.ports.map_or(rule.listen.ports.first(), Ports::first);
+                let becomes = match target.ports {
+                    Some(Ports::One(port)) if rule.listen.ports.width() > 1 => Becomes::One(port),
+                    _ => Becomes::Shifted(Shift::between(rule.listen.ports.first(), first)),
+                };
+                usable = true;
+                // Two names may lead to one host.
+                let same = |leg: &Leg| (leg.backend, leg.becomes) == (backend, becomes);
+                if self.legs[first_leg..].iter().any(same) {
+                    continue;
+                }
+                self.legs.push(Leg {
+                    rule: number,
+                    listen: rule.listen.address,
+                    ports: rule.listen.ports,
+                    tcp: rule.protocol.tcp(),
+                    udp: rule.protocol.udp(),
+                    backend,
+                    becomes,
+                    state: State::Stateless,
+                    masquerade: rule.source == Source::Masquerade,
+                    place: 0,
+                    pool: 0,
+                    precedence: rule.precedence(),
+                });
+            }
+            if !usable {
+                refused.push(no_address(rule, &target.host));
+            }
+        }
+        for v4 in [true, false] {
+            let of_family = |leg: &&mut Leg| leg.backend.is_ipv4() == v4;
+            let legs = || self.legs[first_leg..].iter();
+            let pool: Pool = legs()
+                .filter(|leg| leg.backend.is_ipv4() == v4)
+                .map(|leg| (leg.backend, leg.becomes))
+                .take(MOST_BACKENDS)
+                .collect();
+            if pool.len() < 2 {
                 continue;
             }
-            let first = target.ports.map_or(rule.listen.ports.first(), |ports| ports.first());
-            legs.push(Leg {
-                rule: number,
-                listen: rule.listen.address,
-                ports: rule.listen.ports,
-                tcp: rule.protocol.tcp(),
-                udp: rule.protocol.udp(),
-                backend,
-                shift: Shift::between(rule.listen.ports.first(), first),
-                precedence: rule.precedence(),
-            });
+            self.pools.push(pool);
+            let number = self.pools.len() as u32;
+            for (place, leg) in self.legs[first_leg..].iter_mut().filter(of_family).enumerate() {
+                leg.place = place as u8;
+                leg.pool = number;
+            }
         }
-        if legs.len() == before {
-            refused.push(format!(
-                "{}: rule \"{}\": {} has no address{}; check the name, or write an address",
-                rule.place,
-                rule.name,
-                target.host,
-                match rule.listen.address {
-                    Some(IpAddr::V4(_)) => " of IPv4, which the rule listens on",
-                    Some(IpAddr::V6(_)) => " of IPv6, which the rule listens on",
-                    None => "",
+        refused
+    }
+
+    /// Finds out which rules need the flow table.
+    fn mark(&mut self, rules: &[Rule]) {
+        self.stateful.clear();
+        for legs in self.legs.chunk_by(|a, b| a.rule == b.rule) {
+            let rule = legs[0].rule;
+            if let Some(why) = own_reason(&rules[rule], legs) {
+                self.stateful.insert(rule, why);
+            }
+        }
+        let shared = shared_ports(&self.legs);
+        for (rule, other) in &shared {
+            self.stateful.entry(*rule).or_insert(Stateful::SharesPort(*other));
+        }
+        for leg in &mut self.legs {
+            leg.state = match (self.stateful.get(&leg.rule), leg.becomes) {
+                (None, _) => State::Stateless,
+                (Some(Stateful::SeveralBackends), Becomes::Shifted(_))
+                    if !shared.contains_key(&leg.rule) =>
+                {
+                    State::AlsoAlone
                 }
-            ));
+                _ => State::Stateful,
+            };
         }
     }
-    refused
 }
 
-fn ambiguity(rules: &[Rule], first: &Leg, second: &Leg, port: u16) -> String {
-    let (a, b) = (&rules[first.rule], &rules[second.rule]);
+/// Why a rule needs the flow table, whatever the others are.
+fn own_reason(rule: &Rule, legs: &[Leg]) -> Option<Stateful> {
+    if rule.source == Source::Masquerade {
+        return Some(Stateful::Masquerade);
+    }
+    if legs.iter().any(|leg| leg.pool != 0) {
+        return Some(Stateful::SeveralBackends);
+    }
+    let one = |leg: &Leg| matches!(leg.becomes, Becomes::One(_));
+    legs.iter().any(one).then_some(Stateful::OnePort)
+}
+
+fn no_address(rule: &Rule, host: &Host) -> String {
     format!(
-        "{}: rule \"{}\" and rule \"{}\" ({}) both send to port {port} of {}: which of them a \
-         reply belongs to needs the flow table, which this version does not have; give the \
-         backend a second port or address",
-        b.place, b.name, a.name, a.place, first.backend
+        "{}: rule \"{}\": {host} has no address{}; check the name, or write an address",
+        rule.place,
+        rule.name,
+        match rule.listen.address {
+            Some(IpAddr::V4(_)) => " of IPv4, which the rule listens on",
+            Some(IpAddr::V6(_)) => " of IPv6, which the rule listens on",
+            None => "",
+        }
     )
 }
 
-/// Pairs of legs whose replies come from one backend port but would have to leave differently, with
-/// that port; for each leg the first pair only.
-fn ambiguous_replies(legs: &[Leg]) -> Vec<(usize, usize, u16)> {
-    let mut sources: BTreeMap<(IpAddr, u8), Vec<usize>> = BTreeMap::new();
-    for (number, leg) in legs.iter().enumerate() {
+/// Rules that share a port of a backend with another that answers differently: each once, with one of
+/// those.
+///
+/// Takes n log n steps.
+fn shared_ports(legs: &[Leg]) -> BTreeMap<usize, usize> {
+    let mut sources: BTreeMap<(IpAddr, u8), Vec<&Leg>> = BTreeMap::new();
+    for leg in legs {
         for protocol in leg.protocols() {
-            sources.entry((leg.backend, protocol)).or_default().push(number);
+            sources.entry((leg.backend, protocol)).or_default().push(leg);
         }
     }
     let mut found = BTreeMap::new();
-    for mut numbers in sources.into_values() {
-        numbers.sort_by_key(|number| legs[*number].backend_ports());
-        // Rules that agree may overlap only where one is narrower than the other, so few are open.
-        let mut open: Vec<usize> = Vec::new();
-        for number in numbers {
-            let leg = &legs[number];
-            let (first, _) = leg.backend_ports();
-            open.retain(|other| legs[*other].backend_ports().1 >= first);
-            let clash = open.iter().find(|other| legs[**other].clash(leg).is_some());
+    for mut legs in sources.into_values().filter(|legs| legs.len() > 1) {
+        legs.sort_by_key(|leg| leg.backend_ports());
+        // Those that still are open agree with each other: else they would have been found.
+        let mut open: Vec<&Leg> = Vec::new();
+        // Of those that were found, the two that reach farthest and answer differently.
+        let mut farthest: [Option<&Leg>; 2] = [None; 2];
+        for leg in legs {
+            let (first, last) = leg.backend_ports();
+            let meets = |other: &&Leg| other.backend_ports().1 >= first;
+            let differs = |other: &&Leg| other.answers() != leg.answers();
+            open.retain(meets);
+            let mut clash = farthest.into_iter().flatten().filter(meets).find(differs);
+            let mut reaches = Vec::new();
+            if open.first().is_some_and(differs) {
+                clash = open.first().copied();
+                for other in open.drain(..) {
+                    found.entry(other.rule).or_insert(leg.rule);
+                    reaches.push(other);
+                }
+            }
             match clash {
                 Some(other) => {
-                    let pair = (number.min(*other), number.max(*other));
-                    found.entry(pair).or_insert(first);
+                    found.entry(leg.rule).or_insert(other.rule);
+                    reaches.push(leg);
                 }
-                None => open.push(number),
+                None => open.push(leg),
+            }
+            for leg in reaches {
+                farthest = farther(farthest, leg);
             }
         }
     }
-    found.into_iter().map(|((a, b), port)| (a, b, port)).collect()
+    found
 }
 
-/// What each of `rules` means and why it is stateless, for people.
+/// The farthest of all, and the farthest of those that answer differently from it.
+fn farther<'a>([first, second]: [Option<&'a Leg>; 2], leg: &'a Leg) -> [Option<&'a Leg>; 2] {
+    let end = |leg: &Leg| leg.backend_ports().1;
+    let differ = |a: &Leg, b: &Leg| a.answers() != b.answers();
+    match first {
+        None => [Some(leg), None],
+        Some(best) if end(leg) > end(best) => {
+            let second = if differ(best, leg) { Some(best) } else { second };
+            [Some(leg), second]
+        }
+        Some(best) if differ(best, leg) && second.is_none_or(|other| end(leg) > end(other)) => {
+            [first, Some(leg)]
+        }
+        _ => [first, second],
+    }
+}
+
+/// What each of `rules` means and why it is stateless or stateful, for people.
 pub fn explain(rules: &[Rule], plan: &Plan) -> Vec<String> {
     let mut legs = plan.legs.as_slice();
     let narrower = narrower(rules);
@@ -257,17 +424,24 @@ pub fn explain(rules: &[Rule], plan: &Plan) -> Vec<String> {
         // Legs are in the order of their rules.
         let (own, rest) = legs.split_at(legs.partition_point(|leg| leg.rule == number));
         legs = rest;
-        explain_one(rules, own, &rules[number], narrower)
+        explain_one(rules, own, number, plan.stateful.get(&number), narrower)
     });
     explained.collect()
 }
 
-fn explain_one(rules: &[Rule], legs: &[Leg], rule: &Rule, narrower: &BTreeSet<usize>) -> String {
+fn explain_one(
+    rules: &[Rule],
+    legs: &[Leg],
+    number: usize,
+    stateful: Option<&Stateful>,
+    narrower: &BTreeSet<usize>,
+) -> String {
+    let rule = &rules[number];
     let mut lines = Vec::new();
     for leg in legs {
         let (first, last) = leg.backend_ports();
-        let ports = match rule.listen.ports {
-            Ports::All => "the same port".to_owned(),
+        let ports = match (rule.listen.ports, leg.becomes) {
+            (Ports::All, Becomes::Shifted(_)) => "the same port".to_owned(),
             _ if first == last => format!("port {first}"),
             _ => format!("ports {first}-{last}"),
         };
@@ -285,9 +459,23 @@ fn explain_one(rules: &[Rule], legs: &[Leg], rule: &Rule, narrower: &BTreeSet<us
         let claim = shared_claim(rule, other).unwrap_or_default();
         lines.push(format!("except {claim}: rule \"{}\" is narrower", other.name));
     }
-    lines.push(
-        "stateless: one backend, and no other rule answers differently from its ports".to_owned(),
-    );
+    lines.push(match stateful {
+        None => "stateless: one backend, and no other rule answers differently from its ports"
+            .to_owned(),
+        Some(Stateful::Masquerade) => "stateful: masquerade hides clients behind an address of \
+                                       this box, so each needs a port of its own"
+            .to_owned(),
+        Some(Stateful::SeveralBackends) => {
+            "stateful: several backends, and a flow stays with the one that it began with".to_owned()
+        }
+        Some(Stateful::OnePort) => {
+            "stateful: several listened ports become one, and a reply must find back".to_owned()
+        }
+        Some(Stateful::SharesPort(other)) => format!(
+            "stateful: rule \"{}\" answers differently from a port of the same backend",
+            rules[*other].name
+        ),
+    });
     lines.join("\n")
 }
 
@@ -322,27 +510,72 @@ pub struct Capacity {
     pub translations: u32,
     pub pages: u32,
     pub counters: u32,
+    pub flows: FlowRoom,
+    /// Addresses and ports that clients get.
+    pub mappings: u32,
 }
+
+/// Room for flows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FlowRoom {
+    /// How many established flows there may be in each family.
+    pub v4: Flows,
+    pub v6: Flows,
+}
+
+/// How many established flows there may be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Flows(pub u32);
+
+impl Flows {
+    /// Entries of established flows: one for each direction.
+    pub fn entries(self) -> u32 {
+        self.0.saturating_mul(2)
+    }
+
+    /// How many flows may be on probation. Small tables of this kind lose entries early: each CPU
+    /// keeps some for itself.
+    pub fn probation(self) -> u32 {
+        if self.0 <= 1 { 1024 } else { (self.0 / 2).max(16_384) }
+    }
+}
+
+/// Room for flows where no rule needs them, but a client inside may use an external address.
+const HAIRPIN_FLOWS: u32 = 16_384;
+/// For how many addresses of the box there is room, with all their ports.
+const MASQUERADE_ADDRESSES: u32 = 16;
 
 impl Capacity {
     /// Enough for `plan` of `rules` with any number of external addresses, of either family where a
     /// name may have both, and with room for as much again: while a change is written the old rows
     /// and the new ones are there.
-    pub fn for_plan(rules: &[Rule], plan: &Plan, ephemeral: &RangeInclusive<u16>) -> Self {
+    pub fn for_plan(rules: &[Rule], plan: &Plan, ports: &BoxPorts, flows: u32) -> Self {
         // From two on, further addresses share the rows and pages of the second.
         let externals = Externals {
             v4: vec![Ipv4Addr::LOCALHOST, Ipv4Addr::BROADCAST],
             v6: vec![Ipv6Addr::LOCALHOST, Ipv6Addr::UNSPECIFIED],
         };
-        let update = Compiler::default().compile(rules, plan, &externals, ephemeral);
+        let update = Compiler::default().compile(rules, plan, &externals, ports);
         let is_name = |rule: &Rule| rule.to.iter().any(|to| matches!(to.host, Host::Name(_)));
         let families = if rules.iter().any(is_name) { 2 } else { 1 };
         let room = |rows: usize| (2 * families * rows) as u32 + 256;
+        let named = rules.iter().any(is_name);
+        let flows = |v4: bool| {
+            let mut legs = plan.legs.iter().filter(|leg| leg.backend.is_ipv4() == v4);
+            let needs = legs.clone().any(Leg::is_stateful) || named && !plan.stateful.is_empty();
+            Flows(match legs.next() {
+                _ if needs => flows,
+                Some(_) => flows.min(HAIRPIN_FLOWS),
+                None => 1,
+            })
+        };
         Self {
             endpoints: room(update.endpoints.len()),
             translations: room(update.translations.len()),
             pages: room(update.pages.len()),
             counters: (rules.len() + rules.len() / 4) as u32 + 256,
+            flows: FlowRoom { v4: flows(true), v6: flows(false) },
+            mappings: 2 * MASQUERADE_ADDRESSES * ports.masquerade.len() as u32,
         }
     }
 
@@ -362,13 +595,26 @@ impl Capacity {
     }
 }
 
+/// The ports that the box itself uses.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BoxPorts {
+    /// From which the kernel picks for the box's own connections.
+    pub ephemeral: RangeInclusive<u16>,
+    /// Which clients get that masquerade.
+    pub masquerade: RangeInclusive<u16>,
+}
+
 /// Keeps what is loaded, so that a change writes what it changes and nothing else.
 #[derive(Default)]
 pub struct Compiler {
     /// The names of rules, numbered as their counters are.
     names: Names,
+    /// Lists of several backends, numbered from 0. They stay, like the names.
+    pools: Numbered<Pool, ()>,
     rows: Rows,
     pages: Pages,
+    /// The page of each rule with several backends, by the row that leads there.
+    pool_pages: HashMap<u32, u32>,
     /// What is live.
     legs: Vec<Placed>,
     world: World,
@@ -399,6 +645,8 @@ struct Pending {
     added: Vec<u32>,
     /// Rows that this does not use any more.
     dropped: Vec<u32>,
+    /// Rows with several backends, and their pages.
+    pool_pages: Vec<(u32, u32)>,
     /// Tables as they were painted.
     tables: Vec<(Table, PortTable)>,
 }
@@ -428,7 +676,7 @@ impl Compiler {
     /// Works out what to write for `plan` of `rules`. Nothing is live until it is written and
     /// [`commit`](Self::commit) said so; what is not committed is forgotten by the next call.
     ///
-    /// Ranges ask for the box's own sockets on the `ephemeral` ports, `*` on all.
+    /// Ranges ask for the box's own sockets on the ephemeral ports, `*` on all.
     ///
     /// Every leg is compared with what is live, in about 50 ns; all other work grows with the
     /// difference.
@@ -437,10 +685,10 @@ impl Compiler {
         rules: &[Rule],
         plan: &Plan,
         externals: &Externals,
-        ephemeral: &RangeInclusive<u16>,
+        ports: &BoxPorts,
     ) -> Update {
         self.forget();
-        let world = World::new(externals, ephemeral);
+        let world = World::new(externals, ports, plan.masquerades());
         let mut touched = Touched::default();
         let (pending, translations) = self.place(rules, plan, world, &mut touched);
         for (_, live, painted) in &mut touched.tables {
@@ -479,16 +727,24 @@ impl Compiler {
         world: World,
         touched: &mut Touched,
     ) -> (Pending, Vec<(u32, Translation)>) {
-        let Self { names, rows, legs: live, world: before, endpoints, .. } = self;
+        let Self { names, pools, rows, pages, legs: live, world: before, endpoints, .. } = self;
         let live_table = |(key, protocol): Table| {
             let number = endpoints.find(&key);
             number.map_or(PortTable::NONE, |number| {
                 *table_of(&mut endpoints[number].claims.clone(), protocol)
             })
         };
+        let mut number = |pool: &Pool| {
+            pools.find(pool).unwrap_or_else(|| pools.insert(pool.clone(), ()))
+        };
+        let numbers: Vec<u32> = plan.pools.iter().map(&mut number).collect();
+        let pool_of = |leg: &Leg| match leg.pool {
+            0 => 0,
+            number => numbers[number as usize - 1] + 1,
+        };
         let stays = before.stays(&world);
         let same = |placed: &Placed, leg: &Leg| {
-            placed.leg == Leg { rule: placed.leg.rule, ..*leg }
+            placed.leg == Leg { rule: placed.leg.rule, pool: pool_of(leg), ..*leg }
                 && stays(leg)
                 && names.get(placed.leg.rule) == rules[leg.rule].name
         };
@@ -507,7 +763,8 @@ impl Compiler {
         let mut between = Vec::with_capacity(wanted.len());
         let (mut added, mut translations) = (Vec::new(), Vec::new());
         for leg in wanted {
-            let leg = Leg { rule: names.number(&rules[leg.rule].name), ..*leg };
+            let rule = names.number(&rules[leg.rule].name);
+            let leg = Leg { rule, pool: pool_of(leg), ..*leg };
             if let Some(place) = there.remove(&leg) {
                 remains[place] = true;
                 between.push(live[place]);
@@ -524,6 +781,7 @@ impl Compiler {
             touched.leg(&leg, &world, live_table);
             between.push(placed);
         }
+        let pool_pages = fill_pools(&between, pages, &mut translations);
         let mut dropped = Vec::new();
         for (placed, _) in live.iter().zip(remains).filter(|(_, remains)| !remains) {
             dropped.extend(placed.rows.iter().filter(|row| **row != 0));
@@ -536,7 +794,7 @@ impl Compiler {
             }
         }
         let tables = Vec::new();
-        (Pending { front, back, between, world, added, dropped, tables }, translations)
+        (Pending { front, back, between, world, added, dropped, pool_pages, tables }, translations)
     }
 
     /// What to write so that the next generation has the pending tables, and all others as they are.
@@ -586,7 +844,11 @@ impl Compiler {
     /// `update`, which the last [`compile`](Self::compile) returned, is live now.
     pub fn commit(&mut self, update: &Update) {
         let Some(pending) = self.pending.take() else { return };
-        let Pending { front, back, between, world, dropped, tables, .. } = pending;
+        let Pending { front, back, between, world, dropped, pool_pages, tables, .. } = pending;
+        for page in dropped.iter().filter_map(|row| self.pool_pages.remove(row)) {
+            self.pages.release_pool(page);
+        }
+        self.pool_pages.extend(pool_pages);
         for key in &self.unsettled {
             if let Some(number) = self.endpoints.find(key) {
                 self.endpoints[number].known = true;
@@ -623,28 +885,72 @@ impl Compiler {
         for (_, ports) in pending.tables {
             self.pages.release(ports);
         }
+        for (_, page) in pending.pool_pages {
+            self.pages.release_pool(page);
+        }
         self.rows.free.extend(pending.added.into_iter().map(Reverse));
     }
 }
 
-/// What rules mean depends on: the external addresses and the ephemeral ports, first and last.
+/// Has the first of several backends lead to all of them: where its translations are new, so are the
+/// others', and they stand behind it. The rows that lead there, and their pages, which are acquired.
+fn fill_pools(
+    placed: &[Placed],
+    pages: &mut Pages,
+    translations: &mut [(u32, Translation)],
+) -> Vec<(u32, u32)> {
+    let numbers: HashMap<u32, usize> = translations
+        .iter()
+        .enumerate()
+        .filter(|(_, (_, translation))| translation.has(Translation::SEVERAL))
+        .map(|(place, (row, _))| (*row, place))
+        .collect();
+    let mut found = Vec::new();
+    for (place, head) in placed.iter().enumerate().filter(|(_, it)| it.leg.pool != 0) {
+        let new = head.rows.iter().filter_map(|row| Some((*row, *numbers.get(row)?)));
+        let new: Vec<(u32, usize)> = new.collect();
+        if new.is_empty() {
+            continue;
+        }
+        let of_rule = placed[place..].iter().take_while(|it| it.leg.rule == head.leg.rule);
+        let backends = of_rule.filter(|it| it.leg.pool == head.leg.pool);
+        let rows: Vec<u32> = backends.map(|it| it.rows[POOLED]).collect();
+        for (row, translation) in new {
+            let page = pages.acquire_pool(&rows);
+            let translation = &mut translations[translation].1;
+            translation.pool = page;
+            translation.backends = rows.len() as u16;
+            found.push((row, page));
+        }
+    }
+    found
+}
+
+/// What rules mean depends on: the external addresses, the ephemeral ports, and the ports of masquerade
+/// if some rule does that, each first and last.
 #[derive(Default)]
 struct World {
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
     ephemeral: (u16, u16),
+    masquerade: Option<(u16, u16)>,
 }
 
 /// A leg has at most so many translations: the reply's, then for its first address and for the
-/// others each one that does not ask for sockets and one that does.
+/// others each one that does not ask for sockets and one that does. To a stateful leg all addresses are
+/// alike; one of several backends has, in place of those for other addresses, its own.
 const VARIANTS: usize = 5;
+/// The translation to one of several backends.
+const POOLED: usize = 3;
 
 impl World {
-    fn new(externals: &Externals, ephemeral: &RangeInclusive<u16>) -> Self {
+    fn new(externals: &Externals, ports: &BoxPorts, masquerades: bool) -> Self {
+        let BoxPorts { ephemeral, masquerade } = ports;
         Self {
             v4: externals.v4.iter().copied().map(IpAddr::V4).collect(),
             v6: externals.v6.iter().copied().map(IpAddr::V6).collect(),
             ephemeral: (*ephemeral.start(), *ephemeral.end()),
+            masquerade: masquerades.then_some((*masquerade.start(), *masquerade.end())),
         }
     }
 
@@ -667,10 +973,15 @@ impl World {
             |a: &[IpAddr], b: &[IpAddr]| a.first() == b.first() && (a.len() > 1) == (b.len() > 1);
         let (v4, v6) = (same(&self.v4, &other.v4), same(&self.v6, &other.v6));
         let ranges = self.ephemeral == other.ephemeral;
+        let all = self.masquerade == other.masquerade;
         move |leg| {
             let family = if leg.backend.is_ipv4() { v4 } else { v6 };
-            (leg.listen.is_some() || family)
-                && (ranges || !matches!(leg.ports, Ports::Range { .. }))
+            let ports = match leg.ports {
+                Ports::One(_) => true,
+                Ports::Range { .. } => ranges,
+                Ports::All => all,
+            };
+            (leg.listen.is_some() || family) && ports
         }
     }
 
@@ -685,25 +996,70 @@ impl World {
     fn translations(&self, leg: &Leg) -> [Option<Translation>; VARIANTS] {
         let addresses = self.listened(leg);
         let Some(first) = addresses.first() else { return [None; VARIANTS] };
+        if leg.is_stateful() {
+            return self.stateful_translations(leg, *first);
+        }
         let many = if addresses.len() > 1 { Translation::MANY_ADDRESSES } else { 0 };
         let is_first = if many == 0 { 0 } else { Translation::FIRST_ADDRESS };
         let translation = |address, shift, flags| Translation {
             address: any_address(address),
             shift,
-            padding: [0; 2],
+            backends: 0,
             flags: many | flags,
             counter: leg.rule as u32,
-            padding_2: 0,
+            pool: 0,
         };
-        let forward = |flags| Some(translation(leg.backend, leg.shift, flags));
+        // One port for many is stateful.
+        let Becomes::Shifted(shift) = leg.becomes else { return [None; VARIANTS] };
+        let forward = |flags| Some(translation(leg.backend, shift, flags));
         let [plain, asking] = self.forward_ports(leg).map(|ports| ports.is_some());
         let ask = Translation::ASK_SOCKETS;
         [
-            Some(translation(*first, leg.shift.inverse(), 0)),
+            Some(translation(*first, shift.inverse(), 0)),
             forward(is_first).filter(|_| plain),
             forward(is_first | ask).filter(|_| asking),
             forward(0).filter(|_| plain && many != 0),
             forward(ask).filter(|_| asking && many != 0),
+        ]
+    }
+
+    /// What becomes of the packets of a stateful leg, by variant. The reply's is up to the flow; where
+    /// there is none, `first` may be the address that answers.
+    fn stateful_translations(
+        &self,
+        leg: &Leg,
+        first: IpAddr,
+    ) -> [Option<Translation>; VARIANTS] {
+        let (shift, one_port) = match leg.becomes {
+            Becomes::Shifted(shift) => (shift, 0),
+            Becomes::One(port) => (Shift(port), Translation::ONE_PORT),
+        };
+        let masquerade = if leg.masquerade { Translation::MASQUERADE } else { 0 };
+        let several = if leg.pool == 0 { 0 } else { Translation::SEVERAL };
+        let to_backend = Translation {
+            address: any_address(leg.backend),
+            shift,
+            backends: 0,
+            flags: Translation::STATEFUL | masquerade | one_port,
+            counter: leg.rule as u32,
+            pool: 0,
+        };
+        let with = |flags| Translation { flags: to_backend.flags | flags, ..to_backend };
+        let alone = match leg.state {
+            State::AlsoAlone => Translation {
+                address: any_address(first),
+                shift: shift.inverse(),
+                ..with(Translation::ALSO_ALONE)
+            },
+            _ => to_backend,
+        };
+        let [plain, asking] = self.forward_ports(leg).map(|ports| ports.is_some());
+        [
+            Some(alone),
+            Some(with(several)).filter(|_| leg.leads() && plain),
+            Some(with(several | Translation::ASK_SOCKETS)).filter(|_| leg.leads() && asking),
+            Some(to_backend).filter(|_| leg.pool != 0),
+            None,
         ]
     }
 
@@ -776,17 +1132,22 @@ fn strokes<'a>(
         addresses.iter().enumerate().filter_map(table).collect()
     };
     let every = [&world.v4, &world.v6].map(|addresses| [TCP, UDP].map(|it| every(addresses, it)));
+    // Also of replies: what a backend sends from a port that nobody listens on is its own.
+    let all_tcp = without(&[(0, u16::MAX)], world.masquerade);
+    let all_udp = without(&ALL_BUT_DHCP, world.masquerade);
     let mut strokes = Vec::new();
     for Placed { leg, rows: [reply, first, first_asking, other, other_asking] } in legs {
+        let [other, other_asking] =
+            if leg.is_stateful() { [first, first_asking] } else { [other, other_asking] };
         if *reply == 0 {
             continue;
         }
         for protocol in leg.protocols() {
             let mut paint = |table: u32, ports: (u16, u16), row: u32| {
                 let (.., area) = &touched.tables[table as usize];
-                let all = leg.ports == Ports::All && protocol == UDP;
                 let whole = std::slice::from_ref(&ports);
-                for ports in if all { &ALL_BUT_DHCP[..] } else { whole } {
+                let all = if protocol == UDP { &all_udp } else { &all_tcp };
+                for ports in if ports == (0, u16::MAX) { all } else { whole } {
                     let [first, last] = [ports.0, ports.1].map(|port| port.to_be_bytes()[0]);
                     if first <= *area.end() && *area.start() <= last {
                         let precedence = leg.precedence;
@@ -798,7 +1159,7 @@ fn strokes<'a>(
             let mut forward = |place: usize, table: u32| {
                 let rows = if place == 0 { [first, first_asking] } else { [other, other_asking] };
                 for (ports, row) in [plain, asking].into_iter().zip(rows) {
-                    if let Some(ports) = ports {
+                    if let (Some(ports), true) = (ports, leg.leads()) {
                         paint(table, ports, *row);
                     }
                 }
@@ -827,6 +1188,17 @@ fn strokes<'a>(
 /// The UDP ports of `*`. DHCPv4 and DHCPv6 clients (68, 546) read replies from raw sockets, which no
 /// lookup finds: their ports are left alone.
 const ALL_BUT_DHCP: [(u16, u16); 3] = [(0, 67), (69, 545), (547, u16::MAX)];
+
+/// These ports without those of masquerade.
+fn without(ports: &[(u16, u16)], masquerade: Option<(u16, u16)>) -> Vec<(u16, u16)> {
+    let Some((from, to)) = masquerade else { return ports.to_vec() };
+    let around = |(first, last): &(u16, u16)| {
+        let below = from.checked_sub(1).map(|end| (*first, end.min(*last)));
+        let above = to.checked_add(1).map(|start| (start.max(*first), *last));
+        [below, above].into_iter().flatten().filter(|(first, last)| first <= last)
+    };
+    ports.iter().flat_map(around).collect()
+}
 
 /// The ports of a rule, first and last, that the box itself may use: there its sockets come first.
 /// Nobody listens on a range for the box's sake, but its connections start from the ephemeral ports;

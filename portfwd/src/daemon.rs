@@ -5,12 +5,13 @@
 //! interface are the same case.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use portfwd_ebpf::path::Role;
-use portfwd_ebpf::table::Interface;
+use portfwd_ebpf::table::{Address, Interface};
 use rustix::event::{PollFd, PollFlags};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -19,9 +20,9 @@ use tokio::time::MissedTickBehavior;
 use tracing::{debug, info, warn};
 
 use crate::api::{self, Request, Socket};
-use crate::compile::{Capacity, Compiler, Plan, Resolved, plan};
+use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::Config;
-use crate::datapath::{Datapath, Mode, Port};
+use crate::datapath::{Datapath, Living, Mode, Port};
 use crate::network::{self, Changes, Externals, Link, Network, NetworkError, NextHop, Snapshot};
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
@@ -30,10 +31,12 @@ use crate::{metrics, names, report};
 mod hints;
 mod routes;
 mod survey;
+mod sweep;
 
 use hints::Addresses;
 use routes::Keeper;
 use survey::{Survey, check_interfaces};
+use sweep::Sweeper;
 
 /// Why the daemon does not run. Both are lines for the user.
 #[derive(Debug)]
@@ -91,22 +94,27 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     check_interfaces(&config, &snapshot)?;
     let survey = Survey::take(&network, &snapshot, &config, &plan, &Survey::default()).await?;
     none(&survey.problems)?;
-    let ephemeral = sysctl::ephemeral_ports()?;
+    let ports = BoxPorts {
+        ephemeral: sysctl::ephemeral_ports()?,
+        masquerade: config.masquerade.clone(),
+    };
 
     let (requests, inbox) = mpsc::channel(16);
     let metrics = metrics::listen(config.metrics, requests.clone()).await?;
     let socket = Socket::bind(&socket).await?;
-    let capacity = Capacity::for_plan(&config.rules, &plan, &ephemeral);
-    let mut datapath = Datapath::load(capacity, log_packets)?;
+    let capacity = Capacity::for_plan(&config.rules, &plan, &ports, config.flows.size);
+    let mut datapath = Datapath::load(capacity, &ports, log_packets)?;
     let mut compiler = Compiler::default();
-    let update = compiler.compile(&config.rules, &plan, &survey.externals, &ephemeral);
+    let update = compiler.compile(&config.rules, &plan, &survey.externals, &ports);
     datapath.apply(&update)?;
     compiler.commit(&update);
     drop(update);
 
     let keeper = Keeper::start(datapath.routes())?;
+    let sweeper = Sweeper::start(datapath.flows(), living(&config, &plan, &compiler))?;
     let mut daemon = Daemon {
         keeper,
+        sweeper,
         config: Arc::new(config),
         network,
         resolved,
@@ -123,7 +131,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         gateways: Vec::new(),
         gateways_since: None,
         reserved: None,
-        ephemeral,
+        ports,
     };
     none(&daemon.settle(&snapshot))?;
     // Whoever was refused so far finds the box's settings as they were.
@@ -232,8 +240,16 @@ struct Attachment {
     mode: Mode,
 }
 
+/// Which flows may live: those of a rule to one of its backends.
+fn living(config: &Config, plan: &Plan, compiler: &Compiler) -> Living {
+    let counter = |rule: usize| compiler.counter(&config.rules[rule].name);
+    let backends = plan.legs.iter().filter_map(|leg| Some((counter(leg.rule)?, leg.backend)));
+    Living::new(backends.collect(), config.flows.timeouts)
+}
+
 struct Daemon {
     keeper: Keeper,
+    sweeper: Sweeper,
     config: Arc<Config>,
     network: Network,
     resolved: Resolved,
@@ -256,7 +272,7 @@ struct Daemon {
     gateways: Vec<NextHop>,
     gateways_since: Option<Instant>,
     reserved: Option<BTreeSet<u16>>,
-    ephemeral: std::ops::RangeInclusive<u16>,
+    ports: BoxPorts,
 }
 
 /// How long gateways are taken for known: to find them, the whole routing table is read.
@@ -393,8 +409,8 @@ impl Daemon {
 
     /// Loads the plan with the addresses there are. Returns what kept it from that.
     fn load(&mut self) -> Option<String> {
-        let Self { config, plan, survey, loaded, compiler, datapath, ephemeral, .. } = self;
-        let update = compiler.compile(&config.rules, plan, &survey.externals, ephemeral);
+        let Self { config, plan, survey, loaded, compiler, datapath, sweeper, ports, .. } = self;
+        let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
         if !datapath.capacity().holds(&update) {
             return Some(
                 "the tables are too small for what the rules mean now; restart portfwd to make \
@@ -406,6 +422,7 @@ impl Daemon {
             Ok(()) => {
                 compiler.commit(&update);
                 loaded.clone_from(&survey.externals);
+                sweeper.set(living(config, plan, compiler));
                 None
             }
             Err(error) => Some(error.to_string()),
@@ -434,7 +451,7 @@ impl Daemon {
             }
         }
         // A program that starts knows the interfaces already.
-        problems.extend(self.tell_programs(&wanted));
+        problems.extend(self.tell_programs(snapshot, &wanted));
         for (index, (link, role)) in &wanted {
             if self
                 .attached
@@ -463,7 +480,7 @@ impl Daemon {
                 Err(error) => problems.push(error.to_string()),
             }
         }
-        problems.extend(self.tell_programs(&wanted));
+        problems.extend(self.tell_programs(snapshot, &wanted));
         let names = self.attached.values().map(|attachment| attachment.name.clone()).collect();
         self.keeper.set_interfaces(names);
         problems
@@ -483,7 +500,12 @@ impl Daemon {
             v6: self.plan.legs.iter().any(|leg| leg.backend.is_ipv6()),
         };
         let mut changes = Vec::new();
-        let (external, internal) = (of(Role::Internal), of(Role::External));
+        let external = of(Role::Internal);
+        let mut internal = of(Role::External);
+        if self.plan.masquerades() {
+            // Masqueraded packets come from outside with an address of the box as well.
+            internal.extend(&external);
+        }
         let prepared = sysctl::prepare(&external, &internal, families, &mut changes);
         changes.iter().for_each(|change| info!("{change}"));
         prepared?;
@@ -492,7 +514,11 @@ impl Daemon {
     }
 
     /// Tells the programs what they have to know of each interface. Returns what kept it from that.
-    fn tell_programs(&mut self, wanted: &BTreeMap<u32, (&Link, Role)>) -> Option<String> {
+    fn tell_programs(
+        &mut self,
+        snapshot: &Snapshot,
+        wanted: &BTreeMap<u32, (&Link, Role)>,
+    ) -> Option<String> {
         // Generic XDP sends by the stack's own transmit, which every interface has.
         let all_generic = self.attached.values().all(|attachment| attachment.mode == Mode::Generic);
         let row = |index: &u32, link: &Link, role: Role| {
@@ -509,16 +535,24 @@ impl Daemon {
                 all_generic || link.can_transmit_xdp.unwrap_or(likely)
             });
             let transmits = if transmits { Interface::TRANSMITS } else { 0 };
-            Interface { flags: place | transmits, mtu: link.mtu, device: 0 }
+            let own = snapshot.external_addresses(&[*index]);
+            Interface {
+                flags: place | transmits,
+                mtu: link.mtu,
+                device: 0,
+                v4: Address(own.v4.first().map_or([0; 4], Ipv4Addr::octets)),
+                v6: Address(own.v6.first().map_or([0; 16], Ipv6Addr::octets)),
+            }
         };
         let rows =
             wanted.iter().map(|(index, (link, role))| (*index, row(index, link, *role))).collect();
         self.datapath.set_interfaces(&rows).err().map(|error| error.to_string())
     }
 
-    /// Single ports among those that the kernel picks for the box's own connections are reserved.
+    /// Single ports among those that the kernel picks for the box's own connections are reserved, and
+    /// the ports of masquerade.
     fn reserve_ports(&mut self) -> Result<(), sysctl::SysctlError> {
-        let ports: BTreeSet<u16> = self
+        let mut ports: BTreeSet<u16> = self
             .config
             .rules
             .iter()
@@ -527,6 +561,9 @@ impl Daemon {
                 _ => None,
             })
             .collect();
+        if self.plan.masquerades() {
+            ports.extend(self.ports.masquerade.clone());
+        }
         if let Some(reserved) = sysctl::reserve_ports(&ports)? {
             info!("{}", reserved.change);
             self.reserved = Some(reserved.ports);
@@ -641,6 +678,7 @@ impl Daemon {
 
     /// Takes back what was done to the box, but for the sysctls that make it a router.
     fn stop(self) {
+        self.sweeper.stop();
         if let Some(ports) = &self.reserved {
             match sysctl::release_ports(ports) {
                 Ok(Some(change)) => info!("{change}"),

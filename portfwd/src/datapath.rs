@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,9 +23,12 @@ use portfwd_ebpf::table::{
 use thiserror::Error;
 use tracing::warn;
 
-use crate::compile::{Capacity, EndpointKey, Update};
+pub use self::flow_tables::{FlowTables, Living, Swept};
+use crate::compile::{BoxPorts, Capacity, EndpointKey, Update};
 use crate::config::Attach;
 use crate::sysctl::Families;
+
+mod flow_tables;
 
 /// The compiled eBPF half; `build.rs` makes it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portfwd"));
@@ -208,6 +212,10 @@ pub struct Counts {
     pub last: Jiffies,
     pub to_stack: [u64; ToStack::COUNT],
     pub dropped: [u64; Dropped::COUNT],
+    /// Flows that began.
+    pub flows: u64,
+    /// Packets of flows that could not be established.
+    pub crowded: u64,
 }
 
 /// What the verifier said of a program.
@@ -252,6 +260,9 @@ pub struct Datapath {
     favourites: [Option<(EndpointKey, u32)>; 2],
     /// Ends when no packet looks at the generation before the live one any more.
     readers: Option<thread::JoinHandle<()>>,
+    /// The ports for masquerade, and the seed of their choice.
+    masquerade: ([u16; 2], u32),
+    flows: Arc<FlowTables>,
     /// Numbers of `DEVICES` by interface index.
     devices: BTreeMap<u32, u32>,
     next_device: u32,
@@ -265,7 +276,7 @@ impl Datapath {
     /// # Errors
     ///
     /// No permission, no BPF in the kernel, or a kernel that refuses the object.
-    pub fn load(capacity: Capacity, log: bool) -> Result<Self, DatapathError> {
+    pub fn load(capacity: Capacity, ports: &BoxPorts, log: bool) -> Result<Self, DatapathError> {
         let cpus = nr_cpus().map_or(1, |cpus| cpus as u32);
         let bits = route_set_bits(cpus);
         let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
@@ -283,6 +294,12 @@ impl Datapath {
             .map_max_entries("TRANSLATIONS", capacity.translations)
             .map_max_entries("PAGES", capacity.pages)
             .map_max_entries("COUNTERS", capacity.counters)
+            .map_max_entries("FLOWS_V4", capacity.flows.v4.entries())
+            .map_max_entries("FLOWS_V6", capacity.flows.v6.entries())
+            .map_max_entries("PROBATION_V4", capacity.flows.v4.probation())
+            .map_max_entries("PROBATION_V6", capacity.flows.v6.probation())
+            .map_max_entries("MAPPINGS", capacity.mappings)
+            .map_max_entries("CLIENTS", capacity.mappings)
             .load(OBJECT)
             .map_err(load_error)?;
         let mut verified = Vec::new();
@@ -303,8 +320,9 @@ impl Datapath {
                 time: start.elapsed(),
             });
         }
-        let trust = ebpf.take_map("TRUST").unwrap_or_else(|| missing("TRUST"));
-        let trust = Array::try_from(trust).map_err(map_error("TRUST"))?;
+        let mut take = |name| ebpf.take_map(name).unwrap_or_else(|| missing(name));
+        let flows = Arc::new(FlowTables::new(clock, &mut take)?);
+        let trust = Array::try_from(take("TRUST")).map_err(map_error("TRUST"))?;
         let routes =
             Routes(Arc::new(Mutex::new(Trusted { clock, map: trust, now: Default::default() })));
         let mut datapath = Self {
@@ -315,6 +333,12 @@ impl Datapath {
             generation: 0,
             favourites: [None; 2],
             readers: None,
+            // Nobody outside shall know it: it says which ports clients get.
+            masquerade: (
+                [*ports.masquerade.start(), *ports.masquerade.end()],
+                RandomState::new().hash_one(0) as u32,
+            ),
+            flows,
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
@@ -336,6 +360,11 @@ impl Datapath {
     /// The routes that the programs remember.
     pub fn routes(&self) -> Routes {
         self.routes.clone()
+    }
+
+    /// The tables of flows.
+    pub fn flows(&self) -> Arc<FlowTables> {
+        self.flows.clone()
     }
 
     /// What the verifier said of each program.
@@ -500,7 +529,8 @@ impl Datapath {
             }
             _ => Favourite::NONE,
         });
-        let settings = Settings { layout: LAYOUT, generation: self.generation, favourites };
+        let Self { generation, masquerade: (masquerade, seed), .. } = *self;
+        let settings = Settings { layout: LAYOUT, generation, favourites, masquerade, seed };
         let mut map = self.array::<Settings>("SETTINGS")?;
         map.set(0, Plain(settings), 0).map_err(map_error("SETTINGS"))
     }
@@ -652,9 +682,14 @@ impl Datapath {
             last: Jiffies::default(),
             to_stack: [0; ToStack::COUNT],
             dropped: [0; Dropped::COUNT],
+            flows: 0,
+            crowded: 0,
         };
-        for Plain(Counter { translated: [forward, reply], last, to_stack, dropped }) in cpus.iter()
-        {
+        for Plain(counter) in cpus.iter() {
+            let Counter { translated: [forward, reply], last, to_stack, dropped, flows, crowded } =
+                counter;
+            sum.flows += flows;
+            sum.crowded += crowded;
             sum.forward.packets += forward.packets;
             sum.forward.bytes += forward.bytes;
             sum.reply.packets += reply.packets;

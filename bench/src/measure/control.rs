@@ -1,21 +1,22 @@
 //! portfwd's control plane as a library: the one place that knows how rules get into the datapath.
 
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
-use portfwd::compile::{Capacity, Compiler, Plan, Resolved, plan};
+use portfwd::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use portfwd::datapath::Datapath;
 use portfwd::network::Externals;
 use portfwd::rule::Rule;
 use portfwd::sysctl::Families;
-use portfwd_ebpf::table::Interface;
+use portfwd_ebpf::table::{Address, Interface};
 
 use crate::rig::{self, Rig};
 
-/// Ports that the kernel gives to sockets: what rules are compiled with.
-const EPHEMERAL: RangeInclusive<u16> = 32_768..=60_999;
+/// What rules are compiled with.
+const PORTS: BoxPorts = BoxPorts { ephemeral: 32_768..=60_999, masquerade: 40_000..=60_999 };
+/// Room for established flows.
+const FLOWS: u32 = 1 << 20;
 
 /// portfwd's tables and programs in the namespace of the thread that made it, the router's; nothing
 /// is attached.
@@ -30,11 +31,13 @@ impl Control {
     /// With these rules, and room for more.
     pub fn load(rig: &Rig, rules: &[Rule]) -> Result<Self> {
         let plan = plan(rules, &Resolved::new())?;
-        let mut datapath = Datapath::load(Capacity::for_plan(rules, &plan, &EPHEMERAL), false)?;
+        let mut datapath = Datapath::load(Capacity::for_plan(rules, &plan, &PORTS, FLOWS), &PORTS, false)?;
         let mut interfaces = BTreeMap::new();
         for (name, flag) in [("wan0", Interface::EXTERNAL), ("lan0", Interface::INTERNAL)] {
             let flags = flag | Interface::TRANSMITS;
-            let interface = Interface { flags, mtu: 1500, device: 0 };
+            let address = if name == "wan0" { rig::WAN } else { rig::LAN };
+            let v4 = Address(address.octets());
+            let interface = Interface { flags, mtu: 1500, device: 0, v4, v6: Address([0; 16]) };
             interfaces.insert(rig::interface(&rig.router, name)?, interface);
         }
         datapath.set_interfaces(&interfaces)?;
@@ -56,12 +59,12 @@ impl Control {
 
     /// Takes out the rule that came after these.
     pub fn remove_after(&mut self, rules: &[Rule]) -> Result<()> {
-        self.plan.remove(rules.len());
+        self.plan.remove(rules, rules.len());
         self.write(rules)
     }
 
     fn write(&mut self, rules: &[Rule]) -> Result<()> {
-        let update = self.compiler.compile(rules, &self.plan, &self.externals, &EPHEMERAL);
+        let update = self.compiler.compile(rules, &self.plan, &self.externals, &PORTS);
         self.datapath.apply(&update)?;
         self.compiler.commit(&update);
         Ok(())

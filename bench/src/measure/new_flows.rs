@@ -13,10 +13,11 @@ use crate::traffic::Direction;
 pub const NAME: &str = "new-flows";
 
 /// Those in the kernel. A proxy would have to open a socket for each packet.
-const CONTENDERS: [Contender; 7] = [
+const CONTENDERS: [Contender; 8] = [
     Contender::Limit,
     Contender::Native,
     Contender::Generic,
+    Contender::Stateful,
     Contender::Routing,
     Contender::NftMap,
     Contender::NftChain,

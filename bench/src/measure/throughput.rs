@@ -60,6 +60,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     for (number, Case { name, directions, frame, flows }) in CASES.into_iter().enumerate() {
         let measured = |contender: &Contender| match contender {
             Contender::Limit | Contender::Native => true,
+            Contender::Stateful => frame == SMALL,
             Contender::NftChain | Contender::Haproxy => false,
             // Replies of a proxy come from sockets that it opens, one for each client.
             Contender::Nginx | Contender::Realm => {
@@ -94,6 +95,7 @@ pub fn load(contender: Contender, rules: Rules, frame: u32, flows: u32) -> Load 
         sent_to: if contender.translates() { rules.listened() } else { arrives_at },
         arrives_at,
         keeps_client: contender.proxy().is_none(),
+        established: contender == Contender::Stateful,
     }
 }
 
@@ -117,6 +119,9 @@ pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load)
     if directions == [Direction::Reply] {
         let mut clients = Generator::new(rig, Direction::Forward, load)?;
         on_path(|| clients.send(flows))?;
+    }
+    if load.established && flows > 0 {
+        establish(rig, load, flows)?;
     }
     let first = generators.first_mut().context("no direction")?;
     let packets = on_path(|| {
@@ -160,6 +165,24 @@ pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load)
         sum += arrived(before, after).with_context(|| format!("{direction:?}").to_lowercase())?;
     }
     Ok(sum as f64 / elapsed.as_secs_f64())
+}
+
+/// A packet of each flow, its answer, and another: some at a time, as a flow that is not established
+/// may be forgotten for others.
+fn establish(rig: &Rig, load: &Load, flows: u32) -> Result<()> {
+    const AT_ONCE: u32 = 10_000;
+    let mut steps = [Direction::Forward, Direction::Reply, Direction::Forward]
+        .into_iter()
+        .map(|direction| Generator::new(rig, direction, load))
+        .collect::<Result<Vec<_>>>()?;
+    on_path(|| {
+        for first in (0..flows).step_by(AT_ONCE as usize) {
+            for step in &mut steps {
+                step.send(AT_ONCE.min(flows - first))?;
+            }
+        }
+        Ok(())
+    })
 }
 
 /// How many packets arrived in between, all that were checked being right.

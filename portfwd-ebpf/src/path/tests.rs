@@ -12,7 +12,9 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::packet::{TCP, UDP};
-use crate::table::{Address, Dropped, HOP_BITS, Shift};
+use crate::table::{Address, Candidate, Dropped, FlowHalf, FlowKey, HOP_BITS, Shift};
+
+mod flows;
 
 const CLIENT: [u8; 4] = [198, 51, 100, 2];
 const BOX: [u8; 4] = [198, 51, 100, 1];
@@ -21,6 +23,9 @@ const BACKEND: [u8; 4] = [192, 168, 77, 10];
 const CLIENT6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
 const BOX6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 const BACKEND6: [u8; 16] = [0xfd, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10];
+/// The box's addresses inside.
+const LAN: [u8; 4] = [192, 168, 77, 1];
+const LAN6: [u8; 16] = [0xfd, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
 const INSIDE: u32 = 3;
 const OUTSIDE: u32 = 2;
 /// Of the hash that leads to a set of routes.
@@ -34,6 +39,9 @@ const BACK: Route = via(OUTSIDE, [2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
 const fn via(interface: u32, destination: [u8; 6], source: [u8; 6]) -> Route {
     Route::Via { interface, mtu: 1500, link: LinkAddresses::new(destination, source) }
 }
+
+/// The ports for masquerade.
+const PORTS: [u16; 2] = [40_000, 40_999];
 
 /// A box with one rule, 8080 to port 80 of the backend, for TCP and UDP in both families.
 struct Router {
@@ -49,6 +57,16 @@ struct Router {
     fib: Cell<u32>,
     rows: Vec<Translation>,
     arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
+    flows4: RefCell<HashMap<FlowKey<4>, FlowHalf<4>>>,
+    flows6: RefCell<HashMap<FlowKey<16>, FlowHalf<16>>>,
+    /// How many of each there may be.
+    flow_room: usize,
+    candidates4: RefCell<HashMap<FlowKey<4>, Candidate<4>>>,
+    candidates6: RefCell<HashMap<FlowKey<16>, Candidate<16>>>,
+    mappings: RefCell<HashMap<MappingKey, Mapping>>,
+    clients: RefCell<HashMap<ClientKey, Port>>,
+    now: Cell<Jiffies>,
+    outside_flags: u32,
     route: Route,
     route_mtu: u16,
     ingress_mtu: u32,
@@ -79,10 +97,10 @@ impl Router {
         let row = |address, from, to, flags| Translation {
             address,
             shift: Shift::between(from, to),
-            padding: [0; 2],
+            backends: 0,
             flags,
             counter: 0,
-            padding_2: 0,
+            pool: 0,
         };
         let many = Translation::MANY_ADDRESSES;
         let rows = vec![
@@ -119,6 +137,15 @@ impl Router {
             fib: Cell::default(),
             rows,
             arrivals: RefCell::default(),
+            flows4: RefCell::default(),
+            flows6: RefCell::default(),
+            flow_room: usize::MAX,
+            candidates4: RefCell::default(),
+            candidates6: RefCell::default(),
+            mappings: RefCell::default(),
+            clients: RefCell::default(),
+            now: Cell::new(Jiffies(1)),
+            outside_flags: Interface::EXTERNAL | Interface::TRANSMITS,
             route,
             route_mtu: 1500,
             ingress_mtu: 1500,
@@ -130,13 +157,23 @@ impl Router {
                 last: Jiffies(0),
                 to_stack: Default::default(),
                 dropped: Default::default(),
+                flows: 0,
+                crowded: 0,
             }),
             passed: RefCell::default(),
         }
     }
 
     fn handle(&self, role: Role, frame: &mut [u8]) -> Verdict {
-        handle(self, role, Frame::new(frame))
+        match handle(self, role, Frame::new(frame)) {
+            Verdict::Flow(part, Family::V4) => {
+                handle_flow::<4, Ipv4Hdr, _>(self, part, Frame::new(frame))
+            }
+            Verdict::Flow(part, Family::V6) => {
+                handle_flow::<16, Ipv6Hdr, _>(self, part, Frame::new(frame))
+            }
+            verdict => verdict,
+        }
     }
 
     fn looked_up(&self, table: usize) {
@@ -204,13 +241,18 @@ impl Kernel for Router {
     fn interface(&self, index: u32) -> Option<Interface> {
         match index {
             INSIDE => Some((Interface::INTERNAL | Interface::TRANSMITS, INSIDE_DEVICE)),
-            OUTSIDE => Some((Interface::EXTERNAL | Interface::TRANSMITS, OUTSIDE_DEVICE)),
+            OUTSIDE => Some((self.outside_flags, OUTSIDE_DEVICE)),
             _ => None,
         }
-        .map(|(flags, device)| Interface { flags, mtu: 1500, device })
+        .map(|(flags, device)| {
+            let [v4, v6] = if index == INSIDE { [LAN.as_slice(), &LAN6] } else { [&BOX[..], &BOX6] };
+            let (v4, v6) = (Address(v4.try_into().unwrap()), Address(v6.try_into().unwrap()));
+            Interface { flags, mtu: 1500, device, v4, v6 }
+        })
     }
     fn ingress(&self) -> Option<Interface> {
-        Some(Interface { flags: 0, mtu: self.ingress_mtu, device: 0 })
+        let (v4, v6) = (Address([0; 4]), Address([0; 16]));
+        Some(Interface { flags: 0, mtu: self.ingress_mtu, device: 0, v4, v6 })
     }
     fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> (Route, bool) {
         self.fib.set(self.fib.get() + 1);
@@ -236,10 +278,76 @@ impl Kernel for Router {
         self.passed.borrow_mut().push(reason);
     }
     fn now(&self) -> Jiffies {
-        Jiffies(1)
+        self.now.get()
+    }
+    fn masquerade(&self) -> ([u16; 2], u32) {
+        (PORTS, 7)
+    }
+    fn mapping<R>(&self, key: &MappingKey, look: impl FnOnce(&mut Mapping) -> R) -> Option<R> {
+        self.mappings.borrow_mut().get_mut(key).map(look)
+    }
+    fn add_mapping(&self, key: &MappingKey, mapping: &Mapping) -> Added {
+        add(&mut self.mappings.borrow_mut(), usize::MAX, key, mapping)
+    }
+    fn client_port(&self, key: &ClientKey) -> Option<Port> {
+        self.clients.borrow().get(key).copied()
+    }
+    fn set_client_port(&self, key: &ClientKey, port: Port) {
+        self.clients.borrow_mut().insert(*key, port);
     }
     fn note(&self, _flow: impl FnOnce() -> Flow) {}
 }
+
+fn add<K: Copy + Eq + std::hash::Hash, V: Copy>(
+    table: &mut HashMap<K, V>,
+    room: usize,
+    key: &K,
+    value: &V,
+) -> Added {
+    match table.len() {
+        _ if table.contains_key(key) => Added::Exists,
+        length if length >= room => Added::Full,
+        _ => {
+            table.insert(*key, *value);
+            Added::Yes
+        }
+    }
+}
+
+macro_rules! flows {
+    ($size:literal, $flows:ident, $candidates:ident) => {
+        impl Flows<$size> for Router {
+            fn flow<R>(
+                &self,
+                key: &FlowKey<$size>,
+                look: impl FnOnce(&mut FlowHalf<$size>) -> R,
+            ) -> Option<R> {
+                self.$flows.borrow_mut().get_mut(key).map(look)
+            }
+            fn add_flow(&self, key: &FlowKey<$size>, half: &FlowHalf<$size>) -> Added {
+                add(&mut self.$flows.borrow_mut(), self.flow_room, key, half)
+            }
+            fn remove_flow(&self, key: &FlowKey<$size>) {
+                self.$flows.borrow_mut().remove(key);
+            }
+            fn candidate<R>(
+                &self,
+                key: &FlowKey<$size>,
+                look: impl FnOnce(&mut Candidate<$size>) -> R,
+            ) -> Option<R> {
+                self.$candidates.borrow_mut().get_mut(key).map(look)
+            }
+            fn add_candidate(&self, key: &FlowKey<$size>, candidate: &Candidate<$size>) -> Added {
+                add(&mut self.$candidates.borrow_mut(), usize::MAX, key, candidate)
+            }
+            fn remove_candidate(&self, key: &FlowKey<$size>) {
+                self.$candidates.borrow_mut().remove(key);
+            }
+        }
+    };
+}
+flows!(4, flows4, candidates4);
+flows!(16, flows6, candidates6);
 
 const MACS: ([u8; 6], [u8; 6]) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
 
@@ -508,9 +616,6 @@ fn a_hop_that_is_in_use_is_not_written_over() {
 fn a_role_translates_its_own_end_only() {
     let rule = Router::new(HOP);
     let mut forward = frame(TCP, (&CLIENT, 5000), (&BOX, 8080), 64, b"");
-    let before = forward.clone();
-    assert_eq!(rule.handle(Role::Internal, &mut forward), Verdict::Pass(Passed::NoRule));
-    assert_eq!(forward, before);
     assert_eq!(rule.handle(Role::Both, &mut forward), Verdict::Redirect(INSIDE_DEVICE));
 
     let rule = Router::new(BACK);
@@ -708,6 +813,7 @@ proptest! {
                 prop_assert_eq!(translated, 0);
             }
             Verdict::Drop(_) => prop_assert_eq!(translated, 0),
+            Verdict::Flow(..) => prop_assert!(false, "a part that decides nothing"),
             Verdict::Redirect(_) | Verdict::Stack(_) => {
                 prop_assert_eq!(translated, 1);
                 prop_assert_eq!(is_valid(&bytes), is_valid(&before));

@@ -69,6 +69,20 @@ impl Pages {
         &self.users.key(number - 1).1
     }
 
+    /// A page with these rows of translations, at most 256, kept.
+    pub fn acquire_pool(&mut self, rows: &[u32]) -> u32 {
+        let mut page = Page([0; 256]);
+        page.0[..rows.len()].copy_from_slice(rows);
+        let number = self.number(&page, false);
+        self.users[number - 1] += 1;
+        number
+    }
+
+    /// Frees a page of [`acquire_pool`](Self::acquire_pool) if nobody else uses it.
+    pub fn release_pool(&mut self, page: u32) {
+        self.let_go(page);
+    }
+
     /// Keeps the pages of a table.
     pub fn acquire(&mut self, table: PortTable) {
         let Some(root) = root(table) else { return };

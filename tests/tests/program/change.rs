@@ -6,7 +6,9 @@ use portfwd_ebpf::table::Passed;
 use portfwd_tests::is_root;
 
 use crate::packet::{TCP, UDP};
-use crate::router::{Flow, Outcome, Router, Version, in_both, with_router, with_router_of};
+use crate::router::{
+    CAPACITY, Flow, Outcome, PORTS, Router, Version, in_both, with_router, with_router_of,
+};
 
 const NO_RULE: Outcome = Outcome::Pass(Passed::NoRule);
 
@@ -72,7 +74,8 @@ fn many_changes() {
     if !is_root() {
         return;
     }
-    let capacity = Capacity { endpoints: 32, translations: 16, pages: 16, counters: 256 };
+    let capacity =
+        Capacity { endpoints: 32, translations: 16, pages: 16, counters: 256, ..CAPACITY };
     with_router_of(capacity, |router| {
         for round in 0..60_u16 {
             let host = 10 + (round % 3) as u8;
@@ -99,7 +102,7 @@ fn rules_that_do_not_fit_change_nothing() {
     if !is_root() {
         return;
     }
-    let room = Capacity { endpoints: 256, translations: 256, pages: 256, counters: 256 };
+    let room = Capacity { pages: 256, counters: 256, ..CAPACITY };
     let cases: [(&str, Capacity, &[&str]); 3] = [
         ("TRANSLATIONS", Capacity { translations: 6, ..room }, &["1:@12.11/tcp"]),
         ("PAGES", Capacity { pages: 8, ..room }, &["1-513:@12.11/tcp", "600:@12.12/tcp"]),
@@ -133,10 +136,9 @@ fn the_verifier_has_room_to_spare() {
     if !is_root() {
         return;
     }
-    let capacity = Capacity { endpoints: 256, translations: 256, pages: 256, counters: 256 };
     // Messages are for looking into things; there the kernel's own limit of a million is enough.
     for (log, limit) in [(false, 250_000), (true, 700_000)] {
-        for verified in Datapath::load(capacity, log).unwrap().verified() {
+        for verified in Datapath::load(CAPACITY, &PORTS, log).unwrap().verified() {
             println!("log {log}: {verified:?}");
             let instructions = verified.instructions.expect("this kernel tells");
             assert!(instructions < limit, "{verified:?}");

@@ -10,12 +10,12 @@ use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, Stdio};
 
-use portfwd::compile::{Capacity, Compiler, Resolved, Update, plan};
+use portfwd::compile::{BoxPorts, Capacity, Compiler, FlowRoom, Flows, Resolved, Update, plan};
 use portfwd::datapath::{Action, Counts, Datapath};
 use portfwd::network::Externals;
-use portfwd::rule::Rule;
+use portfwd::rule::{Rule, Source};
 use portfwd_ebpf::path::Role;
-use portfwd_ebpf::table::{Direction, Dropped, Interface, Passed, ToStack};
+use portfwd_ebpf::table::{Address, Direction, Dropped, Interface, Passed, ToStack};
 use portfwd_tests::Namespace;
 
 use crate::packet::{Packet, TCP, UDP};
@@ -56,8 +56,18 @@ pub const NARROW_OTHER: u8 = 107;
 /// Behind host 2 of `WAN`.
 pub const DISTANT: u8 = 108;
 
-/// Ports that the kernel gives to sockets: what rules are compiled with.
-const EPHEMERAL: std::ops::RangeInclusive<u16> = 32768..=60999;
+/// What rules are compiled with.
+pub const PORTS: BoxPorts = BoxPorts { ephemeral: 32768..=60999, masquerade: 50_000..=50_999 };
+
+/// Room for a few rules and flows.
+pub const CAPACITY: Capacity = Capacity {
+    endpoints: 256,
+    translations: 256,
+    pages: 1024,
+    counters: 64,
+    flows: FlowRoom { v4: Flows(1024), v6: Flows(1024) },
+    mappings: 4096,
+};
 
 /// IPv4 and IPv6.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,7 +96,7 @@ impl Version {
         let mut parts = spec.split('@');
         let mut text = parts.next().unwrap().to_owned();
         for part in parts {
-            let end = part.find([':', '/']).unwrap_or(part.len());
+            let end = part.find([':', '/', ' ']).unwrap_or(part.len());
             let (network, host) = part[..end].split_once('.').unwrap();
             match self.address(network.parse().unwrap(), host.parse().unwrap()) {
                 IpAddr::V4(address) => text += &address.to_string(),
@@ -101,6 +111,23 @@ impl Version {
 /// The same rules in both families.
 pub fn in_both(specs: &[&str]) -> Vec<String> {
     Version::BOTH.iter().flat_map(|version| specs.iter().map(|spec| version.rule(spec))).collect()
+}
+
+/// A rule as `-p` takes it, named by its text; words behind it are further backends, or `masquerade`.
+fn rule(text: &str) -> Rule {
+    let mut words = text.split(' ');
+    let spec = words.next().unwrap();
+    let rule = spec.parse::<Rule>().unwrap_or_else(|error| panic!("{spec}: {error}"));
+    let mut rule = Rule { name: text.to_owned(), ..rule };
+    let mut to = rule.to.into_vec();
+    for word in words {
+        match word {
+            "masquerade" => rule.source = Source::Masquerade,
+            backend => to.push(backend.parse().unwrap()),
+        }
+    }
+    rule.to = to.into();
+    rule
 }
 
 /// The link address of a host; the numbers read alike in hexadecimal.
@@ -136,8 +163,7 @@ pub struct Router {
 
 /// Runs a test in a new router.
 pub fn with_router<T: Send>(test: impl FnOnce(&mut Router) -> T + Send) -> T {
-    let capacity = Capacity { endpoints: 256, translations: 256, pages: 1024, counters: 64 };
-    with_router_of(capacity, test)
+    with_router_of(CAPACITY, test)
 }
 
 /// As [`with_router`], with room for so many rows.
@@ -156,7 +182,7 @@ pub fn with_router_of<T: Send>(
     }
     namespace.enter(|| {
         ip_batch(&network());
-        let mut datapath = Datapath::load(capacity, false).unwrap();
+        let mut datapath = Datapath::load(capacity, &PORTS, false).unwrap();
         datapath.set_interfaces(&interfaces()).unwrap();
         test(&mut Router { datapath, compiler: Compiler::default(), rules: Vec::new() })
     })
@@ -167,8 +193,18 @@ pub fn interfaces() -> BTreeMap<u32, Interface> {
     LINKS
         .iter()
         .filter(|(link, _)| *link != OTHER)
-        .map(|(link, flags)| (u32::from(*link), Interface { flags: *flags, mtu: 1500, device: 0 }))
+        .map(|(link, flags)| (u32::from(*link), interface(*link, *flags)))
         .collect()
+}
+
+/// What portfwd knows of a link.
+pub fn interface(link: u8, flags: u32) -> Interface {
+    let [IpAddr::V4(v4), IpAddr::V6(v6)] = Version::BOTH.map(|version| version.address(link, 1))
+    else {
+        unreachable!("one of each")
+    };
+    let (v4, v6) = (Address(v4.octets()), Address(v6.octets()));
+    Interface { flags, mtu: 1500, device: 0, v4, v6 }
 }
 
 /// Links, addresses, neighbours and routes, for `ip -batch`.
@@ -245,10 +281,6 @@ impl Router {
 
     /// What would be written for these rules.
     pub fn compile_at(&mut self, hosts: &[u8], specs: &[impl AsRef<str>]) -> Update {
-        let rule = |spec: &str| {
-            let rule = spec.parse::<Rule>().unwrap_or_else(|error| panic!("{spec}: {error}"));
-            Rule { name: spec.to_owned(), ..rule }
-        };
         let rules: Vec<Rule> = specs.iter().map(|spec| rule(spec.as_ref())).collect();
         let plan = plan(&rules, &Resolved::new()).unwrap_or_else(|refused| panic!("{refused}"));
         let mut externals = Externals { v4: Vec::new(), v6: Vec::new() };
@@ -260,7 +292,7 @@ impl Router {
                 }
             }
         }
-        let update = self.compiler.compile(&rules, &plan, &externals, &EPHEMERAL);
+        let update = self.compiler.compile(&rules, &plan, &externals, &PORTS);
         for rule in rules {
             if self.rules.iter().all(|known| known.name != rule.name) {
                 self.rules.push(rule);

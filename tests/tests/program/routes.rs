@@ -6,7 +6,7 @@ use portfwd_tests::is_root;
 use crate::packet::{Packet, TCP, UDP};
 use crate::router::{
     BLACKHOLE, DISTANT, Flow, LAN, NARROW_INSIDE, NARROW_OTHER, NARROW_OUTSIDE, NO_ROUTE, OTHER,
-    Outcome, PROHIBIT, SLOW_LAN, SLOW_WAN, UNREACHABLE, Version, WAN, WEB, in_both, interfaces,
+    Outcome, PROHIBIT, SLOW_LAN, SLOW_WAN, UNREACHABLE, Version, WAN, WEB, in_both, interface, interfaces,
     ip_batch, set_sysctl, with_router,
 };
 
@@ -186,7 +186,7 @@ fn interfaces_are_what_they_were_last_said_to_be() {
             for link in [WAN, LAN] {
                 match flags {
                     Some(flags) => {
-                        links.insert(link.into(), Interface { flags, mtu: 1500, device: 0 })
+                        links.insert(link.into(), interface(link, flags))
                     }
                     None => links.remove(&link.into()),
                 };
