@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::rule::{self, Invalid, Place, Rule, invalid};
+use crate::rule::{self, Invalid, Place, Rule, invalid, twice};
 
 pub use self::file::parse;
 
@@ -246,8 +246,4 @@ fn check_interface(name: &str) -> Result<(), Invalid> {
         return invalid!("{name:?} cannot be an interface; write one that `ip link` lists");
     }
     Ok(())
-}
-
-fn twice(interface: &str) -> Invalid {
-    Invalid(format!("{interface} is named twice; name it once"))
 }

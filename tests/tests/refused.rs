@@ -199,22 +199,11 @@ fn configurations() {
             )],
         ),
         (
-            "many ports to one",
-            "[[rule]]\nname = 'a'\nlisten = '80-89'\nto = '192.168.77.10:80'\n",
-            &[&format!(
-                "DIR/portfwd.toml:6: rule \"a\": to: 10 ports to port 80: this {FLOW_TABLE}; write 192.168.77.10:80-89, or leave the port out to keep it"
-            )],
-        ),
-        (
-            "several backends, and masquerade",
-            "[[rule]]\nname = 'a'\nlisten = 80\nto = ['192.168.77.10', '192.168.77.11']\nsource = 'masquerade'\n",
+            "backends that do not fit",
+            "[[rule]]\nname = 'a'\nlisten = '80-89'\nto = [\n'192.168.77.10',\n'192.168.77.10:80-89',\n'192.168.77.11:80-81']\n",
             &[
-                &format!(
-                    "DIR/portfwd.toml:6: rule \"a\": to: several backends: this {FLOW_TABLE}; keep one of them"
-                ),
-                &format!(
-                    "DIR/portfwd.toml:7: rule \"a\": source: masquerade {FLOW_TABLE}; use preserve, and let the backend's default route lead through this box"
-                ),
+                "DIR/portfwd.toml:8: rule \"a\": to: 192.168.77.10:80-89 is named twice; name it once",
+                "DIR/portfwd.toml:9: rule \"a\": to: 10 ports cannot become 2; write 192.168.77.11:80-89, or leave the port out to keep it",
             ],
         ),
         (

@@ -11,8 +11,10 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{Config, ConfigError, Errors, Interface, check_interface, check_rules, twice};
-use crate::rule::{Invalid, Listen, Place, Protocol, Rule, Source, Target, invalid};
+use super::{Config, ConfigError, Errors, Interface, check_interface, check_rules};
+use crate::rule::{
+    Invalid, Listen, Mistake, Place, Protocol, Rule, Source, Target, invalid, twice,
+};
 
 /// A kind of table in the file: how messages call it and its keys, and which keys it may have.
 struct Shape {
@@ -245,8 +247,12 @@ impl Reader {
             source,
             place: Place::File { path: self.path.clone(), line },
         };
-        for (key, Invalid(message)) in rule.check() {
-            self.blame_key(&section, key, &message);
+        for Mistake { key, item, error: Invalid(message) } in rule.check() {
+            let list = section.get(key).and_then(|value| value.get_ref().as_array());
+            match item.and_then(|item| list?.get(item)) {
+                Some(value) => self.blame(&section, key, value, &message),
+                None => self.blame_key(&section, key, &message),
+            }
         }
         Some(rule)
     }

@@ -260,11 +260,11 @@ fn bad_files_are_refused() {
             ],
         ),
         (
-            "[[rule]]\nname = \"x\"\nprotocol = \"any\"\nlisten = 80\nto = [\"10.0.0.1\", \"10.0.0.2\"]\nsource = \"masquerade\"\n".into(),
+            "[[rule]]\nname = \"x\"\nprotocol = \"any\"\nlisten = 80\nto = [\"10.0.0.1\", \"10.0.0.2\",\n\"10.0.0.3:90\",\n\"10.0.0.1:80\", \"10.0.0.4:1-2\"]\n".into(),
             &[
                 "portfwd.toml:4: rule \"x\": listen: protocol any claims every port and cannot listen on 80 only; use protocol tcp+udp, or listen on *",
-                "portfwd.toml:5: rule \"x\": to: several backends: this needs the flow table, which this version does not have; keep one of them",
-                "portfwd.toml:6: rule \"x\": source: masquerade needs the flow table, which this version does not have; use preserve, and let the backend's default route lead through this box",
+                "portfwd.toml:7: rule \"x\": to: 10.0.0.1:80 is named twice; name it once",
+                "portfwd.toml:7: rule \"x\": to: 1 port cannot become 2; write 10.0.0.4:1, or leave the port out to keep it",
             ],
         ),
         (
