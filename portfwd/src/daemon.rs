@@ -613,6 +613,7 @@ impl Daemon {
                     self.config.clone(),
                     &self.compiler,
                     &self.datapath,
+                    |_counter| api::Flows::default(),
                     self.list_interfaces(),
                 );
                 let _: Result<(), _> = sender.send(stats);

@@ -57,8 +57,7 @@ impl Serialize for Listed {
 #[derive(Debug)]
 pub struct Figures {
     config: Arc<Config>,
-    /// By the rule's place.
-    counts: Vec<(usize, Counts)>,
+    counted: Vec<Counted>,
     passed: [u64; Passed::COUNT],
     interfaces: Vec<InterfaceInfo>,
     clock: Clock,
@@ -66,8 +65,17 @@ pub struct Figures {
     read: (Instant, SystemTime),
 }
 
+/// What was counted of a rule.
+#[derive(Debug)]
+struct Counted {
+    /// The rule's place.
+    place: usize,
+    counts: Counts,
+    flows: Flows,
+}
+
 impl Figures {
-    /// Reads all counters.
+    /// Reads all counters; `flows` has those of the flow tables, by the rule's row of the counters.
     ///
     /// # Errors
     ///
@@ -76,22 +84,28 @@ impl Figures {
         config: Arc<Config>,
         compiler: &Compiler,
         datapath: &Datapath,
+        flows: impl Fn(u32) -> Flows,
         interfaces: Vec<InterfaceInfo>,
     ) -> anyhow::Result<Self> {
         let clock = datapath.clock();
         let passed = datapath.passed()?;
-        let mut counts = Vec::with_capacity(config.rules.len());
+        let mut counted = Vec::with_capacity(config.rules.len());
         for (place, rule) in config.rules.iter().enumerate() {
             let Some(row) = compiler.counter(&rule.name) else { continue };
-            counts.push((place, datapath.counts(row)?));
+            counted.push(Counted { place, counts: datapath.counts(row)?, flows: flows(row) });
         }
         let read = (Instant::now(), SystemTime::now());
-        Ok(Self { config, counts, passed, interfaces, clock, read })
+        Ok(Self { config, counted, passed, interfaces, clock, read })
     }
 
     /// Each rule's name and counts.
     pub fn by_rule(&self) -> impl Iterator<Item = (&str, &Counts)> {
-        self.counts.iter().map(|(place, counts)| (self.config.rules[*place].name.as_str(), counts))
+        self.counted.iter().map(|it| (self.config.rules[it.place].name.as_str(), &it.counts))
+    }
+
+    /// Each rule's name and flows.
+    pub fn flows_by_rule(&self) -> impl Iterator<Item = (&str, Flows)> {
+        self.counted.iter().map(|it| (self.config.rules[it.place].name.as_str(), it.flows))
     }
 
     /// Packets that passed untouched, by reason.
@@ -100,13 +114,13 @@ impl Figures {
     }
 
     fn rows(&self) -> impl Iterator<Item = RuleStats> {
-        self.counts.iter().map(|(place, counts)| RuleStats {
+        self.counted.iter().map(|Counted { place, counts, flows }| RuleStats {
             rule: rule(&self.config.rules[*place]),
             forward: count(counts.forward),
             reply: count(counts.reply),
             to_stack: reasons(ToStack::ALL, ToStack::name, &counts.to_stack),
             dropped: reasons(Dropped::ALL, Dropped::name, &counts.dropped),
-            flows: Flows::default(),
+            flows: *flows,
             last_packet: (counts.last != Jiffies::default()).then(|| {
                 let when = self.read.1 - self.clock.between(counts.last, self.read.0);
                 humantime::format_rfc3339_millis(when).to_string()
@@ -116,7 +130,7 @@ impl Figures {
 
     fn verdicts(&self) -> Verdicts {
         let mut dropped = [0; Dropped::COUNT];
-        for (_, counts) in &self.counts {
+        for Counted { counts, .. } in &self.counted {
             dropped.iter_mut().zip(counts.dropped).for_each(|(sum, count)| *sum += count);
         }
         Verdicts {
@@ -190,7 +204,10 @@ pub(crate) mod tests {
         let started = Instant::now();
         Figures {
             config: Arc::new(Config { rules: rules.to_vec(), ..Config::default() }),
-            counts: vec![(0, some), (1, none)],
+            counted: vec![
+                Counted { place: 0, counts: some, flows: Flows { active: 2, created: 5 } },
+                Counted { place: 1, counts: none, flows: Flows::default() },
+            ],
             passed: [9; Passed::COUNT],
             interfaces: vec![interface],
             clock: Clock::new(Jiffies(1), started),
@@ -207,6 +224,7 @@ pub(crate) mod tests {
         assert_eq!(stats.rules[0].rule.name, "80/tcp");
         assert_eq!(stats.rules[0].forward, Count { packets: 3, bytes: 180 });
         assert!(stats.rules[0].last_packet.is_some() && stats.rules[1].last_packet.is_none());
+        assert_eq!(stats.rules[0].flows, Flows { active: 2, created: 5 });
         assert_eq!(stats.verdicts.dropped, stats.rules[0].dropped);
         assert_eq!(stats.verdicts.passed.len(), Passed::COUNT);
         assert_eq!(stats.interfaces, figures.interfaces);
