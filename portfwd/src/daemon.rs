@@ -618,6 +618,15 @@ impl Daemon {
                 );
                 let _: Result<(), _> = sender.send(stats);
             }
+            Request::Flows(sender) => {
+                let live = report::LiveFlows::new(
+                    &self.config,
+                    &self.compiler,
+                    self.datapath.clock(),
+                    Box::new(|_| Ok(())),
+                );
+                let _: Result<(), _> = sender.send(live);
+            }
         }
     }
 

@@ -1,18 +1,22 @@
 //! What the daemon tells of its rules: from maps and rules to the API's types.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Dropped, Jiffies, Passed, Tally, ToStack};
 use serde::ser::{Serialize, SerializeStruct as _, Serializer};
+use tracing::warn;
 
-use crate::api::{Count, Flows, InterfaceInfo, RuleInfo, RuleStats, Verdicts};
+use crate::api::{Count, FlowInfo, Flows, InterfaceInfo, RuleInfo, RuleStats, Verdicts};
 use crate::compile::Compiler;
 use crate::config::Config;
 use crate::datapath::{Clock, Counts, Datapath};
-use crate::rule::Rule;
+use crate::flows::{Clients, Filter, FlowRow, protocol_name};
+use crate::rule::{Invalid, Rule, invalid};
 
 /// A role's name in output.
 pub fn role(role: Role) -> &'static str {
@@ -150,6 +154,104 @@ impl Serialize for Figures {
     }
 }
 
+/// Goes through the flows, in a thread that may block, until told false.
+pub type FlowRows = Box<dyn FnOnce(&mut dyn FnMut(FlowRow) -> bool) -> anyhow::Result<()> + Send>;
+
+/// The flows, to be read while they are written: a million of them are too much to hold.
+pub struct LiveFlows {
+    rows: FlowRows,
+    clock: Clock,
+    /// The rules' names, by their rows of the counters.
+    names: HashMap<u32, String>,
+}
+
+impl fmt::Debug for LiveFlows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LiveFlows").finish_non_exhaustive()
+    }
+}
+
+impl LiveFlows {
+    /// What `rows` goes through, of the rules of `config`.
+    pub fn new(config: &Config, compiler: &Compiler, clock: Clock, rows: FlowRows) -> Self {
+        let named = |rule: &Rule| Some((compiler.counter(&rule.name)?, rule.name.clone()));
+        Self { rows, clock, names: config.rules.iter().filter_map(named).collect() }
+    }
+
+    /// Those that somebody asks for.
+    ///
+    /// # Errors
+    ///
+    /// There is no such rule.
+    pub fn find(self, Filter { rule, client }: Filter) -> Result<FoundFlows, Invalid> {
+        let counter = match rule {
+            None => None,
+            Some(rule) => match self.names.iter().find(|(_, name)| **name == rule) {
+                Some((counter, _)) => Some(*counter),
+                None => {
+                    return invalid!("there is no rule {rule:?}; `portfwd list` has their names");
+                }
+            },
+        };
+        Ok(FoundFlows { flows: self, counter, client })
+    }
+}
+
+/// Those [`LiveFlows`] that somebody asked for.
+#[derive(Debug)]
+pub struct FoundFlows {
+    flows: LiveFlows,
+    counter: Option<u32>,
+    client: Option<Clients>,
+}
+
+impl FoundFlows {
+    /// Writes each as a line of JSON, [`FlowInfo`]. Flows of a rule that is gone are about to end,
+    /// and are left out.
+    ///
+    /// # Errors
+    ///
+    /// Nobody reads it any more, or the tables cannot be read, which is also logged.
+    pub fn write(self, out: &mut dyn io::Write) -> io::Result<()> {
+        let Self { flows: LiveFlows { rows, clock, names }, counter, client } = self;
+        let mut written = Ok(());
+        let walked = rows(&mut |row| {
+            let wanted = counter.is_none_or(|counter| row.counter == counter)
+                && client.is_none_or(|clients| clients.contain(row.client.ip()));
+            if let (true, Some(rule)) = (wanted, names.get(&row.counter)) {
+                let flow = flow(&row, rule.clone(), clock);
+                written = serde_json::to_writer(&mut *out, &flow)
+                    .map_err(io::Error::from)
+                    .and_then(|()| out.write_all(b"\n"));
+            }
+            written.is_ok()
+        });
+        written?;
+        walked.map_err(|error| {
+            warn!("flows cannot be told: {error:#}");
+            io::Error::other(error)
+        })
+    }
+}
+
+fn flow(row: &FlowRow, rule: String, clock: Clock) -> FlowInfo {
+    let now = Instant::now();
+    let since = |then| clock.between(then, now).as_millis() as f64 / 1000.0;
+    FlowInfo {
+        client: row.client,
+        rule,
+        listen: row.listen,
+        source: row.source,
+        backend: row.backend,
+        protocol: protocol_name(row.protocol).into_owned(),
+        state: row.state,
+        age: since(row.created),
+        idle: since(row.last),
+        forward: count(row.forward),
+        reply: count(row.reply),
+    }
+}
+
 /// A list whose rows are made while it is written.
 struct Rows<F>(F);
 
@@ -174,10 +276,12 @@ fn reasons<T: Copy>(
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::net::IpAddr;
     use std::time::Duration;
 
     use super::*;
     use crate::api::{List, Stats};
+    use crate::flows::State;
 
     /// Two rules of which the first has counted.
     pub fn figures() -> Figures {
@@ -215,6 +319,34 @@ pub(crate) mod tests {
         }
     }
 
+    /// Live flows of the rules `web` and `game`, with counters 3 and 4: `count` of them, in turns.
+    pub fn live_flows(count: u32) -> LiveFlows {
+        let [listen, source, backend] =
+            ["203.0.113.7:80", "192.168.1.1:40000", "192.168.1.10:8080"]
+                .map(|text| text.parse().expect(text));
+        let started = Instant::now();
+        let rows = move |each: &mut dyn FnMut(FlowRow) -> bool| {
+            let mut all = (0..count).map(|number| FlowRow {
+                protocol: 17,
+                client: (IpAddr::from(number.wrapping_add(10 << 24).to_be_bytes()), 5000).into(),
+                listen,
+                source,
+                backend,
+                counter: 3 + number % 2,
+                state: State::Established,
+                created: Jiffies(1),
+                last: Jiffies(2),
+                forward: Tally { packets: 3, bytes: 180 },
+                reply: Tally { packets: 2, bytes: 900 },
+            });
+            all.all(each);
+            Ok(())
+        };
+        let names = [(3, "web".to_owned()), (4, "game".to_owned())];
+        let clock = Clock::new(Jiffies(1), started);
+        LiveFlows { rows: Box::new(rows), clock, names: names.into() }
+    }
+
     #[test]
     fn what_is_written_is_what_is_read() {
         let figures = figures();
@@ -236,5 +368,49 @@ pub(crate) mod tests {
         let list: List = serde_json::from_str(&text).expect("it is read");
         assert_eq!(list.rules, config.rules.iter().map(rule).collect::<Vec<_>>());
         assert_eq!(list.interfaces, listed.interfaces);
+    }
+
+    #[test]
+    fn flows_of_rules_that_are_gone_are_left_out() {
+        let mut live = live_flows(5);
+        live.names.remove(&4);
+        let mut text = Vec::new();
+        let found = live.find(Filter::default()).expect("all rules");
+        found.write(&mut text).expect("it is written");
+        let read = |line: &[u8]| serde_json::from_slice::<FlowInfo>(line).expect("a flow");
+        let flows: Vec<FlowInfo> =
+            text.trim_ascii().split(|byte| *byte == b'\n').map(read).collect();
+        assert_eq!(flows.len(), 3);
+        assert!(flows.iter().all(|flow| flow.rule == "web" && flow.age >= flow.idle));
+        assert_eq!(flows[2].forward, Count { packets: 3, bytes: 180 });
+
+        let gone = Filter { rule: Some("game".to_owned()), ..Filter::default() };
+        let mut live = live_flows(5);
+        live.names.remove(&4);
+        assert_eq!(
+            live.find(gone).expect_err("there is no such rule").to_string(),
+            "there is no rule \"game\"; `portfwd list` has their names"
+        );
+    }
+
+    #[test]
+    fn flows_that_cannot_be_read_or_written() {
+        struct Full;
+        impl io::Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        // It stops at the first, or it would take its time.
+        let all = live_flows(u32::MAX).find(Filter::default()).expect("all rules");
+        assert_eq!(all.write(&mut Full).expect_err("full").kind(), io::ErrorKind::BrokenPipe);
+
+        let broken = LiveFlows { rows: Box::new(|_| anyhow::bail!("no map")), ..live_flows(0) };
+        let all = broken.find(Filter::default()).expect("all rules");
+        assert_eq!(all.write(&mut Vec::new()).expect_err("broken").to_string(), "no map");
     }
 }
