@@ -7,12 +7,12 @@
 
 use crate::path::{self, Kernel, Route};
 use crate::table::{
-    Address, AnyAddress, Candidate, ClientKey, Direction, Dropped, Ends, FlowHalf, FlowKey, Jiffies, Mapping,
-    MappingKey, Passed, Port, Tally, Translation, flow_flags,
+    Address, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies, Mapping,
+    MappingKey, Moment, Passed, Port, Tally, Translation, flow_flags,
 };
 
 /// How many source ports are tried for a new flow: the one that the client has, its own, and others.
-const TRIES: u32 = 16;
+const TRIES: u32 = 10;
 /// So many answers establish a flow whose client says nothing more: a stream.
 const STREAM: u64 = 16;
 /// In ticks, of which a second has 100 to 1,000: after such a pause a forward packet looks whether its
@@ -47,16 +47,53 @@ pub trait Flows<const N: usize> {
     ) -> Option<R>;
     fn add_candidate(&self, key: &FlowKey<N>, candidate: &Candidate<N>) -> Added;
     fn remove_candidate(&self, key: &FlowKey<N>);
+    /// This CPU's bench. Asked for once in a run.
+    // Not through a closure: one that the compiler does not inline takes a piece of the stack more.
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn bench(&self) -> Option<&mut Bench<N>>;
+}
+
+/// Where entries are made: the BPF stack is too small for them. It belongs to one run of a program;
+/// none interrupts another on its CPU, as they run with bottom halves disabled.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Bench<const N: usize> {
+    pub packet: Packet<N>,
+    /// What it becomes.
+    pub becomes: FlowKey<N>,
+    /// The rule's row in `COUNTERS`.
+    pub counter: u32,
+    /// 1 if the packet goes to a client on an internal interface.
+    pub hairpin: u32,
+    /// Of the packets that answer it.
+    reply: FlowKey<N>,
+    candidate: Candidate<N>,
+    half: FlowHalf<N>,
+    client: ClientKey,
+    own: MappingKey,
+    mapping: Mapping,
+    /// 1 if the client gets an address of this box.
+    masquerade: u32,
+    /// The port that it has there; 0 if none is known.
+    known: Port,
+}
+
+impl<const N: usize> Bench<N> {
+    /// Nothing is on it.
+    // SAFETY: integers and arrays of them, and an enum that has a zero.
+    pub const EMPTY: Self = unsafe { core::mem::zeroed() };
 }
 
 /// What flows look at of a packet.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 pub struct Packet<const N: usize> {
-    pub ends: Ends<N>,
-    /// IP protocol number.
-    pub protocol: u8,
+    pub key: FlowKey<N>,
     /// What it is to its TCP connection.
     pub segment: Segment,
+    /// With [`Segment::Accepts`], what will acknowledge it; with [`Segment::Acknowledges`], what it
+    /// acknowledges.
+    pub number: u32,
     /// [`flow_flags`] that it brings: FIN, RESET.
     pub flags: u32,
     /// Bytes of the IP packet.
@@ -66,13 +103,14 @@ pub struct Packet<const N: usize> {
 
 /// What a packet is to the TCP connection that it may belong to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
 pub enum Segment {
     /// SYN.
     Opens,
-    /// SYN and ACK: what will acknowledge it.
-    Accepts(u32),
-    /// ACK without SYN or RST: what it acknowledges.
-    Acknowledges(u32),
+    /// SYN and ACK.
+    Accepts,
+    /// ACK without SYN or RST.
+    Acknowledges,
     Other,
     /// Not TCP.
     None,
@@ -85,142 +123,167 @@ pub enum Refused {
     Drop(Dropped),
 }
 
-/// What becomes of a packet to a backend that `translation` claims, of a flow that it may begin.
-/// `hairpin`: the client is on an internal interface.
+/// Works out what the packet on the bench becomes, which goes to a backend, which `translation` claims,
+/// and whose flow it may begin. `hairpin`: the client is on an internal interface.
 #[inline(always)]
 pub fn forward<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
     translation: &Translation,
-    packet: &Packet<N>,
+    bench: &mut Bench<N>,
     hairpin: bool,
-) -> Result<Ends<N>, Refused> {
-    let key = FlowKey::new(packet.ends, packet.protocol, Direction::Forward);
-    let found = kernel.flow(&key, |half| {
+) -> Result<(), Refused> {
+    let Bench { packet, becomes, .. } = bench;
+    let found = kernel.flow(&packet.key, |half| {
+        *becomes = half.becomes;
         // One of another rule is on its way out.
-        (half.is(&key) && half.counter == translation.counter)
-            .then(|| (half.becomes, half.seen(packet)))
+        (half.is(&packet.key) && half.counter == translation.counter).then(|| half.seen(packet))
     });
-    match found {
-        Some(Some((becomes, look))) => {
-            if look {
-                look_after(kernel, &key, &becomes, packet);
-            }
-            Ok(becomes)
+    if let Some(Some(look)) = found {
+        if look {
+            look_after(kernel, bench);
         }
-        _ => begin(kernel, translation, packet, hairpin),
+        return Ok(());
+    }
+    match begin(kernel, translation, bench, hairpin) {
+        Begun::Ours => Ok(()),
+        Begun::Proven => {
+            bench.reply = bench.becomes.reversed();
+            establish(kernel, bench);
+            Ok(())
+        }
+        Begun::NoFlow => Err(Refused::Pass(Passed::NoFlow)),
+        Begun::NoBackend => Err(Refused::Drop(Dropped::NoRoute)),
+        Begun::NoAddress => Err(Refused::Drop(Dropped::NoAddress)),
+        Begun::NoPort => Err(Refused::Drop(Dropped::NoPort)),
+        Begun::NoRoom => Err(Refused::Drop(Dropped::NoRoom)),
     }
 }
 
-/// What becomes of a packet from a backend.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Reply<const N: usize> {
-    pub ends: Ends<N>,
-    /// The rule's.
-    pub counter: u32,
-    /// The client is on an internal interface.
-    pub hairpin: bool,
-}
-
-/// What becomes of a packet from a backend, if it is of a flow.
+/// Works out what the packet on the bench becomes, which comes from a backend: false if it is of no
+/// flow.
 #[inline(always)]
-pub fn reply<const N: usize, K: Kernel + Flows<N>>(
-    kernel: &K,
-    packet: &Packet<N>,
-) -> Option<Reply<N>> {
-    let key = FlowKey::new(packet.ends, packet.protocol, Direction::Reply);
-    let found = kernel.flow(&key, |half| {
-        let becomes = half.becomes;
-        half.is(&key).then(|| (becomes, half.counter, half.flags, half.seen(packet)))
+pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> bool {
+    let Bench { packet, becomes, .. } = bench;
+    let found = kernel.flow(&packet.key, |half| {
+        *becomes = half.becomes;
+        half.is(&packet.key).then(|| (half.counter, half.flags, half.seen(packet)))
     });
-    let (ends, counter, flags) = match found {
-        Some(Some((becomes, counter, flags, look))) => {
+    let (counter, flags) = match found {
+        Some(Some((counter, flags, look))) => {
             if look {
-                look_after(kernel, &key, &becomes, packet);
+                look_after(kernel, bench);
             }
-            (becomes, counter, flags)
+            (counter, flags)
         }
         _ => {
-            let (becomes, counter, flags, answers) = kernel.candidate(&key, |candidate| {
-                let becomes = candidate.becomes;
-                candidate.is(&key).then(|| {
+            let found = kernel.candidate(&packet.key, |candidate| {
+                *becomes = candidate.becomes;
+                candidate.is(&packet.key).then(|| {
                     candidate.seen(Direction::Reply, packet);
                     candidate.flags |= flow_flags::ANSWERED;
-                    if let Segment::Accepts(proof) = packet.segment {
-                        candidate.proof = proof;
+                    if packet.segment == Segment::Accepts {
+                        candidate.proof = packet.number;
                         candidate.flags |= flow_flags::PROOF;
                     }
                     let answers = candidate.tallies[Direction::Reply as usize].packets;
-                    (becomes, candidate.counter, candidate.flags, answers)
+                    (candidate.counter, candidate.flags, answers)
                 })
-            })??;
+            });
+            let Some(Some((counter, flags, answers))) = found else { return false };
             if answers >= STREAM {
-                establish(kernel, &key);
+                bench.reply = bench.packet.key;
+                establish(kernel, bench);
             }
-            (becomes, counter, flags)
+            (counter, flags)
         }
     };
-    Some(Reply { ends, counter, hairpin: flags & flow_flags::HAIRPIN != 0 })
+    bench.counter = counter;
+    bench.hairpin = (flags & flow_flags::HAIRPIN != 0).into();
+    true
 }
 
-/// A flow that is not established, known or new.
+/// What became of a flow that is not established.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Begun {
+    /// Known, or new.
+    Ours,
+    /// Known, and the client has shown that it hears the answers.
+    Proven,
+    /// There is none, and the packet begins none.
+    NoFlow,
+    NoBackend,
+    NoAddress,
+    NoPort,
+    NoRoom,
+}
+
+/// Looks for a flow that is not established, or begins it.
 // Not inlined, like what it calls: it is verified on its own stack, and off the common way.
 #[inline(never)]
 fn begin<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
     translation: &Translation,
-    packet: &Packet<N>,
+    bench: &mut Bench<N>,
     hairpin: bool,
-) -> Result<Ends<N>, Refused> {
-    let ends = &packet.ends;
-    let counter = translation.counter;
-    let (backend, backend_port) =
-        backend(kernel, translation, ends).ok_or(Refused::Drop(Dropped::NoRoute))?;
-    let masquerade = hairpin || translation.has(Translation::MASQUERADE);
-    let mut becomes = Ends { destination: backend, destination_port: backend_port, ..*ends };
-    if masquerade {
-        becomes.source = own_address(kernel, packet.protocol, &becomes)
-            .ok_or(Refused::Drop(Dropped::NoAddress))?;
+) -> Begun {
+    if !choose_backend(kernel, translation, bench) {
+        return Begun::NoBackend;
     }
-    let (ports, seed) = kernel.masquerade();
-    let hash = hash(&ends.source, ends.source_port, seed);
-    let own = ends.source_port.number();
-    let mut known = None;
-    if masquerade {
-        known = kernel.client_port(&client_key(packet, becomes.source));
+    bench.masquerade = (hairpin || translation.has(Translation::MASQUERADE)).into();
+    bench.known = Port::new(0);
+    if bench.masquerade != 0 {
+        if !choose_address(kernel, bench) {
+            return Begun::NoAddress;
+        }
+        bench.known = kernel.client_port(&bench.client).unwrap_or(Port::new(0));
     }
     for attempt in 0..TRIES {
-        becomes.source_port = match (attempt, known) {
-            (0, Some(port)) => port,
-            (0, None) => continue,
-            (1, _) if !masquerade || (ports[0] <= own && own <= ports[1]) => ends.source_port,
-            _ => nth_port(if masquerade { ports } else { UNPRIVILEGED }, own, hash, attempt),
-        };
-        if masquerade {
-            if !has_mapping(kernel, packet, &becomes) {
-                continue;
-            }
-            if known.is_none() {
-                kernel.set_client_port(&client_key(packet, becomes.source), becomes.source_port);
-            }
-        }
-        match find_or_add(kernel, packet, &becomes, counter, hairpin) {
-            Found::Ours => return Ok(becomes),
-            Found::Proven => {
-                establish(kernel, &FlowKey::new(becomes.reversed(), packet.protocol, Direction::Reply));
-                return Ok(becomes);
-            }
+        match try_port(kernel, bench, attempt, hairpin) {
+            Found::Ours => return Begun::Ours,
+            Found::Proven => return Begun::Proven,
             Found::Anothers => {}
-            Found::Nothing => return Err(Refused::Pass(Passed::NoFlow)),
-            Found::NoRoom => return Err(Refused::Drop(Dropped::NoRoom)),
+            Found::Nothing => return Begun::NoFlow,
+            Found::NoRoom => return Begun::NoRoom,
         }
     }
-    Err(Refused::Drop(Dropped::NoPort))
+    Begun::NoPort
+}
+
+/// Whether the packet on the bench can have this source port.
+#[inline(never)]
+fn try_port<const N: usize, K: Kernel + Flows<N>>(
+    kernel: &K,
+    bench: &mut Bench<N>,
+    attempt: u32,
+    hairpin: bool,
+) -> Found {
+    let (ports, seed) = kernel.masquerade();
+    let Bench { packet, becomes, masquerade, known, .. } = bench;
+    let masquerade = *masquerade != 0;
+    let FlowKey { source, source_port: port, destination_port: listen, .. } = &packet.key;
+    let own = port.number();
+    // One socket of a client may go to many listened ports.
+    let seed = seed ^ u32::from(listen.number()) << 8;
+    let is_known = known.number() != 0;
+    becomes.source_port = match attempt {
+        0 if is_known => *known,
+        0 => return Found::Anothers,
+        1 if !masquerade || (ports[0] <= own && own <= ports[1]) => *port,
+        _ => {
+            let ports = if masquerade { ports } else { UNPRIVILEGED };
+            nth_port(ports, own, hash(source, *port, seed), attempt)
+        }
+    };
+    if masquerade && !has_mapping(kernel, bench, !is_known) {
+        return Found::Anothers;
+    }
+    find_or_add(kernel, bench, hairpin)
 }
 
 /// What is there under a key.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Found {
     Ours,
-    /// Ours, and the client has shown that it hears the answers.
     Proven,
     Anothers,
     /// And the packet begins no flow.
@@ -229,120 +292,107 @@ enum Found {
     NoRoom,
 }
 
-#[inline(never)]
+#[inline(always)]
 fn find_or_add<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
-    packet: &Packet<N>,
-    becomes: &Ends<N>,
-    counter: u32,
+    bench: &mut Bench<N>,
     hairpin: bool,
 ) -> Found {
-    let key = FlowKey::new(becomes.reversed(), packet.protocol, Direction::Reply);
-    let back = packet.ends.reversed();
-    // Twice at most: what another CPU adds meanwhile is looked at.
-    for _ in 0..2 {
-        let candidate = kernel.candidate(&key, |candidate| {
-            let ours = candidate.becomes == back && candidate.is(&key);
-            if ours {
-                candidate.seen(Direction::Forward, packet);
-                candidate.counter = counter;
-            }
-            (ours, ours && candidate.is_proven(packet), packet.now.since(candidate.last))
-        });
-        match candidate {
-            Some((true, proven, _)) => {
-                return if proven { Found::Proven } else { Found::Ours };
-            }
-            Some((false, _, idle)) if idle <= UNPROVEN || becomes.source == packet.ends.source => {
-                return Found::Anothers;
-            }
-            // Whoever had it was not answered, and the port is ours now.
-            Some(_) => kernel.remove_candidate(&key),
-            None => {}
+    let Bench { packet, becomes, counter, reply, candidate: new, half: new_half, .. } = bench;
+    let counter = *counter;
+    *reply = becomes.reversed();
+    let back = &mut new.becomes;
+    *back = packet.key.reversed();
+    let found = kernel.candidate(reply, |candidate| {
+        let ours = candidate.becomes.is(back) && candidate.is(reply);
+        if ours {
+            candidate.seen(Direction::Forward, packet);
+            candidate.counter = counter;
         }
-        let established = kernel.flow(&key, |half| {
-            (half.becomes == back && half.is(&key)).then(|| {
-                half.counter = counter;
-                (half.created, half.flags)
-            })
-        });
-        match established {
-            // Its forward half is missing.
-            Some(Some((created, flags))) => {
-                let flags = flags & flow_flags::HAIRPIN;
-                let twin = key.twin(back);
-                let mut half = FlowHalf::new(&twin, *becomes, counter, flags, created);
-                half.seen(packet);
-                kernel.add_flow(&twin, &half);
-                return Found::Ours;
-            }
-            Some(None) => return Found::Anothers,
-            None => {}
+        (ours, ours && candidate.is_proven(packet), packet.now.since(candidate.last))
+    });
+    match found {
+        Some((true, true, _)) => return Found::Proven,
+        Some((true, false, _)) => return Found::Ours,
+        Some((false, _, idle)) if idle <= UNPROVEN || becomes.source.is(&packet.key.source) => {
+            return Found::Anothers;
         }
-        if packet.flags & flow_flags::RESET != 0 {
-            return Found::Nothing;
-        }
-        let flags = if hairpin { flow_flags::HAIRPIN } else { 0 };
-        let mut new = Candidate {
-            mark: key.mark(),
-            counter,
-            becomes: back,
-            flags,
-            proof: 0,
-            padding: 0,
-            created: packet.now,
-            last: packet.now,
-            tallies: [Tally::default(); 2],
-        };
-        new.seen(Direction::Forward, packet);
-        match kernel.add_candidate(&key, &new) {
-            Added::Yes => {
-                kernel.count(counter, |counter| counter.flows += 1);
-                return Found::Ours;
-            }
-            Added::Exists => {}
-            Added::Full => return Found::NoRoom,
-        }
+        // Whoever had it was not answered, and the port is ours now.
+        Some(_) => kernel.remove_candidate(reply),
+        None => {}
     }
-    Found::Anothers
+    let established = kernel.flow(reply, |half| {
+        (half.becomes.is(back) && half.is(reply)).then(|| {
+            half.counter = counter;
+            (half.created, half.flags & flow_flags::HAIRPIN)
+        })
+    });
+    match established {
+        // Its forward half is missing.
+        Some(Some((created, flags))) => {
+            *new_half = FlowHalf::new(&packet.key, *becomes, counter, flags, created);
+            new_half.seen(packet);
+            kernel.add_flow(&packet.key, new_half);
+            return Found::Ours;
+        }
+        Some(None) => return Found::Anothers,
+        None => {}
+    }
+    if packet.flags & flow_flags::RESET != 0 {
+        return Found::Nothing;
+    }
+    new.mark = reply.mark();
+    new.counter = counter;
+    (new.last, new.created) = (packet.now, packet.now.into());
+    new.flags = if hairpin { flow_flags::HAIRPIN } else { 0 };
+    (new.proof, new.padding) = (0, 0);
+    new.tallies = [Tally::default(); 2];
+    new.seen(Direction::Forward, packet);
+    match kernel.add_candidate(reply, new) {
+        Added::Yes => {
+            kernel.count(counter, |counter| counter.flows += 1);
+            Found::Ours
+        }
+        // By another CPU, meanwhile.
+        Added::Exists => {
+            let ours = |it: &mut Candidate<N>| it.becomes.is(&new.becomes) && it.is(reply);
+            if kernel.candidate(reply, ours) == Some(true) { Found::Ours } else { Found::Anothers }
+        }
+        Added::Full => Found::NoRoom,
+    }
 }
 
-/// Makes two entries of one: the reply's first, so that no forward packet leads to an answer that is not
-/// known. What stands there already is this flow's own, written by another CPU, or nothing is done.
+/// Makes two entries of one, that of `bench.reply`: the reply's first, so that no forward packet leads to
+/// an answer that is not known. What stands there already is this flow's own, written by another CPU, or
+/// nothing is done.
 #[inline(never)]
-fn establish<const N: usize, K: Kernel + Flows<N>>(kernel: &K, key: &FlowKey<N>) {
-    let half = kernel.candidate(key, |candidate| {
+fn establish<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) {
+    let Bench { reply, half, own, .. } = bench;
+    let forward = kernel.candidate(reply, |candidate| {
         let flags = candidate.flags & !(flow_flags::ANSWERED | flow_flags::PROOF);
-        let Candidate { becomes, counter, created, last, tallies: [_, tally], .. } = *candidate;
-        FlowHalf { last, tally, ..FlowHalf::new(key, becomes, counter, flags, created) }
+        *half = FlowHalf::new(reply, candidate.becomes, candidate.counter, flags, candidate.created);
+        (half.last, half.tally) = (candidate.last, candidate.tallies[1]);
+        candidate.tallies[0]
     });
-    let Some(mut half) = half else { return };
-    let twin = key.twin(half.becomes);
-    let there = kernel.add_flow(key, &half);
-    if !is_added(kernel, key, &half, there) {
+    let Some(forward) = forward else { return };
+    let there = kernel.add_flow(reply, half);
+    if !is_added(kernel, reply, half, there) {
         return;
     }
-    half.mark = twin.mark();
-    half.becomes = key.ends.reversed();
-    let forward = |candidate: &mut Candidate<N>| candidate.tallies[Direction::Forward as usize];
-    half.tally = kernel.candidate(key, forward).unwrap_or_default();
-    let added = kernel.add_flow(&twin, &half);
-    if !is_added(kernel, &twin, &half, added) {
+    let key = half.becomes.reversed();
+    (half.mark, half.becomes, half.tally) = (key.mark(), reply.reversed(), forward);
+    let added = kernel.add_flow(&key, half);
+    if !is_added(kernel, &key, half, added) {
         if there == Added::Yes {
-            kernel.remove_flow(key);
+            kernel.remove_flow(reply);
         }
         return;
     }
-    if half.becomes.source != twin.ends.source {
-        let key = MappingKey {
-            address: half.becomes.source.widen(),
-            port: half.becomes.source_port,
-            protocol: key.protocol,
-            padding: [0; 5],
-        };
-        kernel.mapping(&key, |mapping| mapping.established = 1);
+    if !half.becomes.source.is(&key.source) {
+        *own = mapping_key(&half.becomes);
+        kernel.mapping(own, |mapping| mapping.established = 1);
     }
-    kernel.remove_candidate(key);
+    kernel.remove_candidate(reply);
 }
 
 /// Whether what was to be added is there.
@@ -356,7 +406,7 @@ fn is_added<const N: usize, K: Kernel + Flows<N>>(
     match added {
         Added::Yes => true,
         Added::Exists => {
-            kernel.flow(key, |there| there.becomes == half.becomes && there.is(key)) == Some(true)
+            kernel.flow(key, |there| there.becomes.is(&half.becomes) && there.is(key)) == Some(true)
         }
         Added::Full => {
             kernel.count(half.counter, |counter| counter.crowded += 1);
@@ -365,17 +415,13 @@ fn is_added<const N: usize, K: Kernel + Flows<N>>(
     }
 }
 
-/// Looks at the other half of a flow: it may have been taken for over, or a TCP connection begins anew
-/// between the same ends.
+/// Looks at the other half of the flow of the packet on the bench: it may have been taken for over, or a
+/// TCP connection begins anew between the same ends.
 #[inline(never)]
-fn look_after<const N: usize, K: Kernel + Flows<N>>(
-    kernel: &K,
-    key: &FlowKey<N>,
-    becomes: &Ends<N>,
-    packet: &Packet<N>,
-) {
-    let twin = key.twin(*becomes);
-    let there = kernel.flow(&twin, |half| {
+fn look_after<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) {
+    let Bench { packet, becomes, reply: other, half: new, .. } = bench;
+    *other = becomes.reversed();
+    let there = kernel.flow(other, |half| {
         if packet.segment == Segment::Opens {
             half.flags &= !CLOSING;
         }
@@ -383,93 +429,99 @@ fn look_after<const N: usize, K: Kernel + Flows<N>>(
     if there.is_some() {
         return;
     }
-    let own = kernel.flow(key, |half| (half.counter, half.flags & flow_flags::HAIRPIN, half.created));
-    let Some((counter, flags, created)) = own else { return };
-    kernel.add_flow(&twin, &FlowHalf::new(&twin, key.ends.reversed(), counter, flags, created));
+    let own = kernel.flow(&packet.key, |half| {
+        let flags = half.flags & flow_flags::HAIRPIN;
+        *new = FlowHalf::new(other, packet.key.reversed(), half.counter, flags, half.created);
+    });
+    if own.is_some() {
+        kernel.add_flow(other, new);
+    }
 }
 
 /// What says that a connection ends.
 const CLOSING: u32 = flow_flags::FIN | flow_flags::RESET;
 
-/// The backend of a new flow.
+/// Has the packet on the bench become one for a backend: false if there is none.
 #[inline(always)]
-fn backend<const N: usize, K: Kernel>(
+fn choose_backend<const N: usize, K: Kernel>(
     kernel: &K,
     translation: &Translation,
-    ends: &Ends<N>,
-) -> Option<(Address<N>, Port)> {
-    let port = ends.destination_port;
-    if !translation.has(Translation::SEVERAL) {
-        return Some((translation.address.narrow(), translation.port(port)));
+    Bench { packet, becomes, .. }: &mut Bench<N>,
+) -> bool {
+    let mut chosen = translation;
+    if translation.has(Translation::SEVERAL) {
+        let Some(pool) = path::present(translation.pool).and_then(|page| kernel.page(page)) else {
+            return false;
+        };
+        // Without the seed: the same client comes to the same backend after a restart.
+        let hash = u64::from(hash(&packet.key.source, packet.key.source_port, 0));
+        let place = (hash * u64::from(translation.backends)) >> 32;
+        let row = path::present(pool.0[place as usize & 0xff]);
+        let Some(row) = row.and_then(|row| kernel.translation(row)) else { return false };
+        chosen = row;
     }
-    let pool = kernel.page(path::present(translation.pool)?)?;
-    // Without the seed: the same client comes to the same backend after a restart.
-    let hash = u64::from(hash(&ends.source, ends.source_port, 0));
-    let place = (hash * u64::from(translation.backends)) >> 32;
-    let chosen = kernel.translation(path::present(pool.0[place as usize & 0xff])?)?;
-    Some((chosen.address.narrow(), chosen.port(port)))
+    *becomes = packet.key;
+    becomes.destination = chosen.address.narrow();
+    becomes.destination_port = chosen.port(packet.key.destination_port);
+    true
 }
 
-/// The address of the interface by which a packet leaves.
+/// Gives what the packet becomes the address of the interface by which it leaves: false if there is
+/// none. Also says who the client is.
 #[inline(never)]
-fn own_address<const N: usize, K: Kernel>(
-    kernel: &K,
-    protocol: u8,
-    goes: &Ends<N>,
-) -> Option<Address<N>> {
-    let flow = path::Flow::between(goes, protocol);
-    let (Route::Via { interface, .. } | Route::NoNeighbour { interface }) =
-        kernel.route(&flow, 0, [0; 4]).0
-    else {
-        return None;
+fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -> bool {
+    let Bench { packet, becomes, client, .. } = bench;
+    let route = kernel.route(&path::Flow::between(becomes), 0, [0; 4]).0;
+    let (Route::Via { interface, .. } | Route::NoNeighbour { interface }) = route else {
+        return false;
     };
-    let address = kernel.interface(interface)?.address();
-    (address != Address([0; N])).then_some(address)
+    let Some(interface) = kernel.interface(interface) else { return false };
+    becomes.source = interface.address();
+    let FlowKey { source, source_port: port, protocol, .. } = packet.key;
+    let (source, address) = (source.widen(), becomes.source.widen());
+    *client = ClientKey { client: source, address, port, protocol, padding: [0; 5] };
+    !becomes.source.is(&Address([0; N]))
 }
 
-/// Whether a client has an address and port of this box, or gets it now.
+/// Whether the client of the packet on the bench has the address and port that it becomes, or gets them
+/// now; then it is noted as the client's port if that is wanted.
 #[inline(never)]
 fn has_mapping<const N: usize, K: Kernel>(
     kernel: &K,
-    packet: &Packet<N>,
-    becomes: &Ends<N>,
+    bench: &mut Bench<N>,
+    note: bool,
 ) -> bool {
-    let key = MappingKey {
-        address: becomes.source.widen(),
-        port: becomes.source_port,
-        protocol: packet.protocol,
-        padding: [0; 5],
-    };
-    let client: AnyAddress = packet.ends.source.widen();
-    let port = packet.ends.source_port;
-    let there = kernel.mapping(&key, |mapping| {
+    let Bench { packet, becomes, client, own, mapping: new, .. } = bench;
+    *own = mapping_key(becomes);
+    let there = kernel.mapping(own, |mapping| {
         let idle = packet.now.since(mapping.last);
-        let is_ours = mapping.client == client && mapping.port == port;
+        let is_ours = mapping.client.is(&client.client) && mapping.port == client.port;
         // Not yet shown to hear answers: in a flood each invented client has a port.
         if is_ours || mapping.established == 0 && idle > UNPROVEN {
-            (mapping.client, mapping.port) = (client, port);
+            (mapping.client, mapping.port) = (client.client, client.port);
             mapping.last = packet.now;
             return true;
         }
         false
     });
-    there.unwrap_or_else(|| {
+    let has = there.unwrap_or_else(|| {
+        let (last, port) = (packet.now, client.port);
+        *new = Mapping { client: client.client, last, port, padding: [0; 2], established: 0 };
         // Connections of the box itself, begun before the ports were reserved.
-        let answer = path::Flow::between(&becomes.reversed(), packet.protocol);
-        let new = Mapping { client, last: packet.now, port, padding: [0; 2], established: 0 };
-        !kernel.has_socket(&answer) && kernel.add_mapping(&key, &new) == Added::Yes
-    })
+        let is_free = !kernel.has_socket(&path::Flow::between(&becomes.reversed()));
+        is_free && kernel.add_mapping(own, new) == Added::Yes
+    });
+    if has && note {
+        kernel.set_client_port(client, becomes.source_port);
+    }
+    has
 }
 
+/// The mapping that packets of this source have.
 #[inline(always)]
-fn client_key<const N: usize>(packet: &Packet<N>, own: Address<N>) -> ClientKey {
-    ClientKey {
-        client: packet.ends.source.widen(),
-        address: own.widen(),
-        port: packet.ends.source_port,
-        protocol: packet.protocol,
-        padding: [0; 5],
-    }
+fn mapping_key<const N: usize>(goes: &FlowKey<N>) -> MappingKey {
+    let (address, port) = (goes.source.widen(), goes.source_port);
+    MappingKey { address, port, protocol: goes.protocol, padding: [0; 5] }
 }
 
 /// A port among `ports`, first and last, of the parity of `own` (RFC 4787, section 4.2.2).
@@ -478,8 +530,7 @@ fn nth_port([first, last]: [u16; 2], own: u16, hash: u32, attempt: u32) -> Port 
     let (first, last) = (u32::from(first), u32::from(last));
     let lowest = first + ((first ^ u32::from(own)) & 1);
     let count = (last.saturating_sub(lowest) / 2).wrapping_add(1);
-    // An odd step meets others' ports at other places.
-    let place = hash.wrapping_add(attempt.wrapping_mul(hash >> 16 | 1)) % count;
+    let place = (mix(u64::from(hash) << 8 | u64::from(attempt)) >> 32) as u32 % count;
     Port::new((lowest + 2 * place) as u16)
 }
 
@@ -502,9 +553,15 @@ fn mix(hash: u64) -> u64 {
 
 impl<const N: usize> FlowHalf<N> {
     #[inline(always)]
-    fn new(key: &FlowKey<N>, becomes: Ends<N>, counter: u32, flags: u32, created: Jiffies) -> Self {
+    fn new(
+        key: &FlowKey<N>,
+        becomes: FlowKey<N>,
+        counter: u32,
+        flags: u32,
+        created: Moment,
+    ) -> Self {
         let (mark, tally) = (key.mark(), Tally::default());
-        Self { mark, counter, becomes, flags, created, last: created, tally }
+        Self { mark, counter, becomes, last: created.into(), created, flags, tally }
     }
 
     /// Whether this is of `key`, and was when the rest was read.
@@ -547,14 +604,14 @@ impl<const N: usize> Candidate<N> {
     fn is_proven(&self, packet: &Packet<N>) -> bool {
         let answered = self.flags & flow_flags::ANSWERED != 0;
         match packet.segment {
-            Segment::Acknowledges(number) => {
-                let proof = self.flags & flow_flags::PROOF == 0 || self.proof == number;
+            Segment::Acknowledges => {
+                let proof = self.flags & flow_flags::PROOF == 0 || self.proof == packet.number;
                 answered && proof && self.flags & flow_flags::RESET == 0
             }
-            Segment::Opens | Segment::Accepts(_) | Segment::Other => false,
+            Segment::Opens | Segment::Accepts | Segment::Other => false,
             // A stream that nobody answers is one too.
             Segment::None => {
-                let long = packet.now.since(self.created) > UNPROVEN;
+                let long = packet.now.since(self.created.into()) > UNPROVEN;
                 answered || long && self.tallies[Direction::Forward as usize].packets > STREAM
             }
         }

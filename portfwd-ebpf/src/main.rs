@@ -24,7 +24,7 @@ use aya_ebpf::{
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
-    flow::{Added, Flows},
+    flow::{Added, Bench, Flows},
     packet::{Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Verdict},
     table::{
@@ -77,6 +77,10 @@ static FLOWS_V6: HashMap<FlowKey<16>, FlowHalf<16>> =
 static PROBATION_V4: LruHashMap<FlowKey<4>, Candidate<4>> = LruHashMap::with_max_entries(1024, 0);
 #[map]
 static PROBATION_V6: LruHashMap<FlowKey<16>, Candidate<16>> = LruHashMap::with_max_entries(1024, 0);
+#[map]
+static BENCH_V4: PerCpuArray<Bench<4>> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static BENCH_V6: PerCpuArray<Bench<16>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static MAPPINGS: HashMap<MappingKey, Mapping> =
     HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
@@ -152,24 +156,42 @@ fn hairpin_v6(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn run(ctx: &XdpContext, role: Role) -> u32 {
-    let xdp = Xdp { ctx, noted: Cell::new(None) };
+    let xdp = Xdp::<true> { ctx, noted: Cell::new(None) };
     let verdict = path::handle(&xdp, role, frame(ctx));
     if let Verdict::Flow(part, family) = verdict {
-        // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
+        // SAFETY: nothing here is to be dropped.
         unsafe { PARTS.tail_call(ctx, part.program(family)) };
+        // There is no such program.
+        xdp.count_passed(Passed::NoFlow);
     }
-    xdp.log(verdict);
+    // Here, where all paths have met again, and not on each of them: the verifier follows it that
+    // often.
+    if log::is_on()
+        && let Some(flow) = xdp.noted.get()
+    {
+        log::verdict(ctx, &flow, verdict);
+    }
     action(verdict)
 }
 
 #[inline(always)]
 fn run_flow<'a, const N: usize, I: Ip<N>>(ctx: &'a XdpContext, part: Part) -> u32
 where
-    Xdp<'a>: Flows<N>,
+    Xdp<'a, false>: Flows<N>,
 {
     let xdp = Xdp { ctx, noted: Cell::new(None) };
     let verdict = path::handle_flow::<N, I, _>(&xdp, part, frame(ctx));
-    xdp.log(verdict);
+    if let Verdict::Flow(part, family) = verdict {
+        // SAFETY: as above.
+        unsafe { PARTS.tail_call(ctx, part.program(family)) };
+        xdp.count_passed(Passed::NoFlow);
+    }
+    if log::is_on() {
+        let bench: Option<&mut Bench<N>> = xdp.bench();
+        if let Some(bench) = bench {
+            log::verdict(ctx, &Flow::between(&bench.packet.key), verdict);
+        }
+    }
     action(verdict)
 }
 
@@ -189,26 +211,14 @@ fn action(verdict: Verdict) -> u32 {
     }
 }
 
-struct Xdp<'a> {
+/// `NOTES`: it notes packets for the log. For those of flows, what is on the bench is enough, and the
+/// stack has no room for more.
+struct Xdp<'a, const NOTES: bool> {
     ctx: &'a XdpContext,
-    /// For the log.
     noted: Cell<Option<Flow>>,
 }
 
-impl Xdp<'_> {
-    /// Here, where all paths have met again, and not on each of them: the verifier follows it that
-    /// often.
-    #[inline(always)]
-    fn log(&self, verdict: Verdict) {
-        if log::is_on()
-            && let Some(flow) = self.noted.get()
-        {
-            log::verdict(self.ctx, &flow, verdict);
-        }
-    }
-}
-
-impl Kernel for Xdp<'_> {
+impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
     #[inline(always)]
     fn generation(&self) -> u32 {
         // SAFETY: the row always exists; the control plane writes this word while packets read it.
@@ -304,7 +314,8 @@ impl Kernel for Xdp<'_> {
     #[inline(always)]
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, bool) {
         // SAFETY: all integers and arrays of them.
-        let mut fib: fib_lookup = unsafe { core::mem::zeroed() };
+        let mut aligned: Aligned<fib_lookup> = unsafe { core::mem::zeroed() };
+        let fib = &mut aligned.0;
         fib.family = flow.family;
         fib.l4_protocol = flow.protocol;
         fib.sport = u16::from_ne_bytes(flow.source_port.0);
@@ -321,19 +332,19 @@ impl Kernel for Xdp<'_> {
             };
             u32::try_from(result).unwrap_or(u32::MAX)
         };
-        let mut result = lookup(&mut fib);
+        let mut result = lookup(fib);
         let fits = result != BPF_FIB_LKUP_RET_FRAG_NEEDED;
         if !fits {
             // Told before the egress is known: ask again without a length. Nothing else was written.
             fib.__bindgen_anon_1.tot_len = 0;
-            result = lookup(&mut fib);
+            result = lookup(fib);
         }
         // Of a neighbour that is not resolved the egress is known (kernel d1c362e1dd68).
         let route = match result {
             // Kernels before 6.3 do not look at the neighbour's state, and give the zero address of
             // one that is not resolved.
             BPF_FIB_LKUP_RET_SUCCESS
-                if link_source_and_destination(&fib)[3..].iter().all(|half| *half == 0) =>
+                if link_source_and_destination(fib)[3..].iter().all(|half| *half == 0) =>
             {
                 Route::NoNeighbour { interface: fib.ifindex }
             }
@@ -341,7 +352,7 @@ impl Kernel for Xdp<'_> {
                 interface: fib.ifindex,
                 // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
                 mtu: u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }),
-                link: link_addresses(&fib),
+                link: link_addresses(fib),
             },
             BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { interface: fib.ifindex },
             BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
@@ -359,7 +370,8 @@ impl Kernel for Xdp<'_> {
         /// AF_INET.
         const INET: u8 = 2;
         // SAFETY: all integers and arrays of them.
-        let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        let mut aligned: Aligned<bpf_sock_tuple> = unsafe { core::mem::zeroed() };
+        let tuple = &mut aligned.0;
         let source_port = u16::from_ne_bytes(flow.source_port.0);
         let destination_port = u16::from_ne_bytes(flow.destination_port.0);
         let source = words(flow.source);
@@ -388,9 +400,9 @@ impl Kernel for Xdp<'_> {
             let ctx = self.ctx.as_ptr();
             let socket = if flow.protocol == TCP {
                 // Also finds connections in TIME-WAIT and those whose handshake goes on.
-                bpf_skc_lookup_tcp(ctx, &raw mut tuple, size as u32, netns, 0)
+                bpf_skc_lookup_tcp(ctx, &raw mut *tuple, size as u32, netns, 0)
             } else {
-                bpf_sk_lookup_udp(ctx, &raw mut tuple, size as u32, netns, 0)
+                bpf_sk_lookup_udp(ctx, &raw mut *tuple, size as u32, netns, 0)
             };
             if socket.is_null() {
                 return false;
@@ -472,15 +484,15 @@ impl Kernel for Xdp<'_> {
     // The level is a constant of the loaded program: what is off, the verifier removes.
     #[inline(always)]
     fn note(&self, flow: impl FnOnce() -> Flow) {
-        if log::is_on() {
+        if NOTES && log::is_on() {
             self.noted.set(Some(flow()));
         }
     }
 }
 
 macro_rules! flows {
-    ($size:literal, $flows:ident, $probation:ident) => {
-        impl Flows<$size> for Xdp<'_> {
+    ($size:literal, $flows:ident, $probation:ident, $bench:ident) => {
+        impl<const NOTES: bool> Flows<$size> for Xdp<'_, NOTES> {
             #[inline(always)]
             fn flow<R>(
                 &self,
@@ -523,11 +535,17 @@ macro_rules! flows {
                 // As above.
                 let _: Result<(), i32> = $probation.remove(key);
             }
+
+            #[inline(always)]
+            fn bench(&self) -> Option<&mut Bench<$size>> {
+                // SAFETY: this CPU's own, and of this run alone: see `Bench`.
+                $bench.get_ptr_mut(0).map(|bench| unsafe { &mut *bench })
+            }
         }
     };
 }
-flows!(4, FLOWS_V4, PROBATION_V4);
-flows!(16, FLOWS_V6, PROBATION_V6);
+flows!(4, FLOWS_V4, PROBATION_V4, BENCH_V4);
+flows!(16, FLOWS_V6, PROBATION_V6, BENCH_V6);
 
 #[inline(always)]
 fn added(result: Result<(), i32>) -> Added {
@@ -539,6 +557,11 @@ fn added(result: Result<(), i32>) -> Added {
         Err(_) => Added::Full,
     }
 }
+
+/// A struct of the kernel's, aligned as what the compiler copies into it: on the stack nothing else is
+/// allowed.
+#[repr(C, align(8))]
+struct Aligned<T>(T);
 
 #[inline(always)]
 fn cpu() -> u32 {

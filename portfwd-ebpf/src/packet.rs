@@ -13,7 +13,7 @@ use crate::checksum::{Change, Checksum};
 use crate::flow::Segment;
 use crate::path::Kernel;
 use crate::table::{
-    Address, Claims, Direction, Endpoint, Ends, LinkAddresses, Passed, Port, Ports, RouteSet, Trust,
+    Address, Claims, Direction, Endpoint, FlowKey, LinkAddresses, Passed, Port, Ports, RouteSet, Trust,
     flow_flags,
 };
 
@@ -214,15 +214,16 @@ impl<'a> Transport<'a> {
         }
     }
 
-    /// What it is to its TCP connection.
+    /// What it is to its TCP connection, and the number that belongs to that.
     #[inline(always)]
-    pub fn segment(&self) -> Segment {
-        let Self::Tcp(tcp) = self else { return Segment::None };
+    pub fn segment(&self) -> (Segment, u32) {
+        let Self::Tcp(tcp) = self else { return (Segment::None, 0) };
+        let number = u32::from_be_bytes;
         match (tcp.syn() != 0, tcp.ack() != 0, tcp.rst() != 0) {
-            (true, false, _) => Segment::Opens,
-            (true, true, false) => Segment::Accepts(u32::from_be_bytes(tcp.seq).wrapping_add(1)),
-            (false, true, false) => Segment::Acknowledges(u32::from_be_bytes(tcp.ack_seq)),
-            _ => Segment::Other,
+            (true, false, _) => (Segment::Opens, 0),
+            (true, true, false) => (Segment::Accepts, number(tcp.seq).wrapping_add(1)),
+            (false, true, false) => (Segment::Acknowledges, number(tcp.ack_seq)),
+            _ => (Segment::Other, 0),
         }
     }
 
@@ -276,11 +277,19 @@ pub trait Ip<const N: usize>: Header {
     fn source(&self) -> Address<N>;
     fn destination(&self) -> Address<N>;
 
-    /// Both ends of the packet.
+    /// The packet as flows know it.
     #[inline(always)]
-    fn ends(&self, transport: &Transport<'_>) -> Ends<N> {
+    fn key(&self, transport: &Transport<'_>, direction: Direction) -> FlowKey<N> {
         let (source_port, destination_port) = transport.ports();
-        Ends { source: self.source(), destination: self.destination(), source_port, destination_port }
+        FlowKey {
+            source: self.source(),
+            destination: self.destination(),
+            source_port,
+            destination_port,
+            protocol: transport.protocol(),
+            direction: direction as u8,
+            padding: [0; 2],
+        }
     }
 
     /// Bytes of the whole IP packet, as the header says.

@@ -5,10 +5,10 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
-use crate::flow::{self, Added, Flows, Refused};
+use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport};
 use crate::table::{
-    Address, AnyAddress, ArrivalKey, Claims, ClientKey, Counter, Direction, Dropped, Endpoint, Ends, Hop,
+    Address, AnyAddress, ArrivalKey, Claims, ClientKey, Counter, Direction, Dropped, Endpoint, FlowKey, Hop,
     Interface, Jiffies, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, Ports,
     RememberedHop, RouteSet, Tag, ToStack, Translation, Trust,
 };
@@ -54,9 +54,9 @@ pub enum Family {
 pub enum Part {
     /// From a client outside, to a stateful rule.
     Forward,
-    /// From a backend of a stateful rule.
+    /// From a backend, and not for a stateless rule to answer a client outside.
     Reply,
-    /// From an internal interface, and of no stateless rule: to or from a client inside.
+    /// From a client inside, which may be a backend.
     Hairpin,
 }
 
@@ -88,15 +88,15 @@ impl Flow {
     /// Of a packet with these headers. Made where it is needed: most packets need none.
     #[inline(always)]
     fn of<const N: usize, I: Ip<N>>(ip: &I, transport: &Transport<'_>) -> Self {
-        Self::between(&ip.ends(transport), transport.protocol())
+        Self::between(&ip.key(transport, Direction::Forward))
     }
 
     /// Of a packet with these ends.
     #[inline(always)]
-    pub fn between<const N: usize>(ends: &Ends<N>, protocol: u8) -> Self {
+    pub fn between<const N: usize>(ends: &FlowKey<N>) -> Self {
         Self {
             family: if N == 4 { Ipv4Hdr::FAMILY } else { Ipv6Hdr::FAMILY },
-            protocol,
+            protocol: ends.protocol,
             source_port: ends.source_port,
             destination_port: ends.destination_port,
             source: ends.source.widen(),
@@ -268,7 +268,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
             let mut packet = Packet::take(ethernet, ip, frame, available)?;
             match translate(kernel, Direction::Reply, reply, &mut packet) {
                 // To no client outside.
-                Err(Passed::NoRule | Passed::Inside) => Ok(Verdict::Flow(Part::Hairpin, family::<N>())),
+                Err(Passed::NoRule | Passed::Inside) => Ok(Verdict::Flow(Part::Reply, family::<N>())),
                 done => done,
             }
         }
@@ -318,6 +318,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     let available = frame.remaining();
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
     let mut packet = Packet::take(ethernet, ip, frame, available)?;
+    let bench = kernel.bench().ok_or(Passed::NoFlow)?;
     let claimed = |packet: &Packet<'_, I>, direction| {
         let end = match direction {
             Direction::Forward => packet.ip.destination(),
@@ -326,35 +327,35 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
         let claims = claims::<N, I, K>(kernel, direction, &end)?;
         claimed(kernel, direction, claims, packet)
     };
-    if part != Part::Forward {
+    if part == Part::Reply {
         if packet.ip.ttl() <= 1 {
             return Err(Passed::Ttl);
         }
-        if let Some(sent) = reply_flow(kernel, &mut packet) {
+        if let Some(sent) = reply_flow(kernel, bench, &mut packet) {
             return sent;
         }
-        let reply = claimed(&packet, Direction::Reply);
-        if part == Part::Reply {
-            let reply = reply?;
-            if !reply.has(Translation::ALSO_ALONE) {
-                return Err(Passed::NoFlow);
-            }
-            let mut ends = packet.ip.ends(&packet.transport);
-            ends.source = reply.address.narrow();
-            ends.source_port = ends.source_port.shifted(reply.shift);
-            let goes = (ends, reply.counter, false);
-            return send_flow::<false, N, I, K>(kernel, &goes, &mut packet, kernel.now());
+        if let Ok(reply) = claimed(&packet, Direction::Reply)
+            && reply.has(Translation::ALSO_ALONE)
+        {
+            bench.becomes = bench.packet.key;
+            bench.becomes.source = reply.address.narrow();
+            bench.becomes.source_port = bench.packet.key.source_port.shifted(reply.shift);
+            (bench.counter, bench.hairpin) = (reply.counter, 0);
+            return send_flow::<false, N, I, K>(kernel, bench, &mut packet);
         }
-        // What is said if it is none of ours at all.
-        let reason = if reply.is_ok() { Passed::Inside } else { Passed::NoRule };
-        return match claimed(&packet, Direction::Forward) {
-            Ok(translation) => forward_flow(kernel, translation, &mut packet, true),
-            Err(Passed::NoRule) => Err(reason),
-            Err(other) => Err(other),
-        };
+        return Ok(Verdict::Flow(Part::Hairpin, family::<N>()));
     }
-    let translation = claimed(&packet, Direction::Forward)?;
-    forward_flow(kernel, translation, &mut packet, false)
+    let hairpin = part == Part::Hairpin;
+    match claimed(&packet, Direction::Forward) {
+        Ok(translation) => forward_flow(kernel, bench, translation, &mut packet, hairpin),
+        // A backend's, but of no flow, and not to us.
+        Err(Passed::NoRule) if hairpin => Err(match claimed(&packet, Direction::Reply) {
+            Ok(reply) if reply.has(Translation::STATEFUL) => Passed::NoFlow,
+            Ok(_) => Passed::Inside,
+            Err(reason) => reason,
+        }),
+        Err(reason) => Err(reason),
+    }
 }
 
 /// Of addresses of `N` bytes.
@@ -399,15 +400,16 @@ impl<'a, I> Packet<'a, I> {
 
     /// What flows look at.
     #[inline(always)]
-    fn of_flow<const N: usize>(&self, now: Jiffies) -> flow::Packet<N>
+    fn of_flow<const N: usize>(&self, direction: Direction, now: Jiffies) -> flow::Packet<N>
     where
         I: Ip<N>,
     {
         let Self { ip, transport, .. } = self;
+        let (segment, number) = transport.segment();
         flow::Packet {
-            ends: ip.ends(transport),
-            protocol: transport.protocol(),
-            segment: transport.segment(),
+            key: ip.key(transport, direction),
+            segment,
+            number,
             flags: transport.flow_flags(),
             length: ip.length(),
             now,
@@ -416,8 +418,8 @@ impl<'a, I> Packet<'a, I> {
 }
 
 /// What a packet becomes.
-struct Goes<const N: usize> {
-    ends: Ends<N>,
+struct Goes<'a, const N: usize> {
+    ends: &'a FlowKey<N>,
     /// Whether both ends may have changed, or just the one that the direction translates.
     both: bool,
     /// The flags of its translation that count once it is known to go.
@@ -443,7 +445,7 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
         };
         return Ok(Verdict::Flow(part, family::<N>()));
     }
-    let mut ends = packet.ip.ends(&packet.transport);
+    let mut ends = packet.ip.key(&packet.transport, direction);
     let mut address: Address<N> = translation.address.narrow();
     if direction == Direction::Reply
         && translation.has(Translation::MANY_ADDRESSES)
@@ -459,7 +461,7 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     *end = address;
     *port = port.shifted(translation.shift);
     let Translation { flags, counter, .. } = *translation;
-    let goes = Goes { ends, both: false, flags, counter, hairpin: false };
+    let goes = Goes { ends: &ends, both: false, flags, counter, hairpin: false };
     send(kernel, direction, goes, packet, kernel.now())
 }
 
@@ -492,21 +494,20 @@ fn claimed<'k, const N: usize, I: Ip<N>, K: Kernel>(
 #[inline(always)]
 fn forward_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     kernel: &K,
+    bench: &mut Bench<N>,
     translation: &Translation,
     packet: &mut Packet<'_, I>,
     hairpin: bool,
 ) -> Result<Verdict, Passed> {
-    let now = kernel.now();
-    let counter = translation.counter;
-    match flow::forward(kernel, translation, &packet.of_flow(now), hairpin) {
-        Ok(ends) => {
-            // Hops to backends are the same wherever the client is.
-            send_flow::<true, N, I, K>(kernel, &(ends, counter, false), packet, now)
-        }
+    bench.packet = packet.of_flow(Direction::Forward, kernel.now());
+    // Hops to backends are the same wherever the client is.
+    (bench.counter, bench.hairpin) = (translation.counter, 0);
+    match flow::forward(kernel, translation, bench, hairpin) {
+        Ok(()) => send_flow::<true, N, I, K>(kernel, bench, packet),
         Err(Refused::Pass(reason)) => Err(reason),
         Err(Refused::Drop(reason)) => {
             kernel.note(|| Flow::of(packet.ip, &packet.transport));
-            Ok(drop_counted(kernel, counter, reason))
+            Ok(drop_counted(kernel, translation.counter, reason))
         }
     }
 }
@@ -515,31 +516,35 @@ fn forward_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
 #[inline(always)]
 fn reply_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     kernel: &K,
+    bench: &mut Bench<N>,
     packet: &mut Packet<'_, I>,
 ) -> Option<Result<Verdict, Passed>> {
-    let now = kernel.now();
-    let flow::Reply { ends, counter, hairpin } = flow::reply(kernel, &packet.of_flow(now))?;
-    Some(send_flow::<false, N, I, K>(kernel, &(ends, counter, hairpin), packet, now))
+    bench.packet = packet.of_flow(Direction::Reply, kernel.now());
+    flow::reply(kernel, bench).then(|| send_flow::<false, N, I, K>(kernel, bench, packet))
 }
 
-/// Sends a packet of a flow with these ends and this counter, to a client inside or not.
+/// Sends a packet of a flow.
 // Not inlined: what it needs of the stack stands beside nothing else.
 #[inline(never)]
 fn send_flow<const FORWARD: bool, const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
-    (ends, counter, hairpin): &(Ends<N>, u32, bool),
+    bench: &Bench<N>,
     packet: &mut Packet<'_, I>,
-    now: Jiffies,
 ) -> Result<Verdict, Passed> {
     let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
-    let goes =
-        Goes { ends: *ends, both: true, flags: 0, counter: *counter, hairpin: *hairpin };
-    send(kernel, direction, goes, packet, now)
+    let Bench { becomes: ends, counter, hairpin, .. } = bench;
+    let goes = Goes { ends, both: true, flags: 0, counter: *counter, hairpin: *hairpin != 0 };
+    send(kernel, direction, goes, packet, bench.packet.now)
 }
 
 #[inline(always)]
 fn drop_counted<K: Kernel>(kernel: &K, counter: u32, reason: Dropped) -> Verdict {
-    kernel.count(counter, |counter| counter.dropped[reason as usize] += 1);
+    kernel.count(counter, |counter| {
+        // The compiler knows that there is no other reason; the verifier wants to see it checked.
+        if let Some(count) = counter.dropped.get_mut(core::hint::black_box(reason as usize)) {
+            *count += 1;
+        }
+    });
     Verdict::Drop(reason)
 }
 
@@ -548,7 +553,7 @@ fn drop_counted<K: Kernel>(kernel: &K, counter: u32, reason: Dropped) -> Verdict
 fn send<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
-    goes: Goes<N>,
+    goes: Goes<'_, N>,
     packet: &mut Packet<'_, I>,
     now: Jiffies,
 ) -> Result<Verdict, Passed> {
@@ -564,7 +569,7 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
             (Verdict::Redirect(hop.device), Some(hop.link))
         }
         _ => {
-            let asked = Flow::between(&ends, transport.protocol());
+            let asked = Flow::between(ends);
             let (verdict, hop) = ask(kernel, direction, hairpin, *ip, &asked)?;
             if let (Some(tag), Some(hop)) = (tag, hop)
                 && let row = hop.row::<N>(direction)
@@ -584,7 +589,7 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     }
     if direction == Direction::Forward && flags & Translation::MANY_ADDRESSES != 0 {
         let came = Flow::of(*ip, transport);
-        remember_arrival(kernel, flags, &came, &Flow::between(&ends, transport.protocol()));
+        remember_arrival(kernel, flags, &came, &Flow::between(ends));
     }
     // The stack takes a hop off and writes the link addresses itself.
     let mut hops = 0;

@@ -66,14 +66,26 @@ impl<const N: usize> Address<N> {
     /// This address in the size of either family.
     #[inline(always)]
     pub fn widen(self) -> AnyAddress {
-        const { assert!(N <= 16) };
+        const { assert!(N == 4 || N == 16) };
         let mut bytes = [0; 16];
-        bytes[..N].copy_from_slice(&self.0);
+        if N == 4 {
+            // A whole word: on the BPF stack, zeros that begin in the middle of one are not allowed.
+            let word = self.0.first_chunk().map_or(0, |bytes| u64::from(u32::from_le_bytes(*bytes)));
+            bytes[..8].copy_from_slice(&word.to_le_bytes());
+        } else {
+            bytes[..N].copy_from_slice(&self.0);
+        }
         AnyAddress(bytes)
     }
 }
 
 impl AnyAddress {
+    /// Whether it is the same as another, without a branch for each part.
+    #[inline(always)]
+    pub fn is(&self, other: &Self) -> bool {
+        Address(self.0).difference(&Address(other.0)) == 0
+    }
+
     /// The address of `N` bytes that was [widened](Address::widen) to this.
     #[inline(always)]
     pub fn narrow<const N: usize>(&self) -> Address<N> {
@@ -217,35 +229,15 @@ impl Translation {
     }
 }
 
-/// Both ends of a packet.
+/// A flow's packets in one direction, as they come: key of `FLOWS_V4`, `FLOWS_V6`, and of `PROBATION_V4`,
+/// `PROBATION_V6`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[repr(C)]
-pub struct Ends<const N: usize> {
+#[repr(C, align(8))]
+pub struct FlowKey<const N: usize> {
     pub source: Address<N>,
     pub destination: Address<N>,
     pub source_port: Port,
     pub destination_port: Port,
-}
-
-impl<const N: usize> Ends<N> {
-    /// Those of the answer.
-    #[inline(always)]
-    pub const fn reversed(self) -> Self {
-        Self {
-            source: self.destination,
-            destination: self.source,
-            source_port: self.destination_port,
-            destination_port: self.source_port,
-        }
-    }
-}
-
-/// Key of `FLOWS_V4`, `FLOWS_V6`, and of `PROBATION_V4`, `PROBATION_V6`: a flow's packets in one
-/// direction, as they come.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-#[repr(C)]
-pub struct FlowKey<const N: usize> {
-    pub ends: Ends<N>,
     /// IP protocol number.
     pub protocol: u8,
     /// [`Direction`].
@@ -254,15 +246,33 @@ pub struct FlowKey<const N: usize> {
 }
 
 impl<const N: usize> FlowKey<N> {
+    /// The key of the answers.
     #[inline(always)]
-    pub const fn new(ends: Ends<N>, protocol: u8, direction: Direction) -> Self {
-        Self { ends, protocol, direction: direction as u8, padding: [0; 2] }
+    pub const fn reversed(self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            source_port: self.destination_port,
+            destination_port: self.source_port,
+            direction: self.direction ^ 1,
+            ..self
+        }
     }
+}
 
-    /// The key of the other direction of a flow whose packets with this key become `becomes`.
+impl<const N: usize> FlowKey<N> {
+    /// Whether it is the same as another. Without a branch for each part, as the verifier follows each.
     #[inline(always)]
-    pub const fn twin(&self, becomes: Ends<N>) -> Self {
-        Self { ends: becomes.reversed(), direction: self.direction ^ 1, ..*self }
+    pub fn is(&self, other: &Self) -> bool {
+        let ports = |key: &Self| {
+            u32::from(key.source_port.number()) << 16 | u32::from(key.destination_port.number())
+        };
+        let kind = |key: &Self| u32::from(key.protocol) << 8 | u32::from(key.direction);
+        self.source.difference(&other.source)
+            | self.destination.difference(&other.destination)
+            | (ports(self) ^ ports(other))
+            | (kind(self) ^ kind(other))
+            == 0
     }
 }
 
@@ -274,10 +284,10 @@ pub struct Mark(u32);
 impl<const N: usize> FlowKey<N> {
     #[inline(always)]
     pub fn mark(&self) -> Mark {
-        let ports = u32::from(self.ends.source_port.number()) << 16
-            | u32::from(self.ends.destination_port.number());
+        let ports = u32::from(self.source_port.number()) << 16
+            | u32::from(self.destination_port.number());
         let mut mark = ports ^ u32::from(self.protocol) ^ u32::from(self.direction) << 8;
-        for end in [&self.ends.source, &self.ends.destination] {
+        for end in [&self.source, &self.destination] {
             for word in end.0.as_chunks::<4>().0 {
                 mark = (mark ^ u32::from_ne_bytes(*word)).wrapping_mul(0x9e37_79b1);
                 mark ^= mark >> 15;
@@ -288,6 +298,7 @@ impl<const N: usize> FlowKey<N> {
 }
 
 /// Value of `FLOWS_V4` and `FLOWS_V6`: one direction of an established flow.
+// With its key and what the kernel adds, an entry of IPv4 is two cache lines.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct FlowHalf<const N: usize> {
@@ -296,20 +307,20 @@ pub struct FlowHalf<const N: usize> {
     pub mark: Mark,
     /// The rule's row in `COUNTERS`.
     pub counter: u32,
-    /// The packets' ends from now on.
-    pub becomes: Ends<N>,
-    /// The constants below, of what came in this direction.
-    pub flags: u32,
-    /// When the flow began.
-    pub created: Jiffies,
+    /// What the packets are from now on. Reversed, it is the key of the other direction.
+    pub becomes: FlowKey<N>,
     /// When the last packet came.
     pub last: Jiffies,
+    /// When the flow began.
+    pub created: Moment,
+    /// The constants below, of what came in this direction.
+    pub flags: u32,
     /// The packets that came. What two CPUs count at once is counted once.
     pub tally: Tally,
 }
 
 /// Value of `PROBATION_V4` and `PROBATION_V6`, under the key of its reply: a flow whose client did not
-/// speak again after the backend's answer.
+/// show yet that it hears the answers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Candidate<const N: usize> {
@@ -317,18 +328,37 @@ pub struct Candidate<const N: usize> {
     pub mark: Mark,
     /// The rule's row in `COUNTERS`.
     pub counter: u32,
-    /// The ends of a reply from now on.
-    pub becomes: Ends<N>,
+    /// What a reply is from now on. Reversed, it is the key of the forward direction.
+    pub becomes: FlowKey<N>,
+    /// When the last packet of either direction came.
+    pub last: Jiffies,
+    pub created: Moment,
     /// The constants below.
     pub flags: u32,
     /// What the client will acknowledge if the backend's SYN and ACK reached it.
     pub proof: u32,
     pub padding: u32,
-    pub created: Jiffies,
-    /// When the last packet of either direction came.
-    pub last: Jiffies,
     /// By [`Direction`].
     pub tallies: [Tally; 2],
+}
+
+/// A time in units of 16 ticks, which half the bits are enough for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(transparent)]
+pub struct Moment(u32);
+
+impl From<Jiffies> for Moment {
+    #[inline(always)]
+    fn from(ticks: Jiffies) -> Self {
+        Self((ticks.0 >> 4) as u32)
+    }
+}
+
+impl From<Moment> for Jiffies {
+    #[inline(always)]
+    fn from(moment: Moment) -> Self {
+        Self(u64::from(moment.0) << 4)
+    }
 }
 
 /// Flags of [`FlowHalf`] and [`Candidate`].
@@ -628,6 +658,12 @@ impl Hop {
 }
 
 impl<const N: usize> Address<N> {
+    /// Whether it is the same as another, without a branch for each part.
+    #[inline(always)]
+    pub fn is(&self, other: &Self) -> bool {
+        self.difference(other) == 0
+    }
+
     /// Bits in which this address and another differ in any of their words.
     #[inline(always)]
     fn difference(&self, other: &Self) -> u32 {

@@ -2,19 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use axum::Router;
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use futures_util::stream;
 use http_body_util::{BodyExt as _, Empty, Limited};
-use hyper::body::Bytes;
+use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::TokioIo;
 use rustix::fs::Mode;
 use serde::de::DeserializeOwned;
@@ -22,13 +23,18 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::report::{Figures, Listed};
+use crate::flows::{self, Filter};
+use crate::report::{Figures, Listed, LiveFlows};
+use crate::rule::Invalid;
 
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/portfwd/portfwd.sock";
 
 /// An answer larger than this is not the daemon's: 100,000 rules are some 60 MB.
 const LARGEST_ANSWER: usize = 256 << 20;
+
+/// Nor is a line longer than this of an answer in lines.
+const LONGEST_LINE: usize = 64 << 10;
 
 /// A rule as it is shown.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -70,6 +76,30 @@ pub struct Count {
 pub struct Flows {
     pub active: u64,
     pub created: u64,
+    /// Packets of flows for which the table had no room. They were translated, but a flood could end
+    /// their flows.
+    #[serde(default)]
+    pub crowded: u64,
+}
+
+/// A flow, a line of `/v1/flows`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlowInfo {
+    pub client: SocketAddr,
+    pub rule: String,
+    /// Where the client sends to.
+    pub listen: SocketAddr,
+    /// The client as the backend sees it.
+    pub source: SocketAddr,
+    pub backend: SocketAddr,
+    pub protocol: String,
+    pub state: flows::State,
+    /// Seconds since the first packet.
+    pub age: f64,
+    /// Seconds since the last packet of either direction.
+    pub idle: f64,
+    pub forward: Count,
+    pub reply: Count,
 }
 
 /// A rule with its counters.
@@ -107,6 +137,7 @@ pub struct Stats {
 pub enum Request {
     List(oneshot::Sender<Listed>),
     Stats(oneshot::Sender<anyhow::Result<Figures>>),
+    Flows(oneshot::Sender<LiveFlows>),
 }
 
 /// The daemon's side of the control socket. The socket file goes when this is dropped.
@@ -165,6 +196,7 @@ impl Socket {
         let router = Router::new()
             .route("/v1/rules", get(list))
             .route("/v1/stats", get(stats))
+            .route("/v1/flows", get(flows))
             .with_state(requests);
         axum::serve(listener, router).await
     }
@@ -199,6 +231,20 @@ async fn list(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
 
 async fn stats(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
     figures(&requests).await.map(json)
+}
+
+/// A line for each flow.
+async fn flows(
+    State(requests): Requests,
+    RawQuery(query): RawQuery,
+) -> Result<impl IntoResponse, Failure> {
+    let refused = |status| move |Invalid(message): Invalid| (status, message);
+    let filter =
+        Filter::from_query(&query.unwrap_or_default()).map_err(refused(StatusCode::BAD_REQUEST))?;
+    let live = ask(&requests, Request::Flows).await?;
+    let found = live.find(filter).map_err(refused(StatusCode::NOT_FOUND))?;
+    let body = streamed(move |out| found.write(out));
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body))
 }
 
 /// The statistics, also for the metrics.
@@ -250,6 +296,56 @@ impl io::Write for Pieces {
 ///
 /// No daemon there, no permission, or an answer that is none.
 pub async fn get_json<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
+    let answer = whole(socket, request(socket, path).await?).await?;
+    read(socket, &answer)
+}
+
+/// Asks the daemon on `socket` for `path`, and takes each line of the answer as it comes.
+///
+/// # Errors
+///
+/// As [`get_json`], and what `each` fails with.
+pub async fn get_lines<T: DeserializeOwned>(
+    socket: &Path,
+    path: &str,
+    mut each: impl FnMut(T) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut body = request(socket, path).await?.into_body();
+    let shown = socket.display();
+    let mut begun = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| {
+            anyhow::anyhow!("{shown}: the answer broke off ({error}); the daemon's log says why")
+        })?;
+        let Ok(piece) = frame.into_data() else { continue };
+        for part in piece.split_inclusive(|byte| *byte == b'\n') {
+            begun.extend_from_slice(part);
+            // What is too long cannot be read, which says it.
+            if begun.ends_with(b"\n") || begun.len() > LONGEST_LINE {
+                each(read(socket, &begun)?)?;
+                begun.clear();
+            }
+        }
+    }
+    if begun.is_empty() { Ok(()) } else { each(read(socket, &begun)?) }
+}
+
+const OTHER_VERSION: &str = "this daemon is of another version";
+
+/// A daemon's answer from JSON.
+fn read<T: DeserializeOwned>(socket: &Path, text: &[u8]) -> anyhow::Result<T> {
+    serde_json::from_slice(text).with_context(|| format!("{}: {OTHER_VERSION}", socket.display()))
+}
+
+/// All of an answer.
+async fn whole(socket: &Path, answer: hyper::Response<Incoming>) -> anyhow::Result<Bytes> {
+    let body = Limited::new(answer.into_body(), LARGEST_ANSWER).collect().await;
+    body.map(|body| body.to_bytes())
+        .map_err(|error| anyhow::anyhow!("{}: {error}", socket.display()))
+}
+
+/// Asks the daemon on `socket` for `path`, which it does not refuse.
+async fn request(socket: &Path, path: &str) -> anyhow::Result<hyper::Response<Incoming>> {
     let shown = socket.display();
     let is_file = || std::fs::metadata(socket).is_ok_and(|file| !file.file_type().is_socket());
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
@@ -265,21 +361,81 @@ pub async fn get_json<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow:
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .with_context(|| format!("{shown}: does not speak HTTP"))?;
-    let connection = tokio::spawn(connection);
+    // It ends with the answer.
+    tokio::spawn(connection);
     let request = hyper::Request::get(path)
         .header(hyper::header::HOST, "portfwd")
         .body(Empty::<Bytes>::new())?;
-    let response = sender.send_request(request).await.with_context(|| format!("{shown}"))?;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), LARGEST_ANSWER)
-        .collect()
-        .await
-        .map_err(|error| anyhow::anyhow!("{shown}: {error}"))?
-        .to_bytes();
-    connection.abort();
-    if !status.is_success() {
-        bail!("{shown}: {}", String::from_utf8_lossy(&body));
+    let answer = sender.send_request(request).await.with_context(|| format!("{shown}"))?;
+    if !answer.status().is_success() {
+        let said = whole(socket, answer).await?;
+        let said =
+            if said.is_empty() { OTHER_VERSION.into() } else { String::from_utf8_lossy(&said) };
+        bail!("{shown}: {said}");
     }
-    serde_json::from_slice(&body)
-        .with_context(|| format!("{shown}: this daemon is of another version"))
+    Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::tests::live_flows;
+
+    /// A daemon with this many flows, and its socket.
+    async fn daemon(directory: &Path, count: u32) -> PathBuf {
+        let path = directory.join("portfwd.sock");
+        let socket = Socket::bind(&path).await.expect("the socket binds");
+        let (requests, mut inbox) = mpsc::channel(1);
+        tokio::spawn(socket.serve(requests));
+        tokio::spawn(async move {
+            while let Some(request) = inbox.recv().await {
+                let Request::Flows(sender) = request else { continue };
+                let _: Result<(), _> = sender.send(live_flows(count));
+            }
+        });
+        path
+    }
+
+    #[tokio::test]
+    async fn flows_come_line_by_line() {
+        const COUNT: u32 = 100_000;
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = daemon(directory.path(), COUNT).await;
+        let count = async |query: &str| {
+            let mut flows: Vec<FlowInfo> = Vec::new();
+            let path = format!("/v1/flows{query}");
+            let add = |flow| {
+                flows.push(flow);
+                Ok(())
+            };
+            get_lines(&socket, &path, add).await.map(|()| flows)
+        };
+        let all = count("").await.expect("all flows");
+        assert_eq!(all.len(), COUNT as usize);
+        assert_eq!(all[1].client, "10.0.0.1:5000".parse().expect("an address"));
+        assert_eq!((all[1].rule.as_str(), all[1].state), ("game", flows::State::Established));
+        let few = count("?rule=web&client=10.0.0.0/29").await.expect("four flows");
+        assert_eq!(few.len(), 4);
+        assert!(few.iter().all(|flow| flow.rule == "web" && flow.protocol == "udp"));
+
+        let shown = socket.display();
+        let refused = async |query| count(query).await.expect_err(query).to_string();
+        let no_rule = "there is no rule \"nosuch\"; `portfwd list` has their names";
+        assert_eq!(refused("?rule=nosuch").await, format!("{shown}: {no_rule}"));
+        assert!(refused("?client=10").await.contains("\"10\" is neither an address nor"));
+        assert!(refused("x").await.ends_with(OTHER_VERSION));
+    }
+
+    #[tokio::test]
+    async fn whoever_has_seen_enough_may_go() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = daemon(directory.path(), u32::MAX).await;
+        let mut left = 3;
+        let enough = |_: FlowInfo| {
+            left -= 1;
+            if left > 0 { Ok(()) } else { Err(anyhow::anyhow!("enough")) }
+        };
+        let error = get_lines(&socket, "/v1/flows", enough).await.expect_err("it ends");
+        assert_eq!(error.to_string(), "enough");
+    }
 }

@@ -10,12 +10,14 @@ use clap::{Args, Parser, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-use crate::api::{self, Count, List, RuleStats, Stats};
+use crate::api::{self, Count, FlowInfo, List, RuleStats, Stats};
 use crate::compile::{BoxPorts, Capacity, Plan, explain, plan};
 use crate::config::{self, Config};
 use crate::daemon::{self, Failure, Options, resolve_all};
 use crate::datapath::{Datapath, DatapathError, Verified};
+use crate::flows::{self, Filter};
 use crate::report;
+use crate::rule::Invalid;
 
 /// Where the configuration is unless told otherwise.
 const DEFAULT_CONFIG: &str = "/etc/portfwd/portfwd.toml";
@@ -48,6 +50,8 @@ enum Command {
     List,
     /// The rules with their counters and rates, and what became of other packets
     Stats,
+    /// The flows of stateful rules, as they are now
+    Flows(Flows),
 }
 
 #[derive(Debug, Args)]
@@ -72,6 +76,16 @@ struct Check {
     /// Show what each rule means and why
     #[arg(long)]
     explain: bool,
+}
+
+#[derive(Debug, Args)]
+struct Flows {
+    /// Only those of this rule
+    #[arg(long, value_name = "NAME")]
+    rule: Option<String>,
+    /// Only those of this client, or of all in a network: 203.0.113.7 or 203.0.113.0/24
+    #[arg(long, value_name = "ADDR")]
+    client: Option<String>,
 }
 
 /// Runs a command to its exit status: 0 done, 1 failed, 2 wrong usage or configuration.
@@ -134,6 +148,7 @@ async fn dispatch(arguments: Arguments) -> Result<(), Failure> {
             let later: Stats = api::get_json(&socket, "/v1/stats").await?;
             print(false, &later, || stats_table(&later, &stats, start.elapsed()))
         }
+        Command::Flows(flows) => flows.run(&socket, json).await,
     }
 }
 
@@ -175,16 +190,89 @@ impl Run {
     }
 }
 
+impl Flows {
+    async fn run(self, socket: &Path, json: bool) -> Result<(), Failure> {
+        let wrong = |client: &str, Invalid(message): Invalid| {
+            Failure::Configuration(format!("--client {client}: {message}"))
+        };
+        let parsed = |client: String| client.parse().map_err(|error| wrong(&client, error));
+        let client = self.client.map(parsed).transpose()?;
+        let path = format!("/v1/flows?{}", Filter { rule: self.rule, client }.query());
+        let mut printer = FlowPrinter::new(json, io::stdout().lock());
+        api::get_lines(socket, &path, |flow| Ok(printer.add(flow)?)).await?;
+        Ok(printer.end()?)
+    }
+}
+
+/// Prints flows while they come: there may be a million.
+struct FlowPrinter<W: io::Write> {
+    json: bool,
+    out: io::BufWriter<W>,
+    /// How many there were.
+    count: u64,
+    /// Those that a table waits for.
+    waiting: Vec<FlowInfo>,
+}
+
+/// How many flows a table has, so that its columns can be made wide enough.
+const FLOWS_IN_TABLE: usize = 1000;
+
+impl<W: io::Write> FlowPrinter<W> {
+    fn new(json: bool, out: W) -> Self {
+        Self { json, out: io::BufWriter::new(out), count: 0, waiting: Vec::new() }
+    }
+
+    fn add(&mut self, flow: FlowInfo) -> io::Result<()> {
+        let start = if self.count == 0 { "{\"flows\":[" } else { "," };
+        self.count += 1;
+        if self.json {
+            self.out.write_all(start.as_bytes())?;
+            return Ok(serde_json::to_writer(&mut self.out, &flow)?);
+        }
+        self.waiting.push(flow);
+        if self.waiting.len() < FLOWS_IN_TABLE { Ok(()) } else { self.print_table() }
+    }
+
+    fn print_table(&mut self) -> io::Result<()> {
+        writeln!(self.out, "{}", flows_table(&self.waiting))?;
+        self.waiting.clear();
+        Ok(())
+    }
+
+    fn end(mut self) -> io::Result<()> {
+        if !self.waiting.is_empty() {
+            self.print_table()?;
+        }
+        let last = match (self.json, self.count) {
+            (true, 0) => "{\"flows\":[]}".to_owned(),
+            (true, _) => "]}".to_owned(),
+            (false, 0) => "no flows".to_owned(),
+            (false, 1) => "1 flow".to_owned(),
+            (false, count) => format!("{count} flows"),
+        };
+        writeln!(self.out, "{last}")?;
+        self.out.flush()
+    }
+}
+
 /// What `check --json` prints.
 #[derive(Serialize)]
 struct Checked {
     file: PathBuf,
+    flows: CheckedFlows,
     /// What is not wrong, but has to come from flags.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     lacks: Vec<&'static str>,
     rules: Vec<CheckedRule>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     programs: Vec<CheckedProgram>,
+}
+
+#[derive(Serialize)]
+struct CheckedFlows {
+    size: u32,
+    /// Bytes.
+    memory: u64,
 }
 
 #[derive(Serialize)]
@@ -221,14 +309,17 @@ impl Check {
         let lacks = lacks.into_iter().filter_map(|(lacks, what)| lacks.then_some(what)).collect();
         let explanations = if self.explain { explain(&config.rules, &plan) } else { Vec::new() };
         let mut explanations = explanations.into_iter();
+        let size = config.flows.size;
         let checked = Checked {
             file: self.file.clone(),
+            flows: CheckedFlows { size, memory: flows::memory(size) },
             lacks,
             rules: config
                 .rules
                 .iter()
-                .map(|rule| CheckedRule {
-                    rule: report::rule(rule),
+                .enumerate()
+                .map(|(place, rule)| CheckedRule {
+                    rule: report::rule(rule, plan.stateful.contains_key(&place)),
                     explanation: explanations.next(),
                 })
                 .collect(),
@@ -262,6 +353,8 @@ impl Checked {
         for lack in &self.lacks {
             text.push_str(&format!("\n{lack}"));
         }
+        let CheckedFlows { size, memory } = self.flows;
+        text.push_str(&format!("\nroom for {size} flows takes {} MiB", memory >> 20));
         for CheckedRule { rule, explanation } in &self.rules {
             let Some(explanation) = explanation else { continue };
             text.push_str(&format!("\n\n{}", rule.name));
@@ -388,4 +481,114 @@ fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
         interfaces_line(&stats.interfaces),
     ]
     .join("\n")
+}
+
+fn flows_table(flows: &[FlowInfo]) -> Table {
+    let mut table = table(&[
+        "client", "rule", "listen", "backend", "source", "state", "age", "idle", "forward",
+        "bytes", "reply", "bytes",
+    ]);
+    right(&mut table, 6..12);
+    let time =
+        |seconds: f64| humantime::format_duration(Duration::from_secs(seconds as u64)).to_string();
+    for flow in flows {
+        table.add_row([
+            flow.client.to_string(),
+            flow.rule.clone(),
+            format!("{} {}", flow.protocol, flow.listen),
+            flow.backend.to_string(),
+            if flow.source == flow.client { String::new() } else { flow.source.to_string() },
+            flow.state.to_string(),
+            time(flow.age),
+            time(flow.idle),
+            flow.forward.packets.to_string(),
+            flow.forward.bytes.to_string(),
+            flow.reply.packets.to_string(),
+            flow.reply.bytes.to_string(),
+        ]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flows(count: usize) -> Vec<FlowInfo> {
+        let flow = FlowInfo {
+            client: "203.0.113.7:5000".parse().expect("an address"),
+            rule: "web".to_owned(),
+            listen: "198.51.100.1:80".parse().expect("an address"),
+            source: "192.168.1.1:40000".parse().expect("an address"),
+            backend: "192.168.1.10:8080".parse().expect("an address"),
+            protocol: "tcp".to_owned(),
+            state: flows::State::Answered,
+            age: 75.25,
+            idle: 0.004,
+            forward: Count { packets: 3, bytes: 180 },
+            reply: Count { packets: 2, bytes: 900 },
+        };
+        let mut preserved = FlowInfo { source: flow.client, ..flow.clone() };
+        preserved.rule = "game".to_owned();
+        [flow, preserved].into_iter().cycle().take(count).collect()
+    }
+
+    fn printed(json: bool, flows: Vec<FlowInfo>) -> String {
+        let mut out = Vec::new();
+        let mut printer = FlowPrinter::new(json, &mut out);
+        flows.into_iter().try_for_each(|flow| printer.add(flow)).expect("it prints");
+        printer.end().expect("it ends");
+        String::from_utf8(out).expect("text")
+    }
+
+    #[test]
+    fn flows_in_json_are_one_document() {
+        for count in [0, 1, 2, 2500] {
+            let flows = flows(count);
+            let document: serde_json::Value =
+                serde_json::from_str(&printed(true, flows.clone())).expect("JSON");
+            assert_eq!(document, serde_json::json!({ "flows": flows }));
+        }
+        assert_eq!(
+            printed(true, flows(1)),
+            "{\"flows\":[{\"client\":\"203.0.113.7:5000\",\"rule\":\"web\",\"listen\":\"198.51.100.1:80\",\
+             \"source\":\"192.168.1.1:40000\",\"backend\":\"192.168.1.10:8080\",\"protocol\":\"tcp\",\
+             \"state\":\"answered\",\"age\":75.25,\"idle\":0.004,\"forward\":{\"packets\":3,\"bytes\":180},\
+             \"reply\":{\"packets\":2,\"bytes\":900}}]}\n"
+        );
+    }
+
+    #[test]
+    fn flows_are_printed_in_tables() {
+        assert_eq!(printed(false, flows(0)), "no flows\n");
+        assert!(printed(false, flows(1)).ends_with("\n1 flow\n"));
+        let text = printed(false, flows(2));
+        let cells = |line: &str| {
+            line.split(['│', '┆']).map(|cell| cell.trim().to_owned()).collect::<Vec<_>>()
+        };
+        let rows: Vec<_> = text.lines().filter(|line| line.contains("203.0")).map(cells).collect();
+        let [masqueraded, preserved] = rows.as_slice() else { panic!("{text}") };
+        assert_eq!(
+            masqueraded[1..13],
+            [
+                "203.0.113.7:5000",
+                "web",
+                "tcp 198.51.100.1:80",
+                "192.168.1.10:8080",
+                "192.168.1.1:40000",
+                "answered",
+                "1m 15s",
+                "0s",
+                "3",
+                "180",
+                "2",
+                "900",
+            ]
+        );
+        assert_eq!((preserved[2].as_str(), preserved[5].as_str()), ("game", ""));
+        // Each table has its header.
+        let text = printed(false, flows(2001));
+        assert_eq!(text.lines().filter(|line| line.contains("client")).count(), 3);
+        assert!(text.ends_with("\n2001 flows\n"), "{text}");
+    }
 }

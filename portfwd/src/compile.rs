@@ -19,6 +19,7 @@ use portfwd_ebpf::table::{
 
 use self::numbered::Numbered;
 use self::pages::{Area, Canvas, EVERYWHERE, Pages, Runs, area};
+use crate::flows;
 use crate::network::Externals;
 use crate::rule::{Host, Ports, Precedence, Rule, Source, narrower, shared_claim};
 
@@ -371,7 +372,7 @@ fn shared_ports(legs: &[Leg]) -> BTreeMap<usize, usize> {
         // Of those that were found, the two that reach farthest and answer differently.
         let mut farthest: [Option<&Leg>; 2] = [None; 2];
         for leg in legs {
-            let (first, last) = leg.backend_ports();
+            let (first, _) = leg.backend_ports();
             let meets = |other: &&Leg| other.backend_ports().1 >= first;
             let differs = |other: &&Leg| other.answers() != leg.answers();
             open.retain(meets);
@@ -518,7 +519,7 @@ pub struct Capacity {
 /// Room for flows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FlowRoom {
-    /// How many established flows there may be in each family.
+    /// How many established flows there may be in each family; one is none.
     pub v4: Flows,
     pub v6: Flows,
 }
@@ -533,10 +534,9 @@ impl Flows {
         self.0.saturating_mul(2)
     }
 
-    /// How many flows may be on probation. Small tables of this kind lose entries early: each CPU
-    /// keeps some for itself.
+    /// How many flows may be on probation.
     pub fn probation(self) -> u32 {
-        if self.0 <= 1 { 1024 } else { (self.0 / 2).max(16_384) }
+        if self.0 <= 1 { 1024 } else { flows::probation(self.0) }
     }
 }
 
@@ -565,8 +565,8 @@ impl Capacity {
             let needs = legs.clone().any(Leg::is_stateful) || named && !plan.stateful.is_empty();
             Flows(match legs.next() {
                 _ if needs => flows,
-                Some(_) => flows.min(HAIRPIN_FLOWS),
-                None => 1,
+                None if !named => 1,
+                _ => flows.min(HAIRPIN_FLOWS),
             })
         };
         Self {

@@ -4,13 +4,15 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::rule::{self, Invalid, Place, Rule, invalid};
+use crate::flows::FlowSettings;
+use crate::rule::{self, Invalid, Place, Ports, Rule, Source, invalid, twice};
 
 pub use self::file::parse;
 
@@ -30,7 +32,11 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// How often host names are resolved again.
     pub refresh: Duration,
-    /// Each is possible by itself, names differ, and no two claim the same packets equally.
+    pub flows: FlowSettings,
+    /// The ports from which this box speaks to backends for clients that it hides.
+    pub masquerade: RangeInclusive<u16>,
+    /// Each is possible by itself, names differ, and no two claim the same packets equally. Where one
+    /// masquerades, none claims one of its ports by number.
     pub rules: Vec<Rule>,
 }
 
@@ -49,6 +55,8 @@ impl Default for Config {
             attach: Attach::Auto,
             metrics: None,
             refresh: Duration::from_secs(30),
+            flows: FlowSettings::default(),
+            masquerade: 40000..=60999,
             rules: Vec::new(),
         }
     }
@@ -193,12 +201,41 @@ impl Config {
                 }
             }
         }
-        errors.extend(check_rules(&next.rules).into_iter().map(|(_, error)| error));
+        errors.extend(next.check().into_iter().map(|(_, error)| error));
         if !errors.is_empty() {
             return Err(Errors(errors));
         }
         *self = next;
         Ok(())
+    }
+
+    /// What makes the rules impossible together, each with the index of the rule to blame.
+    fn check(&self) -> Vec<(usize, ConfigError)> {
+        let mut found = check_rules(&self.rules);
+        found.extend(self.check_masquerade());
+        found
+    }
+
+    /// Rules that take ports from those that masquerade. `*` gives way to the box's own traffic.
+    fn check_masquerade(&self) -> Vec<(usize, ConfigError)> {
+        let masquerades = |rule: &&Rule| rule.source == Source::Masquerade;
+        let Some(other) = self.rules.iter().find(masquerades) else { return Vec::new() };
+        let (first, last) = (self.masquerade.start(), self.masquerade.end());
+        let takes =
+            |ports: Ports| ports != Ports::All && ports.first() <= *last && *first <= ports.last();
+        let rules = self.rules.iter().enumerate();
+        rules
+            .filter(|(_, rule)| takes(rule.listen.ports))
+            .map(|(index, rule)| {
+                let (ports, name, place) = (rule.listen.ports, &other.name, &other.place);
+                let takes = if ports.width() == 1 { "is among" } else { "has some of" };
+                let message = format!(
+                    "{ports} {takes} the ports {first}-{last}, by which rule {name:?} ({place}) \
+                     masquerades; listen on others, or set [masquerade] ports"
+                );
+                (index, ConfigError::new(&rule.place, Some(&rule.name), "listen", &message))
+            })
+            .collect()
     }
 }
 
@@ -248,6 +285,22 @@ fn check_interface(name: &str) -> Result<(), Invalid> {
     Ok(())
 }
 
-fn twice(interface: &str) -> Invalid {
-    Invalid(format!("{interface} is named twice; name it once"))
+/// The ports by which rules masquerade, from text: above those of services, and enough for many
+/// clients.
+fn masquerade_ports(text: &str) -> Result<RangeInclusive<u16>, Invalid> {
+    const LOWEST: u16 = 1024;
+    const FEWEST: u32 = 1024;
+    let ports: Ports = text.parse()?;
+    if ports.first() < LOWEST {
+        return invalid!(
+            "{ports} has ports below {LOWEST}, which are for services; write a range above them, \
+             as in 40000-60999"
+        );
+    }
+    if ports.width() < FEWEST {
+        return invalid!(
+            "{ports} is too narrow; write a range of at least {FEWEST} ports, as in 40000-60999"
+        );
+    }
+    Ok(ports.first()..=ports.last())
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +24,7 @@ use crate::api::{self, Request, Socket};
 use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::Config;
 use crate::datapath::{Datapath, Living, Mode, Port};
+use crate::flows::FlowRow;
 use crate::network::{self, Changes, Externals, Link, Network, NetworkError, NextHop, Snapshot};
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
@@ -642,17 +644,34 @@ impl Daemon {
         match request {
             Request::List(sender) => {
                 let config = self.config.clone();
+                let stateful = self.plan.stateful.keys().copied().collect();
                 let interfaces = self.list_interfaces();
-                let _: Result<(), _> = sender.send(report::Listed { config, interfaces });
+                let listed = report::Listed { config, stateful, interfaces };
+                let _: Result<(), _> = sender.send(listed);
             }
             Request::Stats(sender) => {
                 let stats = report::Figures::read(
                     self.config.clone(),
+                    &self.plan,
                     &self.compiler,
                     &self.datapath,
                     self.list_interfaces(),
                 );
                 let _: Result<(), _> = sender.send(stats);
+            }
+            Request::Flows(sender) => {
+                let tables = self.datapath.flows();
+                let rows = move |each: &mut dyn FnMut(FlowRow) -> bool| {
+                    let each = |row| match each(row) {
+                        true => ControlFlow::Continue(()),
+                        false => ControlFlow::Break(()),
+                    };
+                    tables.each(each).map_err(Into::into)
+                };
+                let clock = self.datapath.clock();
+                let live =
+                    report::LiveFlows::new(&self.config, &self.compiler, clock, Box::new(rows));
+                let _: Result<(), _> = sender.send(live);
             }
         }
     }

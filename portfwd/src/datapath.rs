@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMap};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, xdp::DevMap};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
-use portfwd_ebpf::path::Role;
+use portfwd_ebpf::path::{Part, Role};
 use portfwd_ebpf::table::{
     Address, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface, Jiffies,
     LAYOUT, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
@@ -24,7 +24,7 @@ use thiserror::Error;
 use tracing::warn;
 
 pub use self::flow_tables::{FlowTables, Living, Swept};
-use crate::compile::{BoxPorts, Capacity, EndpointKey, Update};
+use crate::compile::{BoxPorts, Capacity, EndpointKey, FlowRoom, Update};
 use crate::config::Attach;
 use crate::sysctl::Families;
 
@@ -263,6 +263,8 @@ pub struct Datapath {
     /// The ports for masquerade, and the seed of their choice.
     masquerade: ([u16; 2], u32),
     flows: Arc<FlowTables>,
+    /// The kernel empties it when nobody holds it.
+    _parts: ProgramArray<MapData>,
     /// Numbers of `DEVICES` by interface index.
     devices: BTreeMap<u32, u32>,
     next_device: u32,
@@ -307,8 +309,11 @@ impl Datapath {
         clock.load().map_err(|error| verifier_error(CLOCK, error))?;
         let (read, when) = read_clock(clock)?;
         let clock = Clock::new(read, when);
-        for role in [Role::External, Role::Internal, Role::Both] {
-            let program = program_name(role);
+        let roles = [Role::External, Role::Internal, Role::Both].map(program_name);
+        // Those of a family that no rule has would only take their time to be verified.
+        let FlowRoom { v4, v6 } = capacity.flows;
+        let is_needed = |part: &&&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
+        for program in roles.into_iter().chain(PARTS.iter().filter(is_needed).copied()) {
             let xdp = xdp_mut(&mut ebpf, program);
             let start = Instant::now();
             xdp.load().map_err(|error| verifier_error(program, error))?;
@@ -319,6 +324,12 @@ impl Datapath {
                 size: info.size_translated(),
                 time: start.elapsed(),
             });
+        }
+        let mut parts = ProgramArray::try_from(ebpf.take_map("PARTS").unwrap_or_else(|| missing("PARTS")))
+            .map_err(map_error("PARTS"))?;
+        for (number, program) in PARTS.iter().enumerate().filter(|(_, it)| is_needed(it)) {
+            let fd = xdp_mut(&mut ebpf, program).fd().map_err(|error| verifier_error(program, error))?;
+            parts.set(number as u32, fd, 0).map_err(map_error("PARTS"))?;
         }
         let mut take = |name| ebpf.take_map(name).unwrap_or_else(|| missing(name));
         let flows = Arc::new(FlowTables::new(clock, &mut take)?);
@@ -339,6 +350,7 @@ impl Datapath {
                 RandomState::new().hash_one(0) as u32,
             ),
             flows,
+            _parts: parts,
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
@@ -776,6 +788,10 @@ fn read_clock(clock: &Xdp) -> Result<(Jiffies, Instant), DatapathError> {
     let [first, ..] = *frame.as_chunks().0 else { unreachable!("a frame of 64 bytes") };
     Ok((Jiffies(u64::from_ne_bytes(first)), Instant::now()))
 }
+
+/// The programs of [`portfwd_ebpf::path::Part`], by their number.
+const PARTS: [&str; Part::PROGRAMS as usize] =
+    ["forward_v4", "forward_v6", "reply_v4", "reply_v6", "hairpin_v4", "hairpin_v6"];
 
 fn program_name(role: Role) -> &'static str {
     match role {

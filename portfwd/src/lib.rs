@@ -6,6 +6,7 @@ pub mod compile;
 pub mod config;
 pub mod daemon;
 pub mod datapath;
+pub mod flows;
 pub mod metrics;
 pub mod names;
 pub mod network;

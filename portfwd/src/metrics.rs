@@ -15,6 +15,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _, MetricEncoder, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
@@ -113,6 +114,15 @@ impl Collector for Figures {
         })?;
         counters("passed", "Packets passed to the stack untouched", &|rows| {
             self.passed().try_for_each(|(reason, count)| rows.row(&[("reason", reason)], count))
+        })?;
+        counters("flows_created", "Flows that began", &|rows| {
+            self.flows_by_rule()
+                .try_for_each(|(rule, flows)| rows.row(&[("rule", rule)], flows.created))
+        })?;
+        let mut active =
+            encoder.encode_descriptor("flows", "Flows there are", None, MetricType::Gauge)?;
+        self.flows_by_rule().try_for_each(|(rule, flows)| {
+            ConstGauge::new(flows.active).encode(active.encode_family(&[("rule", rule)])?)
         })
     }
 }
@@ -144,6 +154,10 @@ mod tests {
             &format!("portfwd_dropped_total{{rule=\"80/tcp\",reason=\"{dropped}\"}} 11"),
             &format!("portfwd_to_stack_total{{rule=\"80/tcp\",reason=\"{to_stack}\"}} 1"),
             "portfwd_passed_total{reason=\"no_rule\"} 9",
+            "portfwd_flows_created_total{rule=\"80/tcp\"} 5",
+            "# TYPE portfwd_flows gauge",
+            "portfwd_flows{rule=\"80/tcp\"} 2",
+            "portfwd_flows{rule=\"81/tcp\"} 0",
         ] {
             assert!(text.lines().any(|it| it == line), "{line} is not in:\n{text}");
         }

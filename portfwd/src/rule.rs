@@ -2,7 +2,7 @@
 //!
 //! Everything here is text and numbers in host byte order. Nothing here asks the system anything.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::path::Path;
@@ -64,31 +64,41 @@ enum Width {
     All,
 }
 
-const FLOW_TABLE: &str = "needs the flow table, which this version does not have";
+/// One thing that makes a rule impossible.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// The key of the file that is to blame.
+    pub key: &'static str,
+    /// Which of its values, if one of a list is.
+    pub item: Option<usize>,
+    pub error: Invalid,
+}
+
+/// How many backends a rule may have.
+const MOST_BACKENDS: usize = 256;
 
 impl Rule {
-    /// The name of a rule that was given none: `8080/tcp`. One without an address whose backend has
-    /// IPv6 ends in 6, `8080/tcp6`, as it goes beside the other.
+    /// The name of a rule that was given none: `8080/tcp`. One without an address whose backends have
+    /// IPv6 alone ends in 6, `8080/tcp6`, as it goes beside the other.
     pub fn default_name(listen: Listen, protocol: Protocol, to: &[Target]) -> String {
-        let is_v6 = |target: &Target| matches!(target.host, Host::Address(IpAddr::V6(_)));
-        let suffix = if listen.address.is_none() && to.iter().any(is_v6) { "6" } else { "" };
+        let only_v6 = !to.is_empty() && to.iter().all(|target| !target.host.may_be(false));
+        let suffix = if listen.address.is_none() && only_v6 { "6" } else { "" };
         format!("{listen}/{protocol}{suffix}")
     }
 
     /// Whether this rule and another claim packets of one address family. Without an address to
-    /// listen on, the backend's family counts; a name may have both.
+    /// listen on, the backends' families count; a name may have both.
     pub(crate) fn shares_family(&self, other: &Rule) -> bool {
         self.families().any(|family| other.families().any(|others| family == others))
     }
 
     /// Whether it claims IPv6 packets: false, true, or both.
     fn families(&self) -> impl Iterator<Item = bool> {
-        let is_v6 = self.listen.address.or_else(|| match self.to.first()?.host {
-            Host::Address(address) => Some(address),
-            Host::Name(_) => None,
-        });
-        let is_v6 = is_v6.map(|address| address.is_ipv6());
-        [false, true].into_iter().filter(move |family| is_v6.is_none_or(|is_v6| is_v6 == *family))
+        let claims = |is_v6: &bool| match self.listen.address {
+            Some(address) => address.is_ipv6() == *is_v6,
+            None => self.to.iter().any(|target| target.host.may_be(*is_v6)),
+        };
+        [false, true].into_iter().filter(claims)
     }
 
     /// How narrow the rule is.
@@ -104,98 +114,100 @@ impl Rule {
         }
     }
 
-    /// What makes the rule impossible, each with the key of the file that is to blame.
+    /// What makes the rule impossible.
     ///
     /// Looks at this rule alone; [`overlaps`] compares rules.
-    pub fn check(&self) -> Vec<(&'static str, Invalid)> {
+    pub fn check(&self) -> Vec<Mistake> {
         let mut found = Vec::new();
+        let mut blame = |key, item, error| found.push(Mistake { key, item, error });
         if let Err(error) = check_name(&self.name) {
-            found.push(("name", error));
+            blame("name", None, error);
         }
-        let mut blame = |key, message| found.push((key, Invalid(message)));
         if self.protocol == Protocol::Any && self.listen.ports != Ports::All {
-            blame(
-                "listen",
-                format!(
-                    "protocol any claims every port and cannot listen on {} only; use protocol \
-                     tcp+udp, or listen on *",
-                    self.listen.ports
-                ),
+            let message = format!(
+                "protocol any claims every port and cannot listen on {} only; use protocol \
+                 tcp+udp, or listen on *",
+                self.listen.ports
             );
+            blame("listen", None, Invalid(message));
         }
         match self.to.len() {
-            0 => blame("to", "the backend is missing; write its address or name".to_owned()),
-            1 => {}
-            _ => blame("to", format!("several backends: this {FLOW_TABLE}; keep one of them")),
-        }
-        if self.source == Source::Masquerade {
-            blame(
-                "source",
-                format!(
-                    "masquerade {FLOW_TABLE}; use preserve, and let the backend's default route \
-                     lead through this box"
-                ),
-            );
-        }
-        for target in &self.to {
-            if let Some(message) = self.check_ports(target) {
-                blame("to", message);
+            0 => {
+                let message = "the backend is missing; write its address or name".to_owned();
+                blame("to", None, Invalid(message));
             }
-            if let (Some(listen), Host::Address(backend)) = (self.listen.address, &target.host)
-                && listen.is_ipv4() != backend.is_ipv4()
-            {
-                let family = |address: &IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
-                let (from, to) = (family(&listen), family(backend));
-                blame(
-                    "to",
-                    format!(
-                        "{backend} is {to} and the rule listens on {from}: one cannot become \
-                         the other; name an {from} backend"
-                    ),
+            1..=MOST_BACKENDS => {}
+            many => {
+                let message = format!(
+                    "{many} backends are too many; keep {MOST_BACKENDS} of them, or divide the \
+                     ports among several rules"
                 );
+                blame("to", None, Invalid(message));
+            }
+        }
+        let mut known = HashSet::new();
+        for (item, target) in self.to.iter().enumerate() {
+            if !known.insert((&target.host, target.ports.unwrap_or(self.listen.ports))) {
+                blame("to", Some(item), twice(target));
+            }
+            let checked = [self.check_ports(target), self.check_family(target)];
+            for error in checked.into_iter().filter_map(Result::err) {
+                blame("to", Some(item), error);
             }
         }
         found
     }
 
-    fn check_ports(&self, target: &Target) -> Option<String> {
-        let (listen, ports) = (self.listen.ports, target.ports?);
-        if listen.width() == ports.width() {
-            return None;
+    fn check_family(&self, target: &Target) -> Result<(), Invalid> {
+        let (Some(listen), Host::Address(backend)) = (self.listen.address, &target.host) else {
+            return Ok(());
+        };
+        if listen.is_ipv4() == backend.is_ipv4() {
+            return Ok(());
+        }
+        let family = |address: &IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        let (from, to) = (family(&listen), family(backend));
+        invalid!(
+            "{backend} is {to} and the rule listens on {from}: one cannot become the other; name \
+             an {from} backend"
+        )
+    }
+
+    fn check_ports(&self, target: &Target) -> Result<(), Invalid> {
+        let listen = self.listen.ports;
+        let ports = target.ports.unwrap_or(listen);
+        let dmz = self.protocol == Protocol::Any && listen == Ports::All;
+        if listen.width() == ports.width() || (matches!(ports, Ports::One(_)) && !dmz) {
+            return Ok(());
+        }
+        let bare = &target.host;
+        if dmz {
+            return invalid!(
+                "protocol any keeps every port and cannot change it to {ports}; leave the port \
+                 out: {bare}"
+            );
         }
         if listen == Ports::All {
-            let bare = &target.host;
-            return Some(match ports {
-                _ if self.protocol == Protocol::Any => format!(
-                    "protocol any keeps every port and cannot change it to {ports}; leave the \
-                     port out: {bare}"
-                ),
-                Ports::One(_) => format!(
-                    "every port to port {ports}: this {FLOW_TABLE}; leave the port out to keep \
-                     the ports: {bare}"
-                ),
-                _ => format!(
-                    "listen has every port and {target} has {}; leave the ports out to keep \
-                     them: {bare}",
-                    ports.width()
-                ),
-            });
+            return invalid!(
+                "listen has every port and {target} has {}; leave the ports out to keep them: \
+                 {bare}",
+                ports.width()
+            );
         }
         let equal = Target { ports: stretch(ports.first(), listen.width()), ..target.clone() };
         let remedy = match equal.ports {
             Some(_) => format!("write {equal}, or leave the port out to keep it"),
             None => "leave the port out to keep it".to_owned(),
         };
-        Some(match (listen.width(), ports) {
-            (many, Ports::One(port)) => {
-                format!("{many} ports to port {port}: this {FLOW_TABLE}; {remedy}")
-            }
-            (1, _) => format!("1 port cannot become {}; {remedy}", ports.width()),
-            (width, _) => {
-                format!("{width} ports cannot become {}; {remedy}", ports.width())
-            }
-        })
+        let many = listen.width();
+        let plural = if many == 1 { "" } else { "s" };
+        invalid!("{many} port{plural} cannot become {}; {remedy}", ports.width())
     }
+}
+
+/// What is said of something that a list has already.
+pub(crate) fn twice(named: impl fmt::Display) -> Invalid {
+    Invalid(format!("{named} is named twice; name it once"))
 }
 
 /// `width` ports from `first` on, if there are as many.
@@ -259,7 +271,7 @@ impl FromStr for Rule {
             place: Place::Flag(format!("-p {spec}")),
         };
         match rule.check().into_iter().next() {
-            Some((_, error)) => Err(error),
+            Some(mistake) => Err(mistake.error),
             None => Ok(rule),
         }
     }

@@ -21,10 +21,8 @@ fn its_configuration_is_right_and_has_every_key() {
     assert_eq!((config.external.len(), config.internal.len(), config.rules.len()), (1, 1, 1));
     assert!(config.metrics.is_some());
     // A key that is unknown is refused with the list of those that exist.
-    for (table, line) in
-        [("[interfaces]", "x"), ("[metrics]", "x"), ("[names]", "x"), ("[[rule]]", "x")]
-    {
-        let wrong = format!("{table}\n{line} = 1\n");
+    for table in ["[interfaces]", "[metrics]", "[names]", "[flows]", "[masquerade]", "[[rule]]"] {
+        let wrong = format!("{table}\nx = 1\n");
         let errors = parse(Path::new("x"), &wrong).expect_err("x is no key").to_string();
         let keys = errors.lines().find_map(|line| line.split_once(" has ")).expect("the keys").1;
         for key in keys.split(", ") {

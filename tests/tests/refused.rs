@@ -199,22 +199,28 @@ fn configurations() {
             )],
         ),
         (
-            "many ports to one",
-            "[[rule]]\nname = 'a'\nlisten = '80-89'\nto = '192.168.77.10:80'\n",
-            &[&format!(
-                "DIR/portfwd.toml:6: rule \"a\": to: 10 ports to port 80: this {FLOW_TABLE}; write 192.168.77.10:80-89, or leave the port out to keep it"
-            )],
+            "backends that do not fit",
+            "[[rule]]\nname = 'a'\nlisten = '80-89'\nto = [\n'192.168.77.10',\n'192.168.77.10:80-89',\n'192.168.77.11:80-81']\n",
+            &[
+                "DIR/portfwd.toml:8: rule \"a\": to: 192.168.77.10:80-89 is named twice; name it once",
+                "DIR/portfwd.toml:9: rule \"a\": to: 10 ports cannot become 2; write 192.168.77.11:80-89, or leave the port out to keep it",
+            ],
         ),
         (
-            "several backends, and masquerade",
-            "[[rule]]\nname = 'a'\nlisten = 80\nto = ['192.168.77.10', '192.168.77.11']\nsource = 'masquerade'\n",
+            "a port by which others masquerade",
+            "[[rule]]\nname = 'a'\nlisten = 80\nto = '192.168.77.10'\nsource = 'masquerade'\n[[rule]]\nname = 'b'\nlisten = 50000\nto = '192.168.77.10'\n",
             &[
-                &format!(
-                    "DIR/portfwd.toml:6: rule \"a\": to: several backends: this {FLOW_TABLE}; keep one of them"
-                ),
-                &format!(
-                    "DIR/portfwd.toml:7: rule \"a\": source: masquerade {FLOW_TABLE}; use preserve, and let the backend's default route lead through this box"
-                ),
+                "DIR/portfwd.toml:8: rule \"b\": listen: 50000 is among the ports 40000-60999, by which rule \"a\" (DIR/portfwd.toml:3) masquerades; listen on others, or set [masquerade] ports",
+            ],
+        ),
+        (
+            "flows that cannot be",
+            "[flows]\nsize = 0\nudp = '1m'\ntcp = 'long'\n[masquerade]\nports = '1-65535'\n",
+            &[
+                "DIR/portfwd.toml:4: flows.size: there cannot be 0 flows; write a number from 1024 to 16777216",
+                "DIR/portfwd.toml:5: flows.udp: this is too short; write seconds from 120 to 604800, as in 300 or \"5m\"",
+                "DIR/portfwd.toml:6: flows.tcp: this is not a time; write seconds from 1 to 604800, as in 7440 or \"2h 4m\"",
+                "DIR/portfwd.toml:8: masquerade.ports: 1-65535 has ports below 1024, which are for services; write a range above them, as in 40000-60999",
             ],
         ),
         (
@@ -362,6 +368,15 @@ fn flags() {
         ("list", &["DIR/portfwd.sock: no portfwd is running there; *`portfwd run`*--socket"], 1),
         ("stats", &["DIR/portfwd.sock: no portfwd is running there; *`portfwd run`*--socket"], 1),
         ("stats --json", &["DIR/portfwd.sock: no portfwd is running there; *"], 1),
+        ("flows", &["DIR/portfwd.sock: no portfwd is running there; *`portfwd run`*--socket"], 1),
+        ("flows --json", &["DIR/portfwd.sock: no portfwd is running there; *"], 1),
+        (
+            "flows --client 10.0.0.300",
+            &[
+                "--client 10.0.0.300: \"10.0.0.300\" is neither an address nor a network; write one, *",
+            ],
+            2,
+        ),
     ] {
         place.refused(arguments, &mut place.command(arguments), lines, status);
     }
@@ -590,8 +605,8 @@ fn check_of_a_good_file() {
     };
     let short = check("");
     let lacks = "no external interface: `portfwd run` needs -i IFACE beside it";
-    let text = format!("portfwd.toml: 2 rules, no mistakes\n{lacks}\n");
-    assert!(short.ends_with(&text), "{short}");
+    let text = format!("portfwd.toml: 2 rules, no mistakes\n{lacks}\nroom for 262144 flows takes ");
+    assert!(short.contains(&text), "{short}");
     let long = check("--explain");
     for line in [
         "\nweb\n  every external IPv4 address, tcp 80 -> 192.168.77.10, port 8080\n  stateless: ",
@@ -603,6 +618,8 @@ fn check_of_a_good_file() {
     assert_eq!(json["rules"][0]["name"], "web");
     assert_eq!(json["rules"][0]["stateful"], false);
     assert!(json["rules"][1]["explanation"].as_str().unwrap().contains("any *"));
+    assert_eq!(json["flows"]["size"], 262_144);
+    assert!(json["flows"]["memory"].as_u64().unwrap() > 262_144 * 256);
     assert!(json.get("programs").is_none());
 
     let verified = check("-v");
@@ -628,9 +645,16 @@ fn a_closed_output_is_no_error() {
     let arguments = ["-i", "wan0", "-p", "80:192.168.77.10"];
     let portfwd =
         Portfwd::start(&place.rig.router, &binary(), &arguments, place.directory.path()).unwrap();
-    for arguments in
-        ["list", "list --json", "stats", "stats --json", "check DIR/portfwd.toml", "--help"]
-    {
+    for arguments in [
+        "list",
+        "list --json",
+        "stats",
+        "stats --json",
+        "flows",
+        "flows --json",
+        "check DIR/portfwd.toml",
+        "--help",
+    ] {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let mut command = place.command(arguments);
@@ -640,4 +664,6 @@ fn a_closed_output_is_no_error() {
         assert!(output.status.success(), "{arguments}: {}", output.status);
     }
     portfwd.stats().unwrap();
+    let no_rule = "DIR/portfwd.sock: there is no rule \"81/tcp\"; `portfwd list` has their names";
+    place.refused("no such rule", &mut place.command("flows --rule 81/tcp"), &[no_rule], 1);
 }

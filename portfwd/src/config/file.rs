@@ -3,6 +3,7 @@
 //! The document is walked by hand and not through serde's derive, which stops at the first mistake.
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -11,8 +12,11 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{Config, ConfigError, Errors, Interface, check_interface, check_rules, twice};
-use crate::rule::{Invalid, Listen, Place, Protocol, Rule, Source, Target, invalid};
+use super::{Config, ConfigError, Errors, Interface, check_interface, masquerade_ports};
+use crate::flows::{FlowSettings, Timeouts};
+use crate::rule::{
+    Invalid, Listen, Mistake, Place, Protocol, Rule, Source, Target, invalid, twice,
+};
 
 /// A kind of table in the file: how messages call it and its keys, and which keys it may have.
 struct Shape {
@@ -21,8 +25,11 @@ struct Shape {
     keys: &'static [&'static str],
 }
 
-const FILE: Shape =
-    Shape { title: "the file", prefix: "", keys: &["interfaces", "metrics", "names", "rule"] };
+const FILE: Shape = Shape {
+    title: "the file",
+    prefix: "",
+    keys: &["interfaces", "metrics", "names", "flows", "masquerade", "rule"],
+};
 const INTERFACES: Shape = Shape {
     title: "[interfaces]",
     prefix: "interfaces.",
@@ -30,8 +37,16 @@ const INTERFACES: Shape = Shape {
 };
 const METRICS: Shape = Shape { title: "[metrics]", prefix: "metrics.", keys: &["listen"] };
 const NAMES: Shape = Shape { title: "[names]", prefix: "names.", keys: &["refresh"] };
+const FLOWS: Shape = Shape {
+    title: "[flows]",
+    prefix: "flows.",
+    keys: &["size", "udp", "udp_unanswered", "tcp", "tcp_transitory"],
+};
+const MASQUERADE: Shape = Shape { title: "[masquerade]", prefix: "masquerade.", keys: &["ports"] };
 const RULE: Shape =
     Shape { title: "[[rule]]", prefix: "", keys: &["name", "protocol", "listen", "to", "source"] };
+
+const DAY: u64 = 86_400;
 
 type Value<'a> = Spanned<DeValue<'a>>;
 
@@ -74,7 +89,7 @@ pub(super) fn parse_by(path: &Path, text: &str, size: usize) -> Result<Config, E
             reader.config(document.get_ref())
         }
     };
-    for (index, error) in check_rules(&config.rules) {
+    for (index, error) in config.check() {
         if let Place::File { line, .. } = config.rules[index].place {
             reader.errors.push((line, error));
         }
@@ -206,7 +221,13 @@ impl Reader {
             config.metrics = self.metrics(&section);
         }
         if let Some(section) = self.section(&file, "names", &NAMES) {
-            config.refresh = self.refresh(&section).unwrap_or(config.refresh);
+            self.time(&section, "refresh", &mut config.refresh, 1..=DAY);
+        }
+        if let Some(section) = self.section(&file, "flows", &FLOWS) {
+            self.flows(&section, &mut config.flows);
+        }
+        if let Some(section) = self.section(&file, "masquerade", &MASQUERADE) {
+            self.masquerade(&section, &mut config.masquerade);
         }
         if let Some(rules) = file.get("rule") {
             match rules.get_ref() {
@@ -245,8 +266,12 @@ impl Reader {
             source,
             place: Place::File { path: self.path.clone(), line },
         };
-        for (key, Invalid(message)) in rule.check() {
-            self.blame_key(&section, key, &message);
+        for Mistake { key, item, error: Invalid(message) } in rule.check() {
+            let list = section.get(key).and_then(|value| value.get_ref().as_array());
+            match item.and_then(|item| list?.get(item)) {
+                Some(value) => self.blame(&section, key, value, &message),
+                None => self.blame_key(&section, key, &message),
+            }
         }
         Some(rule)
     }
@@ -305,19 +330,67 @@ impl Reader {
         address
     }
 
-    fn refresh(&mut self, section: &Section<'_>) -> Option<Duration> {
-        let value = section.get("refresh")?;
-        let seconds = match value.get_ref() {
-            DeValue::Integer(_) => integer(value).and_then(|number| number.try_into().ok()),
-            DeValue::String(text) => text.strip_suffix('s').and_then(|text| text.parse().ok()),
+    fn flows(&mut self, section: &Section<'_>, flows: &mut FlowSettings) {
+        const WEEK: u64 = 7 * DAY;
+        self.size(section, &mut flows.size);
+        let Timeouts { udp, udp_unanswered, tcp, tcp_transitory } = &mut flows.timeouts;
+        // RFC 4787, REQ-5: never in less than two minutes.
+        self.time(section, "udp", udp, 120..=WEEK);
+        self.time(section, "udp_unanswered", udp_unanswered, 120..=WEEK);
+        self.time(section, "tcp", tcp, 1..=WEEK);
+        self.time(section, "tcp_transitory", tcp_transitory, 1..=WEEK);
+    }
+
+    /// Takes over how many flows there may be, if the key is there.
+    fn size(&mut self, section: &Section<'_>, size: &mut u32) {
+        const SIZES: RangeInclusive<i64> = 1024..=16_777_216;
+        let Some(value) = section.get("size") else { return };
+        let remedy = format!("a number from {} to {}", SIZES.start(), SIZES.end());
+        let message = match (value.get_ref(), integer(value)) {
+            (_, Some(number)) if SIZES.contains(&number) => return *size = number as u32,
+            (DeValue::Integer(number), _) => {
+                format!("there cannot be {number} flows; write {remedy}")
+            }
+            (other, _) => wrong_type(other, &remedy),
+        };
+        self.blame(section, "size", value, &message);
+    }
+
+    fn masquerade(&mut self, section: &Section<'_>, ports: &mut RangeInclusive<u16>) {
+        let Some(text) = self.text(section, "ports") else { return };
+        let Some(value) = section.get("ports") else { return };
+        let range = self.or_blame(section, "ports", value, masquerade_ports(text));
+        // Where there are none, no rule takes one of them.
+        *ports = range.unwrap_or(RangeInclusive::new(1, 0));
+    }
+
+    /// Takes over the time under a key, if it is there: seconds, or text as in `5m`.
+    fn time(
+        &mut self,
+        section: &Section<'_>,
+        key: &str,
+        time: &mut Duration,
+        seconds: RangeInclusive<u64>,
+    ) {
+        let Some(value) = section.get(key) else { return };
+        let read = match value.get_ref() {
+            DeValue::Integer(_) => {
+                integer(value).and_then(|number| number.try_into().ok()).map(Duration::from_secs)
+            }
+            DeValue::String(text) => humantime::parse_duration(text).ok(),
             _ => None,
         };
-        if let Some(seconds @ 1..=86_400) = seconds {
-            return Some(Duration::from_secs(seconds));
-        }
-        let message = "this is not a time; write seconds from 1 to 86400, as in 30 or \"30s\"";
-        self.blame(section, "refresh", value, message);
-        None
+        let (least, most) = (*seconds.start(), *seconds.end());
+        let wrong = match read {
+            None => "this is not a time",
+            Some(read) if read < Duration::from_secs(least) => "this is too short",
+            Some(read) if read > Duration::from_secs(most) => "this is too long",
+            Some(read) => return *time = read,
+        };
+        let (number, text) = (time.as_secs(), humantime::format_duration(*time));
+        let message =
+            format!("{wrong}; write seconds from {least} to {most}, as in {number} or \"{text}\"");
+        self.blame(section, key, value, &message);
     }
 
     fn section<'a>(

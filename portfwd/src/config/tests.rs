@@ -1,7 +1,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::rule::{Ports, Protocol};
+use crate::flows::Timeouts;
+use crate::rule::{Protocol, Target};
 
 fn good(text: &str) -> Config {
     parse(Path::new("portfwd.toml"), text).unwrap_or_else(|errors| panic!("{errors}"))
@@ -40,6 +41,16 @@ listen = "127.0.0.1:9464"
 [names]
 refresh = 60
 
+[flows]
+size           = 1_000_000
+udp            = "10m"
+udp_unanswered = "2m 30s"
+tcp            = "2h4m"
+tcp_transitory = 60
+
+[masquerade]
+ports = "10000-20000"
+
 [[rule]]
 name     = "csgo"
 protocol = "udp"
@@ -50,16 +61,33 @@ source   = "preserve"
 [[rule]]
 listen   = 8080
 to       = ["web.example:80"]
+
+[[rule]]
+listen   = "8000-8099"
+to       = [
+  "10.0.0.5:80",
+  "10.0.0.6",
+]
+source   = "masquerade"
 "#,
     );
     let path: std::sync::Arc<Path> = Path::new("portfwd.toml").into();
     let rules = vec![
         Rule {
             name: "csgo".to_owned(),
-            place: Place::File { path: path.clone(), line: 13 },
+            place: Place::File { path: path.clone(), line: 23 },
             ..spec("27015-27030:192.168.1.10/udp")
         },
-        Rule { place: Place::File { path, line: 20 }, ..spec("8080:web.example:80/tcp") },
+        Rule {
+            place: Place::File { path: path.clone(), line: 30 },
+            ..spec("8080:web.example:80/tcp")
+        },
+        Rule {
+            to: ["10.0.0.5:80", "10.0.0.6"].map(|target| target.parse().unwrap()).into(),
+            source: Source::Masquerade,
+            place: Place::File { path, line: 34 },
+            ..spec("8000-8099:10.0.0.5:80")
+        },
     ];
     assert_eq!(rules[1].name, "8080/tcp");
     assert_eq!(
@@ -70,6 +98,16 @@ to       = ["web.example:80"]
             attach: Attach::Generic,
             metrics: Some("127.0.0.1:9464".parse().unwrap()),
             refresh: Duration::from_secs(60),
+            flows: FlowSettings {
+                size: 1_000_000,
+                timeouts: Timeouts {
+                    udp: Duration::from_secs(600),
+                    udp_unanswered: Duration::from_secs(150),
+                    tcp: Duration::from_secs(7440),
+                    tcp_transitory: Duration::from_secs(60),
+                },
+            },
+            masquerade: 10000..=20000,
             rules,
         }
     );
@@ -85,6 +123,31 @@ fn an_empty_file_has_the_defaults() {
     assert_eq!(good("\u{feff}# nothing\r\n[names]\r\nrefresh = \"30s\"\r\n"), Config::default());
     assert_eq!(Config::default().refresh, Duration::from_secs(30));
     assert_eq!(Config::default().attach, Attach::Auto);
+    assert_eq!(Config::default().flows.size, 262_144);
+    assert_eq!(Config::default().masquerade, 40000..=60999);
+    assert_eq!(good("[flows]\nudp = \"5m\"\n[masquerade]\n"), Config::default());
+}
+
+#[test]
+fn the_ends_of_what_may_be_set() {
+    let flows = |line: &str| good(&format!("flows.{line}")).flows;
+    assert_eq!(flows("size = 1024").size, 1024);
+    assert_eq!(flows("size = 0x100_0000").size, 16_777_216);
+    assert_eq!(flows("udp = 120").timeouts.udp, Duration::from_secs(120));
+    assert_eq!(flows("udp_unanswered = '7days'").timeouts.udp_unanswered.as_secs(), 604_800);
+    assert_eq!(flows("tcp = '1s 500ms'").timeouts.tcp, Duration::from_millis(1500));
+    assert_eq!(flows("tcp_transitory = 1").timeouts.tcp_transitory.as_secs(), 1);
+    let masquerade = |ports: &str| good(&format!("masquerade.ports = '{ports}'")).masquerade;
+    assert_eq!(masquerade("1024-2047"), 1024..=2047);
+    assert_eq!(masquerade("64512-65535"), 64512..=65535);
+    // `*` leaves the box its own traffic, and without masquerade the ports are free.
+    let rule = |listen: &str, source: &str| {
+        format!("[[rule]]\nlisten = '{listen}'\nto = '10.0.0.1'\nsource = '{source}'\n")
+    };
+    good(
+        &(rule("*", "masquerade") + &rule("39999", "preserve") + &rule("61000-61999", "preserve")),
+    );
+    good(&rule("50000", "preserve"));
 }
 
 #[test]
@@ -114,7 +177,7 @@ fn bad_files_are_refused() {
         ),
         (
             "[interface]\n".into(),
-            &["portfwd.toml:1: interface: no such key; did you mean interfaces? the file has interfaces, metrics, names, rule"],
+            &["portfwd.toml:1: interface: no such key; did you mean interfaces? the file has interfaces, metrics, names, flows, masquerade, rule"],
         ),
         (
             with("backend = 1\n"),
@@ -206,11 +269,73 @@ fn bad_files_are_refused() {
         ),
         (
             "names.refresh = 0\n".into(),
-            &["portfwd.toml:1: names.refresh: this is not a time; write seconds from 1 to 86400, as in 30 or \"30s\""],
+            &["portfwd.toml:1: names.refresh: this is too short; write seconds from 1 to 86400, as in 30 or \"30s\""],
         ),
         (
             "names.refresh = 86401\n".into(),
-            &["portfwd.toml:1: names.refresh: this is not a time; write seconds from 1 to 86400, as in 30 or \"30s\""],
+            &["portfwd.toml:1: names.refresh: this is too long; write seconds from 1 to 86400, as in 30 or \"30s\""],
+        ),
+        // Flows and masquerade.
+        (
+            "[flows]\nudp = 119\nudp_unanswered = \"119s 999ms\"\ntcp = \"2 h 4\"\ntcp_transitory = -1\nudp_answered = 1\n".into(),
+            &[
+                "portfwd.toml:2: flows.udp: this is too short; write seconds from 120 to 604800, as in 300 or \"5m\"",
+                "portfwd.toml:3: flows.udp_unanswered: this is too short; write seconds from 120 to 604800, as in 120 or \"2m\"",
+                "portfwd.toml:4: flows.tcp: this is not a time; write seconds from 1 to 604800, as in 7440 or \"2h 4m\"",
+                "portfwd.toml:5: flows.tcp_transitory: this is not a time; write seconds from 1 to 604800, as in 240 or \"4m\"",
+                "portfwd.toml:6: flows.udp_answered: no such key; did you mean udp_unanswered? [flows] has size, udp, udp_unanswered, tcp, tcp_transitory",
+            ],
+        ),
+        (
+            "flows.udp = 1.5\nflows.tcp = \"99999999999999999999h\"\nflows.tcp_transitory = \"8days\"\n".into(),
+            &[
+                "portfwd.toml:1: flows.udp: this is not a time; write seconds from 120 to 604800, as in 300 or \"5m\"",
+                "portfwd.toml:2: flows.tcp: this is not a time; write seconds from 1 to 604800, as in 7440 or \"2h 4m\"",
+                "portfwd.toml:3: flows.tcp_transitory: this is too long; write seconds from 1 to 604800, as in 240 or \"4m\"",
+            ],
+        ),
+        (
+            "flows.size = 1023\n".into(),
+            &["portfwd.toml:1: flows.size: there cannot be 1023 flows; write a number from 1024 to 16777216"],
+        ),
+        (
+            "flows.size = 99999999999999999999\n".into(),
+            &["portfwd.toml:1: flows.size: there cannot be 99999999999999999999 flows; write a number from 1024 to 16777216"],
+        ),
+        (
+            "flows.size = \"many\"\n".into(),
+            &["portfwd.toml:1: flows.size: this is a string; write a number from 1024 to 16777216"],
+        ),
+        (
+            "masquerade = 40000\nflows = []\n".into(),
+            &[
+                "portfwd.toml:1: masquerade: this is an integer; write [masquerade]",
+                "portfwd.toml:2: flows: this is an array; write [flows]",
+            ],
+        ),
+        (
+            "[masquerade]\nports = 40000\n".into(),
+            &["portfwd.toml:2: masquerade.ports: this is an integer; write text in quotes"],
+        ),
+        (
+            "[masquerade]\nports = \"1023-60999\"\n".into(),
+            &["portfwd.toml:2: masquerade.ports: 1023-60999 has ports below 1024, which are for services; write a range above them, as in 40000-60999"],
+        ),
+        (
+            "[masquerade]\nports = \"40000-41022\"\n".into(),
+            &["portfwd.toml:2: masquerade.ports: 40000-41022 is too narrow; write a range of at least 1024 ports, as in 40000-60999"],
+        ),
+        (
+            // What is left out because of a mistake makes no further ones.
+            "[masquerade]\nports = \"60999-40000\"\n[[rule]]\nlisten = 50000\nto = \"10.0.0.1\"\nsource = \"masquerade\"\n".into(),
+            &["portfwd.toml:2: masquerade.ports: the range 60999-40000 is reversed; write 40000-60999"],
+        ),
+        (
+            "[masquerade]\nports = \"50000-51999\"\n[[rule]]\nname = \"m\"\nlisten = 80\nto = \"10.0.0.1\"\nsource = \"masquerade\"\n[[rule]]\nlisten = 50000\nto = \"10.0.0.1\"\n[[rule]]\nname = \"w\"\nlisten = \"1-50000\"\nto = \"10.0.0.1\"\n[[rule]]\nname = \"x\"\nlisten = 52000\nto = \"10.0.0.1\"\n".into(),
+            &[
+                "portfwd.toml:8: rule \"50000/tcp\": listen: 50000 is among the ports 50000-51999, by which rule \"m\" (portfwd.toml:3) masquerades; listen on others, or set [masquerade] ports",
+                "portfwd.toml:11: rule \"w\": listen: 1-50000 has some of the ports 50000-51999, by which rule \"m\" (portfwd.toml:3) masquerades; listen on others, or set [masquerade] ports",
+            ],
         ),
         // Values of a rule.
         (
@@ -260,11 +385,11 @@ fn bad_files_are_refused() {
             ],
         ),
         (
-            "[[rule]]\nname = \"x\"\nprotocol = \"any\"\nlisten = 80\nto = [\"10.0.0.1\", \"10.0.0.2\"]\nsource = \"masquerade\"\n".into(),
+            "[[rule]]\nname = \"x\"\nprotocol = \"any\"\nlisten = 80\nto = [\"10.0.0.1\", \"10.0.0.2\",\n\"10.0.0.3:90\",\n\"10.0.0.1:80\", \"10.0.0.4:1-2\"]\n".into(),
             &[
                 "portfwd.toml:4: rule \"x\": listen: protocol any claims every port and cannot listen on 80 only; use protocol tcp+udp, or listen on *",
-                "portfwd.toml:5: rule \"x\": to: several backends: this needs the flow table, which this version does not have; keep one of them",
-                "portfwd.toml:6: rule \"x\": source: masquerade needs the flow table, which this version does not have; use preserve, and let the backend's default route lead through this box",
+                "portfwd.toml:7: rule \"x\": to: 10.0.0.1:80 is named twice; name it once",
+                "portfwd.toml:7: rule \"x\": to: 1 port cannot become 2; write 10.0.0.4:1, or leave the port out to keep it",
             ],
         ),
         (
@@ -386,8 +511,16 @@ fn bad_flags_change_nothing() {
             &["81:10.0.0.2"],
             "-p 81:10.0.0.2: rule \"81/tcp\": name: the rule at portfwd.toml:1 has this name already; give each its own",
         ),
+        (
+            &[],
+            &["40000:10.0.0.2"],
+            "-p 40000:10.0.0.2: rule \"40000/tcp\": listen: 40000 is among the ports 40000-60999, by which rule \"m\" (portfwd.toml:5) masquerades; listen on others, or set [masquerade] ports",
+        ),
     ] {
-        let mut config = good("[[rule]]\nname = '81/tcp'\nlisten = 80\nto = '10.0.0.1'\n");
+        let mut config = good(
+            "[[rule]]\nname = '81/tcp'\nlisten = 80\nto = '10.0.0.1'\n\
+             [[rule]]\nname = 'm'\nlisten = '7'\nto = '10.0.0.1'\nsource = 'masquerade'\n",
+        );
         let before = config.clone();
         assert_eq!(flags(&mut config, interfaces, specs), Err(message.to_owned()));
         assert_eq!(config, before);
@@ -419,6 +552,8 @@ proptest! {
                 "internal = [1, 'a', ['b']]", "attach = 'tc'", "listen = '127.0.0.1:9'", "listen = 80",
                 "listen = -0x1", "listen = 1979-05-27", "to = ['10.0.0.1', '10.0.0.2']", "to = 'a'", "to = {",
                 "name = \"a\\nb\"", "name = 'é'", "refresh = 1e9", "protocol = 'any'", "source = 'masquerade'",
+                "[flows]", "[masquerade]", "udp = '5m'", "udp = ''", "tcp = -1", "size = 1024", "size = 'é'",
+                "ports = '40000-60999'", "ports = '*'", "ports = 1", "to = ['a', 'a']", "listen = '1-65535'",
                 "rule.a.b = 1", "rule = [{}, 1]", "]", "\"\"\"", "é = 'é'", "\u{1}", "",
             ]),
             0..20,
@@ -453,6 +588,7 @@ proptest! {
                 }),
                 2 => prop::sample::select(vec![
                     "[interfaces]\nexternal = ['eth0']", "[metrics]", "[names]\nrefresh = 5", "[[rule]]",
+                    "[masquerade]\nports = '2000-4000'", "[flows]\nudp = 1", "source = 'masquerade'",
                     "rule = []", "rule = [", "]", "[rule]", "[rule.sub]", "[[rule.sub]]", "  [[rule]]",
                     "listen = 80", "nothing = 1", "name = \"\"\"", "\"\"\"", "'''", "# [[rule]]",
                     "# \"\"\"", "\u{feff}", "x = '", "",
@@ -467,5 +603,68 @@ proptest! {
             let parsed = |size| super::file::parse_by(Path::new("f"), &text, size);
             prop_assert_eq!(parsed(size), parsed(usize::MAX), "{}", text);
         }
+    }
+}
+
+/// Backends, some of which are equal or do not fit.
+fn targets() -> impl Strategy<Value = Vec<Target>> {
+    let hosts = prop::sample::select(vec!["10.0.0.1", "10.0.0.2", "[fd00::1]", "web.example"]);
+    let ports = prop::sample::select(vec!["", ":80", ":90", ":80-89", ":90-99", ":80-88"]);
+    let target = (hosts, ports).prop_map(|(host, ports)| format!("{host}{ports}").parse().unwrap());
+    prop::collection::vec(target, 1..6)
+}
+
+proptest! {
+    #[test]
+    fn a_list_of_backends_is_what_was_written(
+        to in targets(),
+        listen in prop::sample::select(vec!["80", "80-89", "*", "203.0.113.7:80-89", "[fd00::2]:80"]),
+        masquerade in any::<bool>(),
+    ) {
+        let source = if masquerade { Source::Masquerade } else { Source::Preserve };
+        let lines: String = to.iter().map(|target| format!("  '{target}',\n")).collect();
+        let text = format!("[[rule]]\nname = 'a'\nlisten = '{listen}'\nsource = '{source}'\nto = [\n{lines}]\n");
+        let listen: rule::Listen = listen.parse().unwrap();
+        let fits = |target: &Target| {
+            let ports = target.ports.unwrap_or(listen.ports);
+            let width = ports.width() == 1 || ports.width() == listen.ports.width();
+            let v6 = target.to_string().starts_with(['[', 'f']);
+            let name = target.to_string().starts_with('w');
+            width && (name || listen.address.is_none_or(|address| address.is_ipv6() == v6))
+        };
+        let same = |a: &Target, b: &Target| {
+            let of = |target: &Target| target.ports.map_or(listen.ports.to_string(), |p| p.to_string());
+            a.host == b.host && of(a) == of(b)
+        };
+        let wrong = |item: &usize| {
+            !fits(&to[*item]) || to[..*item].iter().any(|other| same(other, &to[*item]))
+        };
+        let wrong: Vec<usize> = (0..to.len()).filter(wrong).collect();
+        match parse(Path::new("f"), &text) {
+            Ok(config) => {
+                prop_assert_eq!(wrong, Vec::<usize>::new());
+                prop_assert_eq!(&config.rules[0].to[..], &to[..]);
+                prop_assert_eq!(config.rules[0].source, source);
+            }
+            Err(errors) => {
+                let errors = errors.to_string();
+                // Each backend has its line.
+                let mut blamed: Vec<usize> = errors
+                    .lines()
+                    .map(|line| line.split(':').nth(1).unwrap().parse::<usize>().unwrap() - 6)
+                    .collect();
+                blamed.dedup();
+                prop_assert_eq!(blamed, wrong, "{}", errors);
+            }
+        }
+    }
+
+    #[test]
+    fn times_are_read_as_they_are_printed(milliseconds in 1000..86_400_000u64) {
+        let time = Duration::from_millis(milliseconds);
+        let text = humantime::format_duration(time).to_string();
+        prop_assert_eq!(good(&format!("names.refresh = '{text}'")).refresh, time);
+        let dense = text.replace(' ', "");
+        prop_assert_eq!(good(&format!("flows.tcp = '{dense}'")).flows.timeouts.tcp, time);
     }
 }

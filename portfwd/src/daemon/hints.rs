@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::Daemon;
-use crate::compile::Leg;
+use crate::compile::{BoxPorts, Leg};
 use crate::network::{Externals, Snapshot};
 use crate::rule::{Ports, Rule};
 
@@ -66,7 +66,7 @@ impl Daemon {
     }
 
     fn warn_of_addresses_and_ports(&self, snapshot: &Snapshot) {
-        let Self { config, plan, survey, ephemeral, .. } = self;
+        let Self { config, plan, survey, ports: BoxPorts { ephemeral, .. }, .. } = self;
         for line in foreign_addresses(&config.rules, snapshot) {
             warn!("{line}");
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData};
 use portfwd_ebpf::table::{
-    Address, Candidate, ClientKey, Direction, Ends, FlowHalf, FlowKey, Jiffies, Mapping, MappingKey, Port,
+    Address, Candidate, ClientKey, Direction, FlowHalf, FlowKey, Jiffies, Mapping, MappingKey, Port,
     flow_flags,
 };
 
@@ -136,12 +136,11 @@ impl FlowTables {
         self.v6.sweep(self.clock, living, &mut swept, &mut used, &mut pause)?;
         let now = Instant::now();
         let mut free = Vec::new();
-        self.mappings.each(|key, mapping| {
-            let fresh = self.clock.between(mapping.last, now) < FRESH;
-            if !fresh && !used.contains(key) {
-                free.push((*key, *mapping));
-            }
-            ControlFlow::Continue(())
+        self.mappings.in_batches(|batch| {
+            free.extend(batch.iter().filter(|(key, mapping)| {
+                self.clock.between(mapping.last, now) >= FRESH && !used.contains(key)
+            }));
+            Ok(())
         })?;
         for (key, mapping) in &free {
             let MappingKey { address, protocol, .. } = *key;
@@ -169,7 +168,7 @@ where
                 return ControlFlow::Continue(());
             }
             // Without its other half it is about to end.
-            match self.flows.get(&key.twin(half.becomes)) {
+            match self.flows.get(&half.becomes.reversed()) {
                 Ok(Some(reply)) => each(established(key, half, &reply)),
                 _ => ControlFlow::Continue(()),
             }
@@ -188,17 +187,15 @@ where
 
     fn count(&self, counts: &mut BTreeMap<u32, u64>) -> Result<(), DatapathError> {
         let mut add = |counter| *counts.entry(counter).or_default() += 1;
-        self.flows.each(|key, half| {
-            if key.direction == Direction::Forward as u8 {
-                add(half.counter);
-            }
-            ControlFlow::Continue(())
+        self.flows.in_batches(|batch| {
+            let forward = batch.iter().filter(|(key, _)| key.direction == Direction::Forward as u8);
+            forward.for_each(|(_, half)| add(half.counter));
+            Ok(())
         })?;
-        self.probation.each(|_, candidate| {
-            add(candidate.counter);
-            ControlFlow::Continue(())
-        })?;
-        Ok(())
+        self.probation.in_batches(|batch| {
+            batch.iter().for_each(|(_, candidate)| add(candidate.counter));
+            Ok(())
+        })
     }
 
     fn sweep(
@@ -222,16 +219,16 @@ where
                 if !forward && idle(half.last) <= living.timeouts.tcp_transitory {
                     continue;
                 }
-                let twin = key.twin(half.becomes);
-                let backend = if forward { half.becomes.destination } else { key.ends.source };
+                let twin = half.becomes.reversed();
+                let backend = if forward { half.becomes.destination } else { key.source };
                 if forward && !gone(half.counter, backend) && idle(half.last) <= shortest {
                     // Most flows: nothing else has to be read.
                     swept.flows += 1;
-                    note_mapping(key.protocol, &key.ends, &half.becomes, used);
+                    note_mapping(key, &half.becomes, used);
                     continue;
                 }
                 let other = self.flows.get(&twin)?;
-                let Some(reply) = other.filter(|other| other.becomes == key.ends.reversed()) else {
+                let Some(reply) = other.filter(|other| other.becomes == key.reversed()) else {
                     // One half alone. A packet of the client's makes it whole again, or anew.
                     if forward || gone(half.counter, backend) || idle(half.last) > living.timeouts.tcp
                     {
@@ -250,7 +247,7 @@ where
                     over.push((*key, Some(reply.last)));
                 } else {
                     swept.flows += 1;
-                    note_mapping(key.protocol, &key.ends, &half.becomes, used);
+                    note_mapping(key, &half.becomes, used);
                 }
             }
             for (key, reply_seen) in &over {
@@ -270,8 +267,7 @@ where
                     self.probation.remove(key)?;
                 } else {
                     swept.flows += 1;
-                    let (came, goes) = (candidate.becomes.reversed(), key.ends.reversed());
-                    note_mapping(key.protocol, &came, &goes, used);
+                    note_mapping(&candidate.becomes.reversed(), &key.reversed(), used);
                 }
             }
             pause();
@@ -290,7 +286,7 @@ impl<const N: usize> Family<N> {
         let half = self.flows.get(key)?;
         self.flows.remove(key)?;
         let (Some(half), Some(seen)) = (half, reply_seen) else { return Ok(()) };
-        let twin = key.twin(half.becomes);
+        let twin = half.becomes.reversed();
         if self.flows.get(&twin)?.is_some_and(|reply| reply.last == seen) {
             self.flows.remove(&twin)?;
             self.flows.remove(key)?;
@@ -301,13 +297,13 @@ impl<const N: usize> Family<N> {
 
 /// If a client that has `came` is seen by another address, that mapping is used.
 fn note_mapping<const N: usize>(
-    protocol: u8,
-    came: &Ends<N>,
-    goes: &Ends<N>,
+    came: &FlowKey<N>,
+    goes: &FlowKey<N>,
     used: &mut HashSet<MappingKey>,
 ) {
     if came.source != goes.source {
         let (address, port) = (goes.source.widen(), goes.source_port);
+        let protocol = came.protocol;
         used.insert(MappingKey { address, port, protocol, padding: [0; 5] });
     }
 }
@@ -328,11 +324,11 @@ where
     let ended = forward.flags & reply.flags & flow_flags::FIN != 0;
     FlowRow {
         state: if reset || ended { State::Closing } else { State::Established },
-        created: forward.created,
+        created: forward.created.into(),
         last: forward.last.max(reply.last),
         forward: forward.tally,
         reply: reply.tally,
-        ..row(key.protocol, &key.ends, &forward.becomes, forward.counter)
+        ..row(key, &forward.becomes, forward.counter)
     }
 }
 
@@ -348,22 +344,22 @@ where
             _ if flags & flow_flags::ANSWERED != 0 => State::Answered,
             _ => State::New,
         },
-        created: *created,
+        created: (*created).into(),
         last: *last,
         forward: *forward,
         reply: *reply,
-        ..row(key.protocol, &becomes.reversed(), &key.ends.reversed(), *counter)
+        ..row(&becomes.reversed(), &key.reversed(), *counter)
     }
 }
 
 /// A flow whose forward packets come with some ends and go with others.
-fn row<const N: usize>(protocol: u8, came: &Ends<N>, goes: &Ends<N>, counter: u32) -> FlowRow
+fn row<const N: usize>(came: &FlowKey<N>, goes: &FlowKey<N>, counter: u32) -> FlowRow
 where
     Address<N>: ToIp,
 {
     let socket = |address: Address<N>, port: Port| SocketAddr::new(address.to_ip(), port.number());
     FlowRow {
-        protocol,
+        protocol: came.protocol,
         client: socket(came.source, came.source_port),
         listen: socket(came.destination, came.destination_port),
         source: socket(goes.source, goes.source_port),
@@ -404,25 +400,22 @@ unsafe trait Bytes: Copy {
 }
 
 macro_rules! bytes {
-    ($($type:ty),*) => { $(
+    ($([$($generic:tt)*] $type:ty),*) => { $(
         // SAFETY: integers and arrays of them; sizes are asserted in `table`.
-        unsafe impl Bytes for $type {
+        unsafe impl<$($generic)*> Bytes for $type {
             // SAFETY: as above.
             const ZERO: Self = unsafe { std::mem::zeroed() };
         }
     )* };
 }
 bytes!(
-    FlowKey<4>,
-    FlowKey<16>,
-    FlowHalf<4>,
-    FlowHalf<16>,
-    Candidate<4>,
-    Candidate<16>,
-    MappingKey,
-    Mapping,
-    ClientKey,
-    Port
+    [const N: usize] FlowKey<N>,
+    [const N: usize] FlowHalf<N>,
+    [const N: usize] Candidate<N>,
+    [] MappingKey,
+    [] Mapping,
+    [] ClientKey,
+    [] Port
 );
 
 /// A hash map of the kernel. aya has no batch operations, and its maps cannot be used by several threads

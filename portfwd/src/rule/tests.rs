@@ -297,18 +297,6 @@ fn bad_specs_are_refused() {
 fn impossible_rules_are_refused() {
     for (spec, message) in [
         (
-            "27015-27030:10.0.0.1:80",
-            "16 ports to port 80: this needs the flow table, which this version does not have; write 10.0.0.1:80-95, or leave the port out to keep it",
-        ),
-        (
-            "1-65535:10.0.0.1:80",
-            "65535 ports to port 80: this needs the flow table, which this version does not have; leave the port out to keep it",
-        ),
-        (
-            "*:10.0.0.1:80/udp",
-            "every port to port 80: this needs the flow table, which this version does not have; leave the port out to keep the ports: 10.0.0.1",
-        ),
-        (
             "*:10.0.0.1:80-89/udp",
             "listen has every port and 10.0.0.1:80-89 has 10; leave the ports out to keep them: 10.0.0.1",
         ),
@@ -342,28 +330,104 @@ fn impossible_rules_are_refused() {
 }
 
 #[test]
+fn many_ports_may_become_one() {
+    for spec in [
+        "27015-27030:10.0.0.1:80",
+        "1-65535:10.0.0.1:80/tcp+udp",
+        "*:10.0.0.1:80/udp",
+        "203.0.113.7:*:web.example:80/tcp+udp",
+    ] {
+        assert_eq!(rule(spec).to[0].ports, Some(Ports::One(80)), "{spec}");
+    }
+}
+
+#[test]
+fn each_of_several_backends_must_fit() {
+    let with = |spec: &str, to: &[&str]| Rule {
+        to: to.iter().map(|target| target.parse().unwrap()).collect(),
+        ..rule(spec)
+    };
+    for to in [
+        &["10.0.0.1", "10.0.0.2:8080", "10.0.0.1:8080", "web.example", "fd00::1"][..],
+        &["10.0.0.1:1", "10.0.0.1:2"],
+    ] {
+        assert_eq!(with("80:10.0.0.9", to).check(), [], "{to:?}");
+    }
+    for (spec, to, mistakes) in [
+        (
+            "80:10.0.0.9",
+            &["10.0.0.1", "10.0.0.2", "10.0.0.1:80"][..],
+            &[(2, "10.0.0.1:80 is named twice; name it once")][..],
+        ),
+        (
+            "80:10.0.0.9",
+            &["a.example", "A.example"],
+            &[(1, "a.example is named twice; name it once")],
+        ),
+        (
+            "80-89:10.0.0.9",
+            &["10.0.0.1:80-88", "10.0.0.1:80-89", "10.0.0.1:80", "10.0.0.1"],
+            &[
+                (
+                    0,
+                    "10 ports cannot become 9; write 10.0.0.1:80-89, or leave the port out to keep it",
+                ),
+                (3, "10.0.0.1 is named twice; name it once"),
+            ],
+        ),
+        (
+            "203.0.113.7:80:10.0.0.9",
+            &["10.0.0.1", "fd00::1", "web.example"],
+            &[(
+                1,
+                "fd00::1 is IPv6 and the rule listens on IPv4: one cannot become the other; name an IPv4 backend",
+            )],
+        ),
+        (
+            "*:10.0.0.9/any",
+            &["10.0.0.1", "10.0.0.2:80"],
+            &[(
+                1,
+                "protocol any keeps every port and cannot change it to 80; leave the port out: 10.0.0.2",
+            )],
+        ),
+    ] {
+        let found = with(spec, to).check();
+        let found: Vec<_> =
+            found.iter().map(|it| (it.item.unwrap(), it.error.0.as_str())).collect();
+        assert_eq!(found, mistakes, "{spec} to {to:?}");
+    }
+    let many: Vec<String> = (0..257).map(|i| format!("10.0.{}.{}", i / 200, i % 200)).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    assert_eq!(with("80:10.0.0.9", &many[1..]).check(), []);
+    assert_eq!(
+        with("80:10.0.0.9", &many).check()[0].error.to_string(),
+        "257 backends are too many; keep 256 of them, or divide the ports among several rules"
+    );
+}
+
+#[test]
 fn check_tells_everything_with_its_key() {
     let good = rule("80:10.0.0.1");
     assert_eq!(good.check(), []);
+    assert_eq!(Rule { source: Source::Masquerade, ..good.clone() }.check(), []);
     let bad = Rule {
         name: String::new(),
         to: ["10.0.0.1".parse().unwrap(), "10.0.0.2:80-81".parse().unwrap()].into(),
-        source: Source::Masquerade,
         ..good
     };
     let found: Vec<_> =
-        bad.check().into_iter().map(|(key, error)| format!("{key}: {error}")).collect();
+        bad.check().into_iter().map(|it| format!("{}: {}", it.key, it.error)).collect();
     assert_eq!(
         found,
         [
             "name: the name is empty; write one, or leave the key out",
-            "to: several backends: this needs the flow table, which this version does not have; keep one of them",
-            "source: masquerade needs the flow table, which this version does not have; use preserve, and let the backend's default route lead through this box",
             "to: 1 port cannot become 2; write 10.0.0.2:80, or leave the port out to keep it",
         ]
     );
     let empty = Rule { to: [].into(), ..rule("80:10.0.0.1") };
-    assert_eq!(empty.check()[0].1.to_string(), "the backend is missing; write its address or name");
+    let missing = "the backend is missing; write its address or name";
+    assert_eq!(empty.check()[0].error.to_string(), missing);
 }
 
 #[test]
@@ -408,7 +472,14 @@ fn the_families_of_an_address_that_is_left_out_are_apart() {
     assert_eq!(overlaps(&[v4.clone(), v6.clone()]), []);
     assert_eq!(overlaps(&[v4.clone(), both.clone()]), [(0, 1)]);
     assert_eq!(overlaps(&[v6.clone(), both.clone()]), [(0, 1)]);
-    assert_eq!([v4.name, v6.name, both.name], ["80/tcp", "80/tcp6", "80/tcp"]);
+    // So do backends of both.
+    let to = [v4.to[0].clone(), v6.to[0].clone()];
+    let name = Rule::default_name(v4.listen, v4.protocol, &to);
+    let mixed = Rule { to: to.into(), name, ..v4.clone() };
+    assert_eq!(overlaps(&[v4.clone(), mixed.clone()]), [(0, 1)]);
+    assert_eq!(overlaps(&[v6.clone(), mixed.clone()]), [(0, 1)]);
+    let names = [v4.name, v6.name, both.name, mixed.name];
+    assert_eq!(names, ["80/tcp", "80/tcp6", "80/tcp", "80/tcp"]);
 }
 
 #[test]
@@ -512,9 +583,12 @@ fn rules() -> impl Strategy<Value = Rule> {
         addresses().prop_map(Host::Address),
         "[a-z][a-z0-9]{0,8}(-[a-z0-9]{1,4})?(\\.[a-z]{2,5}){0,2}\\.?".prop_map(Host::Name)
     ];
-    (protocols(), proptest::option::of(addresses()), ports(), hosts, any::<u16>(), any::<bool>())
-        .prop_filter_map("a rule that holds", |(protocol, address, ports, host, first, keep)| {
-            let shifted = stretch(first.max(1), ports.width());
+    let to = (hosts, any::<u16>(), any::<bool>(), any::<bool>());
+    (protocols(), proptest::option::of(addresses()), ports(), to).prop_filter_map(
+        "a rule that holds",
+        |(protocol, address, ports, to)| {
+            let (host, first, keep, one) = to;
+            let shifted = stretch(first.max(1), if one { 1 } else { ports.width() });
             let listen = Listen { address, ports };
             let to = vec![Target { host, ports: if keep { None } else { Some(shifted?) } }];
             let good = listen.to_string().parse::<Listen>().is_ok()
@@ -524,7 +598,8 @@ fn rules() -> impl Strategy<Value = Rule> {
             let rule =
                 Rule { name, protocol, listen, to: to.into(), source: Source::Preserve, place };
             (good && rule.check().is_empty()).then_some(rule)
-        })
+        },
+    )
 }
 
 /// Rules on few ports and addresses, so that many overlap.
@@ -534,21 +609,27 @@ fn crowds() -> impl Strategy<Value = Vec<Rule>> {
         9 => (1..30u16, 0..10u32).prop_map(|(first, more)| stretch(first, more + 1).unwrap()),
         1 => Just(Ports::All)
     ];
-    let hosts = prop::sample::select(vec!["10.0.0.1", "[fd00::1]", "web.example"]);
+    let hosts = prop::sample::subsequence(vec!["10.0.0.1", "fd00::1", "web.example"], 1..=3);
     let rule =
-        (protocols(), addresses, ports, hosts).prop_map(|(protocol, address, ports, host)| Rule {
+        (protocols(), addresses, ports, hosts).prop_map(|(protocol, address, ports, hosts)| Rule {
             protocol,
             listen: Listen { address, ports },
-            ..rule(&format!("80:{host}"))
+            to: hosts.iter().map(|host| host.parse().unwrap()).collect(),
+            ..rule("80:10.0.0.1")
         });
     prop::collection::vec(rule, 0..12)
 }
 
-/// The only family that a rule forwards.
-fn family(rule: &Rule) -> Option<bool> {
-    match (&rule.listen.address, &rule.to[0].host) {
-        (Some(address), _) | (None, Host::Address(address)) => Some(address.is_ipv6()),
-        (None, Host::Name(_)) => None,
+/// Whether a rule forwards IPv4, and IPv6.
+fn families(rule: &Rule) -> [bool; 2] {
+    let of = |address: &IpAddr| [address.is_ipv4(), address.is_ipv6()];
+    let to = rule.to.iter().map(|target| match &target.host {
+        Host::Address(address) => of(address),
+        Host::Name(_) => [true, true],
+    });
+    match &rule.listen.address {
+        Some(address) => of(address),
+        None => to.fold([false, false], |[v4, v6], [and_v4, and_v6]| [v4 | and_v4, v6 | and_v6]),
     }
 }
 
@@ -560,7 +641,7 @@ fn naive(a: &Rule, b: &Rule) -> bool {
         Ports::All => 2,
     };
     a.listen.address == b.listen.address
-        && family(a).is_none_or(|of_a| family(b).is_none_or(|of_b| of_a == of_b))
+        && families(a).into_iter().zip(families(b)).any(|(of_a, of_b)| of_a && of_b)
         && kind(a.listen.ports) == kind(b.listen.ports)
         && (a.protocol == Protocol::Any) == (b.protocol == Protocol::Any)
         && ((a.protocol.tcp() && b.protocol.tcp()) || (a.protocol.udp() && b.protocol.udp()))

@@ -298,6 +298,16 @@ pub enum Host {
     Name(String),
 }
 
+impl Host {
+    /// Whether it can have an IPv6 address, or an IPv4 one: a name may have both.
+    pub(super) fn may_be(&self, v6: bool) -> bool {
+        match self {
+            Host::Address(address) => address.is_ipv6() == v6,
+            Host::Name(_) => true,
+        }
+    }
+}
+
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

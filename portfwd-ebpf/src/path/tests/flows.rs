@@ -362,16 +362,15 @@ fn an_entry_whose_memory_is_anothers_now_is_not_used() {
     forward(&mut router, GAMER, 8080).unwrap();
     reply(&mut router, SERVER, GAMER).unwrap();
     forward(&mut router, GAMER, 8080).unwrap();
-    let other = FlowKey::new(
-        Ends {
-            source: Address([10, 9, 9, 9]),
-            destination: Address(BOX),
-            source_port: Port::new(1),
-            destination_port: Port::new(2),
-        },
-        UDP,
-        Direction::Forward,
-    );
+    let other = FlowKey {
+        source: Address([10, 9, 9, 9]),
+        destination: Address(BOX),
+        source_port: Port::new(1),
+        destination_port: Port::new(2),
+        protocol: UDP,
+        direction: Direction::Forward as u8,
+        padding: [0; 2],
+    };
     for half in router.flows4.borrow_mut().values_mut() {
         half.mark = other.mark();
         half.becomes.destination = Address([10, 9, 9, 8]);
