@@ -370,7 +370,8 @@ fn establish<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
     let Bench { reply, half, own, .. } = bench;
     let forward = kernel.candidate(reply, |candidate| {
         let flags = candidate.flags & !(flow_flags::ANSWERED | flow_flags::PROOF);
-        *half = FlowHalf::new(reply, candidate.becomes, candidate.counter, flags, candidate.created);
+        *half =
+            FlowHalf::new(reply, candidate.becomes, candidate.counter, flags, candidate.created);
         (half.last, half.tally) = (candidate.last, candidate.tallies[1]);
         candidate.tallies[0]
     });
@@ -486,11 +487,7 @@ fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -
 /// Whether the client of the packet on the bench has the address and port that it becomes, or gets them
 /// now; then it is noted as the client's port if that is wanted.
 #[inline(never)]
-fn has_mapping<const N: usize, K: Kernel>(
-    kernel: &K,
-    bench: &mut Bench<N>,
-    note: bool,
-) -> bool {
+fn has_mapping<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>, note: bool) -> bool {
     let Bench { packet, becomes, client, own, mapping: new, .. } = bench;
     *own = mapping_key(becomes);
     let there = kernel.mapping(own, |mapping| {

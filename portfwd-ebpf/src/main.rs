@@ -28,9 +28,9 @@ use portfwd_ebpf::{
     packet::{Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Candidate, ClientKey, Counter, Direction, Endpoint, Favourite,
-        FlowHalf, FlowKey, HOP_BITS, Interface, Jiffies, LinkAddresses, Mapping, MappingKey, Page, Port,
-        Passed, RememberedHop, RouteSet, Settings, Translation, Trust,
+        Address, AnyAddress, ArrivalKey, Candidate, ClientKey, Counter, Direction, Endpoint,
+        Favourite, FlowHalf, FlowKey, HOP_BITS, Interface, Jiffies, LinkAddresses, Mapping,
+        MappingKey, Page, Passed, Port, RememberedHop, RouteSet, Settings, Translation, Trust,
     },
 };
 
@@ -82,8 +82,7 @@ static BENCH_V4: PerCpuArray<Bench<4>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static BENCH_V6: PerCpuArray<Bench<16>> = PerCpuArray::with_max_entries(1, 0);
 #[map]
-static MAPPINGS: HashMap<MappingKey, Mapping> =
-    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+static MAPPINGS: HashMap<MappingKey, Mapping> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map]
 static CLIENTS: HashMap<ClientKey, Port> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 /// By [`Part::program`].
@@ -431,9 +430,9 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
     #[inline(always)]
     fn masquerade(&self) -> ([u16; 2], u32) {
         // SAFETY: the row always exists, and these words never change.
-        SETTINGS.get_ptr(0).map_or(([1, 0], 0), |settings| unsafe {
-            ((*settings).masquerade, (*settings).seed)
-        })
+        SETTINGS
+            .get_ptr(0)
+            .map_or(([1, 0], 0), |settings| unsafe { ((*settings).masquerade, (*settings).seed) })
     }
 
     #[inline(always)]

@@ -13,8 +13,8 @@ use crate::checksum::{Change, Checksum};
 use crate::flow::Segment;
 use crate::path::Kernel;
 use crate::table::{
-    Address, Claims, Direction, Endpoint, FlowKey, LinkAddresses, Passed, Port, Ports, RouteSet, Trust,
-    flow_flags,
+    Address, Claims, Direction, Endpoint, FlowKey, LinkAddresses, Passed, Port, Ports, RouteSet,
+    Trust, flow_flags,
 };
 
 /// A header as it lies in a frame.

@@ -8,9 +8,9 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport};
 use crate::table::{
-    Address, AnyAddress, ArrivalKey, Claims, ClientKey, Counter, Direction, Dropped, Endpoint, FlowKey, Hop,
-    Interface, Jiffies, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, Ports,
-    RememberedHop, RouteSet, Tag, ToStack, Translation, Trust,
+    Address, AnyAddress, ArrivalKey, Claims, ClientKey, Counter, Direction, Dropped, Endpoint,
+    FlowKey, Hop, Interface, Jiffies, LinkAddresses, Mapping, MappingKey, Page, Passed, Port,
+    Ports, RememberedHop, RouteSet, Tag, ToStack, Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -268,7 +268,9 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
             let mut packet = Packet::take(ethernet, ip, frame, available)?;
             match translate(kernel, Direction::Reply, reply, &mut packet) {
                 // To no client outside.
-                Err(Passed::NoRule | Passed::Inside) => Ok(Verdict::Flow(Part::Reply, family::<N>())),
+                Err(Passed::NoRule | Passed::Inside) => {
+                    Ok(Verdict::Flow(Part::Reply, family::<N>()))
+                }
                 done => done,
             }
         }
@@ -752,10 +754,8 @@ fn reply<K: Kernel>(
     else {
         return Err(Passed::Inside);
     };
-    let interface = kernel
-        .interface(index)
-        .filter(|interface| interface.has(place))
-        .ok_or(Passed::Inside)?;
+    let interface =
+        kernel.interface(index).filter(|interface| interface.has(place)).ok_or(Passed::Inside)?;
     match size {
         Size::Fits => Ok(leave(interface, route)),
         Size::TooBig => Ok(Verdict::Stack(ToStack::TooBig)),

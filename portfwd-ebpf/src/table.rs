@@ -70,7 +70,8 @@ impl<const N: usize> Address<N> {
         let mut bytes = [0; 16];
         if N == 4 {
             // A whole word: on the BPF stack, zeros that begin in the middle of one are not allowed.
-            let word = self.0.first_chunk().map_or(0, |bytes| u64::from(u32::from_le_bytes(*bytes)));
+            let word =
+                self.0.first_chunk().map_or(0, |bytes| u64::from(u32::from_le_bytes(*bytes)));
             bytes[..8].copy_from_slice(&word.to_le_bytes());
         } else {
             bytes[..N].copy_from_slice(&self.0);
@@ -284,8 +285,8 @@ pub struct Mark(u32);
 impl<const N: usize> FlowKey<N> {
     #[inline(always)]
     pub fn mark(&self) -> Mark {
-        let ports = u32::from(self.source_port.number()) << 16
-            | u32::from(self.destination_port.number());
+        let ports =
+            u32::from(self.source_port.number()) << 16 | u32::from(self.destination_port.number());
         let mut mark = ports ^ u32::from(self.protocol) ^ u32::from(self.direction) << 8;
         for end in [&self.source, &self.destination] {
             for word in end.0.as_chunks::<4>().0 {

@@ -339,8 +339,7 @@ impl Check {
 
 /// Loads the programs, attaches nothing, and takes them off again.
 fn try_programs(config: &Config, plan: &Plan) -> Result<Vec<Verified>, DatapathError> {
-    let ports =
-        BoxPorts { ephemeral: 32768..=60999, masquerade: config.masquerade.clone() };
+    let ports = BoxPorts { ephemeral: 32768..=60999, masquerade: config.masquerade.clone() };
     let capacity = Capacity::for_plan(&config.rules, plan, &ports, config.flows.size);
     Ok(Datapath::load(capacity, &ports, false)?.verified().to_vec())
 }

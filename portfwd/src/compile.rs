@@ -467,7 +467,8 @@ fn explain_one(
                                        this box, so each needs a port of its own"
             .to_owned(),
         Some(Stateful::SeveralBackends) => {
-            "stateful: several backends, and a flow stays with the one that it began with".to_owned()
+            "stateful: several backends, and a flow stays with the one that it began with"
+                .to_owned()
         }
         Some(Stateful::OnePort) => {
             "stateful: several listened ports become one, and a reply must find back".to_owned()
@@ -734,9 +735,8 @@ impl Compiler {
                 *table_of(&mut endpoints[number].claims.clone(), protocol)
             })
         };
-        let mut number = |pool: &Pool| {
-            pools.find(pool).unwrap_or_else(|| pools.insert(pool.clone(), ()))
-        };
+        let mut number =
+            |pool: &Pool| pools.find(pool).unwrap_or_else(|| pools.insert(pool.clone(), ()));
         let numbers: Vec<u32> = plan.pools.iter().map(&mut number).collect();
         let pool_of = |leg: &Leg| match leg.pool {
             0 => 0,
@@ -1025,11 +1025,7 @@ impl World {
 
     /// What becomes of the packets of a stateful leg, by variant. The reply's is up to the flow; where
     /// there is none, `first` may be the address that answers.
-    fn stateful_translations(
-        &self,
-        leg: &Leg,
-        first: IpAddr,
-    ) -> [Option<Translation>; VARIANTS] {
+    fn stateful_translations(&self, leg: &Leg, first: IpAddr) -> [Option<Translation>; VARIANTS] {
         let (shift, one_port) = match leg.becomes {
             Becomes::Shifted(shift) => (shift, 0),
             Becomes::One(port) => (Shift(port), Translation::ONE_PORT),

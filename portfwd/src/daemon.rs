@@ -96,10 +96,8 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     check_interfaces(&config, &snapshot)?;
     let survey = Survey::take(&network, &snapshot, &config, &plan, &Survey::default()).await?;
     none(&survey.problems)?;
-    let ports = BoxPorts {
-        ephemeral: sysctl::ephemeral_ports()?,
-        masquerade: config.masquerade.clone(),
-    };
+    let ports =
+        BoxPorts { ephemeral: sysctl::ephemeral_ports()?, masquerade: config.masquerade.clone() };
 
     let (requests, inbox) = mpsc::channel(16);
     let metrics = metrics::listen(config.metrics, requests.clone()).await?;

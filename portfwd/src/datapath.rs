@@ -325,10 +325,12 @@ impl Datapath {
                 time: start.elapsed(),
             });
         }
-        let mut parts = ProgramArray::try_from(ebpf.take_map("PARTS").unwrap_or_else(|| missing("PARTS")))
-            .map_err(map_error("PARTS"))?;
+        let mut parts =
+            ProgramArray::try_from(ebpf.take_map("PARTS").unwrap_or_else(|| missing("PARTS")))
+                .map_err(map_error("PARTS"))?;
         for (number, program) in PARTS.iter().enumerate().filter(|(_, it)| is_needed(it)) {
-            let fd = xdp_mut(&mut ebpf, program).fd().map_err(|error| verifier_error(program, error))?;
+            let fd =
+                xdp_mut(&mut ebpf, program).fd().map_err(|error| verifier_error(program, error))?;
             parts.set(number as u32, fd, 0).map_err(map_error("PARTS"))?;
         }
         let mut take = |name| ebpf.take_map(name).unwrap_or_else(|| missing(name));

@@ -140,7 +140,8 @@ pub fn memory(size: u32) -> u64 {
     let probation = u64::from(probation(size));
     let buckets = |entries: u64| 16 * entries.next_power_of_two();
     let family = |half: u64, key: u64, candidate: u64| {
-        established * half + probation * (HEADER + key + candidate)
+        established * half
+            + probation * (HEADER + key + candidate)
             + buckets(established)
             + buckets(probation)
     };

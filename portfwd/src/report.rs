@@ -302,6 +302,8 @@ pub(crate) mod tests {
             last: Jiffies(0),
             to_stack: [0; ToStack::COUNT],
             dropped: [0; Dropped::COUNT],
+            flows: 5,
+            crowded: 1,
         };
         let some = Counts {
             forward: Tally { packets: 3, bytes: 180 },
@@ -378,10 +380,12 @@ pub(crate) mod tests {
         assert_eq!(serde_json::to_string(&stats).expect("it is written"), text);
 
         let Figures { config, interfaces, .. } = figures;
-        let listed = Listed { config: config.clone(), interfaces };
+        let stateful = BTreeSet::from([0]);
+        let listed = Listed { config: config.clone(), stateful, interfaces };
         let text = serde_json::to_string(&listed).expect("it is written");
         let list: List = serde_json::from_str(&text).expect("it is read");
-        assert_eq!(list.rules, config.rules.iter().map(rule).collect::<Vec<_>>());
+        let rules = config.rules.iter().enumerate().map(|(place, it)| rule(it, place == 0));
+        assert_eq!(list.rules, rules.collect::<Vec<_>>());
         assert_eq!(list.interfaces, listed.interfaces);
     }
 

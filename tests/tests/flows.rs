@@ -30,8 +30,7 @@ impl Running {
         let capture = |end: &Namespace| Capture::tally(end, "eth0").unwrap();
         let captures = ends.into_iter().flatten().map(capture).collect();
         let arguments = ["--config".as_ref(), file.as_os_str()];
-        let portfwd =
-            Portfwd::start(&rig.router, &binary(), &arguments, directory.path()).unwrap();
+        let portfwd = Portfwd::start(&rig.router, &binary(), &arguments, directory.path()).unwrap();
         Self { portfwd, captures, rig, _directory: directory }
     }
 
@@ -118,8 +117,8 @@ fn masquerade_serves_a_backend_that_has_no_way_back() {
     rig.server.ip("route del default").unwrap();
     rig.server.ip("-6 route del default").unwrap();
     let keys = "protocol = \"tcp+udp\"\nlisten = \"@8080\"\nsource = \"masquerade\"";
-    let config = "[masquerade]\nports = \"50000-52000\"\n".to_owned()
-        + &for_both("web", keys, &["10:80"]);
+    let config =
+        "[masquerade]\nports = \"50000-52000\"\n".to_owned() + &for_both("web", keys, &["10:80"]);
     let running = Running::start(rig, &config);
     let reserved = fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports");
     assert!(reserved.is_ok());

@@ -135,7 +135,6 @@ fn configurations() {
     let place = Place::new();
     place.rig.router.ip("tuntap add tun0 mode tun").unwrap();
     const WAN0: &str = "[interfaces]\nexternal = ['wan0']\n";
-    const FLOW_TABLE: &str = "needs the flow table, which this version does not have";
     // What is wrong; the file; what is said of it. Status 2.
     let files: &[(&str, &str, &[&str])] = &[
         (
@@ -190,13 +189,6 @@ fn configurations() {
             &[
                 "DIR/portfwd.toml:6: rule \"a\": to: fd77::10 is IPv6 and the rule listens on IPv4: one cannot become the other; name an IPv4 backend",
             ],
-        ),
-        (
-            "two rules to one backend port",
-            "[[rule]]\nname = 'a'\nlisten = 80\nto = '192.168.77.10:8080'\n[[rule]]\nname = 'b'\nlisten = 81\nto = '192.168.77.10:8080'\n",
-            &[&format!(
-                "DIR/portfwd.toml:7: rule \"b\" and rule \"a\" (DIR/portfwd.toml:3) both send to port 8080 of 192.168.77.10: which of them a reply belongs to {FLOW_TABLE}; give the backend a second port or address"
-            )],
         ),
         (
             "backends that do not fit",

@@ -31,7 +31,8 @@ impl Control {
     /// With these rules, and room for more.
     pub fn load(rig: &Rig, rules: &[Rule]) -> Result<Self> {
         let plan = plan(rules, &Resolved::new())?;
-        let mut datapath = Datapath::load(Capacity::for_plan(rules, &plan, &PORTS, FLOWS), &PORTS, false)?;
+        let mut datapath =
+            Datapath::load(Capacity::for_plan(rules, &plan, &PORTS, FLOWS), &PORTS, false)?;
         let mut interfaces = BTreeMap::new();
         for (name, flag) in [("wan0", Interface::EXTERNAL), ("lan0", Interface::INTERNAL)] {
             let flags = flag | Interface::TRANSMITS;

@@ -245,7 +245,8 @@ impl Kernel for Router {
             _ => None,
         }
         .map(|(flags, device)| {
-            let [v4, v6] = if index == INSIDE { [LAN.as_slice(), &LAN6] } else { [&BOX[..], &BOX6] };
+            let [v4, v6] =
+                if index == INSIDE { [LAN.as_slice(), &LAN6] } else { [&BOX[..], &BOX6] };
             let (v4, v6) = (Address(v4.try_into().unwrap()), Address(v6.try_into().unwrap()));
             Interface { flags, mtu: 1500, device, v4, v6 }
         })

@@ -445,7 +445,10 @@ fn masquerade_has_its_ports_for_itself() {
 
 #[test]
 fn a_rule_that_needs_flows_says_why() {
-    let rules = [rules(&["8000-8099:10.0.0.1:80", "80:10.0.0.1"]), vec![balanced("81:10.0.0.5", &["10.0.0.6"])]];
+    let rules = [
+        rules(&["8000-8099:10.0.0.1:80", "80:10.0.0.1"]),
+        vec![balanced("81:10.0.0.5", &["10.0.0.6"])],
+    ];
     let rules = rules.concat();
     let plan = plan(&rules, &Resolved::new()).unwrap();
     let explained = explain(&rules, &plan);
@@ -512,7 +515,7 @@ fn the_tables_have_room_for_addresses_that_come_and_go() {
         .collect();
     let rules = rules(&specs.iter().map(String::as_str).collect::<Vec<_>>());
     let plan = plan(&rules, &Resolved::new()).unwrap();
-    let capacity = Capacity::for_plan(&rules, &plan, &BOX);
+    let capacity = Capacity::for_plan(&rules, &plan, &BOX, 1024);
     let mut kernel = Kernel::default();
     // No address at first, as with PPPoE at boot; then one, many, others.
     for last_bytes in [0..0, 1..2, 1..9, 5..7, 0..0, 20..40, 7..8] {
@@ -575,7 +578,12 @@ fn a_change_undone_before_it_was_live_leaves_nothing() {
 #[test]
 fn what_did_not_fit_is_no_obstacle_to_what_fits() {
     let mut kernel = loaded(&["80:10.0.0.1"]);
-    let capacity = Capacity { endpoints: 4, translations: 10, pages: 4, counters: 256 };
+    let capacity = Capacity {
+        endpoints: 4,
+        translations: 10,
+        pages: 4,
+        ..Capacity::for_plan(&[], &Plan::default(), &BOX, 1024)
+    };
     let many: Vec<String> = (1..50).map(|port| format!("{port}:10.0.1.{port}")).collect();
     let many = rules(&many.iter().map(String::as_str).collect::<Vec<_>>());
     let many_plan = plan(&many, &Resolved::new()).unwrap();

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData};
 use portfwd_ebpf::table::{
-    Address, Candidate, ClientKey, Direction, FlowHalf, FlowKey, Jiffies, Mapping, MappingKey, Port,
-    flow_flags,
+    Address, Candidate, ClientKey, Direction, FlowHalf, FlowKey, Jiffies, Mapping, MappingKey,
+    Port, flow_flags,
 };
 
 use super::{Clock, DatapathError};
@@ -125,11 +125,7 @@ impl FlowTables {
     /// # Errors
     ///
     /// A table cannot be read or written.
-    pub fn sweep(
-        &self,
-        living: &Living,
-        mut pause: impl FnMut(),
-    ) -> Result<Swept, DatapathError> {
+    pub fn sweep(&self, living: &Living, mut pause: impl FnMut()) -> Result<Swept, DatapathError> {
         let mut swept = Swept::default();
         let mut used = HashSet::new();
         self.v4.sweep(self.clock, living, &mut swept, &mut used, &mut pause)?;
@@ -207,9 +203,7 @@ where
         pause: &mut impl FnMut(),
     ) -> Result<(), DatapathError> {
         let idle = |last: Jiffies| clock.between(last, Instant::now());
-        let gone = |counter, backend: Address<N>| {
-            !living.has(counter, backend.to_ip())
-        };
+        let gone = |counter, backend: Address<N>| !living.has(counter, backend.to_ip());
         let shortest = living.timeouts.shortest();
         let mut over: Vec<(FlowKey<N>, Option<Jiffies>)> = Vec::new();
         self.flows.in_batches(|batch| {
@@ -230,7 +224,9 @@ where
                 let other = self.flows.get(&twin)?;
                 let Some(reply) = other.filter(|other| other.becomes == key.reversed()) else {
                     // One half alone. A packet of the client's makes it whole again, or anew.
-                    if forward || gone(half.counter, backend) || idle(half.last) > living.timeouts.tcp
+                    if forward
+                        || gone(half.counter, backend)
+                        || idle(half.last) > living.timeouts.tcp
                     {
                         over.push((*key, None));
                     }
@@ -489,11 +485,8 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
 
     /// Whether it was there.
     fn remove(&self, key: &K) -> Result<bool, DatapathError> {
-        let mut attr = Element {
-            map_fd: self.number(),
-            key: &raw const *key as u64,
-            ..Element::default()
-        };
+        let mut attr =
+            Element { map_fd: self.number(), key: &raw const *key as u64, ..Element::default() };
         // SAFETY: the key is of the map's size, and lives until the call returns.
         match unsafe { bpf(DELETE, &mut attr) } {
             Ok(()) => Ok(true),

@@ -48,11 +48,21 @@ fn packet(protocol: u8, link: u8, source: SocketAddr, destination: SocketAddr) -
     Packet { link_destination: link_address(link, 1), ..Packet::new(protocol, source, destination) }
 }
 
-fn forward(router: &mut Router, protocol: u8, from: SocketAddr, to: SocketAddr) -> (SocketAddr, SocketAddr) {
+fn forward(
+    router: &mut Router,
+    protocol: u8,
+    from: SocketAddr,
+    to: SocketAddr,
+) -> (SocketAddr, SocketAddr) {
     goes(router, Role::External, WAN, &packet(protocol, WAN, from, to))
 }
 
-fn reply(router: &mut Router, protocol: u8, from: SocketAddr, to: SocketAddr) -> (SocketAddr, SocketAddr) {
+fn reply(
+    router: &mut Router,
+    protocol: u8,
+    from: SocketAddr,
+    to: SocketAddr,
+) -> (SocketAddr, SocketAddr) {
     goes(router, Role::Internal, LAN, &packet(protocol, LAN, from, to))
 }
 
@@ -70,7 +80,10 @@ fn connect(router: &mut Router, from: SocketAddr, to: SocketAddr) -> (SocketAddr
     let mut last = segment(ACK, from, to, WAN).bytes();
     let at = if from.is_ipv4() { 34 } else { 54 } + 8;
     last[at..at + 4].copy_from_slice(&0x0102_0305_u32.to_be_bytes());
-    assert_eq!(router.datapath.try_frame(Role::External, WAN.into(), &last).unwrap().0, portfwd::datapath::Action::Redirect);
+    assert_eq!(
+        router.datapath.try_frame(Role::External, WAN.into(), &last).unwrap().0,
+        portfwd::datapath::Action::Redirect
+    );
     seen
 }
 

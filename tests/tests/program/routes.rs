@@ -6,8 +6,8 @@ use portfwd_tests::is_root;
 use crate::packet::{Packet, TCP, UDP};
 use crate::router::{
     BLACKHOLE, DISTANT, Flow, LAN, NARROW_INSIDE, NARROW_OTHER, NARROW_OUTSIDE, NO_ROUTE, OTHER,
-    Outcome, PROHIBIT, SLOW_LAN, SLOW_WAN, UNREACHABLE, Version, WAN, WEB, in_both, interface, interfaces,
-    ip_batch, set_sysctl, with_router,
+    Outcome, PROHIBIT, SLOW_LAN, SLOW_WAN, UNREACHABLE, Version, WAN, WEB, in_both, interface,
+    interfaces, ip_batch, set_sysctl, with_router,
 };
 
 /// All versions and both protocols.
@@ -185,9 +185,7 @@ fn interfaces_are_what_they_were_last_said_to_be() {
             let mut links = interfaces();
             for link in [WAN, LAN] {
                 match flags {
-                    Some(flags) => {
-                        links.insert(link.into(), interface(link, flags))
-                    }
+                    Some(flags) => links.insert(link.into(), interface(link, flags)),
                     None => links.remove(&link.into()),
                 };
             }
