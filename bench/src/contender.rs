@@ -129,11 +129,22 @@ impl Contender {
 
     /// Sets it up on the router.
     pub fn start(self, options: &Options, rig: &Rig, rules: Rules) -> Result<Running> {
+        self.start_for(options, rig, rules, 1)
+    }
+
+    /// As [`start`](Self::start), with room for so many flows.
+    pub fn start_for(
+        self,
+        options: &Options,
+        rig: &Rig,
+        rules: Rules,
+        flows: u32,
+    ) -> Result<Running> {
         match self {
             Self::Limit => return Ok(Running::Limit { _limit: Limit::start(rig)? }),
             Self::Native => return portfwd(&options.portfwd, rig, &rules.toml("native")),
             Self::Generic => return portfwd(&options.portfwd, rig, &rules.toml("generic")),
-            Self::Stateful => return portfwd(&options.portfwd, rig, &rules.stateful_toml()),
+            Self::Stateful => return portfwd(&options.portfwd, rig, &rules.stateful_toml(flows)),
             Self::Routing => {}
             Self::NftMap => nft(rig, &nft_map(rules))?,
             Self::NftChain => nft(rig, &nft_chain(rules))?,

@@ -94,12 +94,13 @@ impl Rules {
 
 impl Rules {
     /// portfwd's configuration, with a rule more that shares a port of the first backend: both need flows
-    /// then, of which there is room for a million.
-    pub fn stateful_toml(self) -> String {
+    /// then. There is room for so many that are not established yet: half of the size.
+    pub fn stateful_toml(self, flows: u32) -> String {
         let (listen, to) = (SocketAddrV4::new(rig::EXTERNAL, 9), self.backends());
         let to = SocketAddrV4::new(Ipv4Addr::from_bits(to.address), to.port as u16);
+        let size = (2 * flows).max(262_144);
         let rule = format!(
-            "[flows]\nsize = 1200000\n[[rule]]\nname = \"twin\"\nprotocol = \"udp\"\nlisten = \"{listen}\"\nto = \"{to}\"\n"
+            "[flows]\nsize = {size}\n[[rule]]\nname = \"twin\"\nprotocol = \"udp\"\nlisten = \"{listen}\"\nto = \"{to}\"\n"
         );
         // Tables that are not rules come first.
         self.toml("native").replacen("[[rule]]", &format!("{rule}[[rule]]"), 1)

@@ -77,7 +77,7 @@ pub struct Load {
     pub arrives_at: Services,
     /// Whether what arrives comes from a client's own address.
     pub keeps_client: bool,
-    /// Whether flows are answered, and speak again, before anything is measured.
+    /// Whether each flow has a packet, an answer and another packet before anything is measured.
     pub established: bool,
 }
 

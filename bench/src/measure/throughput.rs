@@ -76,7 +76,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let contenders: Vec<Contender> = Contender::ALL.into_iter().filter(measured).collect();
         bench.case(NAME, name, &contenders, |options, contender| {
             let rig = Rig::new(Wire::Frames)?;
-            let _running = contender.start(options, &rig, rules)?;
+            let _running = contender.start_for(options, &rig, rules, flows)?;
             let load = load(contender, rules, frame, flows);
             let value = rate(options, &rig, directions, &load)?;
             Ok(vec![Reading { case: name.into(), value, unit: Unit::PacketsPerSecond }])
@@ -107,21 +107,24 @@ pub fn load(contender: Contender, rules: Rules, frame: u32, flows: u32) -> Load 
 /// Nothing arrives, or something that is not what it should be.
 pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load) -> Result<f64> {
     let time = options.time();
+    // Flows that never end have no second packet to be quicker.
+    let flows = if load.flows == u32::MAX { 0 } else { load.flows };
+    if load.established {
+        for direction in [Direction::Forward, Direction::Reply, Direction::Forward] {
+            let mut generator = Generator::new(rig, direction, load)?;
+            on_path(|| generator.send(flows))?;
+        }
+    }
     let mut generators = Vec::new();
     let mut receivers = Vec::new();
     for direction in directions {
         generators.push(Generator::new(rig, *direction, load)?);
         receivers.push(Receiver::new(rig, *direction, load)?);
     }
-    // Clients speak first: who tracks connections knows each flow by then. Flows that never end have
-    // no second packet to be quicker.
-    let flows = if load.flows == u32::MAX { 0 } else { load.flows };
+    // Clients speak first: who tracks connections knows each flow by then.
     if directions == [Direction::Reply] {
         let mut clients = Generator::new(rig, Direction::Forward, load)?;
         on_path(|| clients.send(flows))?;
-    }
-    if load.established && flows > 0 {
-        establish(rig, load, flows)?;
     }
     let first = generators.first_mut().context("no direction")?;
     let packets = on_path(|| {
@@ -165,24 +168,6 @@ pub fn rate(options: &Options, rig: &Rig, directions: &[Direction], load: &Load)
         sum += arrived(before, after).with_context(|| format!("{direction:?}").to_lowercase())?;
     }
     Ok(sum as f64 / elapsed.as_secs_f64())
-}
-
-/// A packet of each flow, its answer, and another: some at a time, as a flow that is not established
-/// may be forgotten for others.
-fn establish(rig: &Rig, load: &Load, flows: u32) -> Result<()> {
-    const AT_ONCE: u32 = 10_000;
-    let mut steps = [Direction::Forward, Direction::Reply, Direction::Forward]
-        .into_iter()
-        .map(|direction| Generator::new(rig, direction, load))
-        .collect::<Result<Vec<_>>>()?;
-    on_path(|| {
-        for first in (0..flows).step_by(AT_ONCE as usize) {
-            for step in &mut steps {
-                step.send(AT_ONCE.min(flows - first))?;
-            }
-        }
-        Ok(())
-    })
 }
 
 /// How many packets arrived in between, all that were checked being right.
