@@ -4,7 +4,6 @@ mod change;
 mod headers;
 mod hostile;
 mod own;
-mod packet;
 mod remembered;
 mod router;
 mod routes;

@@ -4,8 +4,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+pub const ICMPV6: u8 = 58;
+
+/// Where the IP header begins in a frame.
+pub const ETHERNET: usize = 14;
 
 /// An IP packet in an Ethernet frame.
 #[derive(Clone, Debug)]
@@ -14,7 +19,7 @@ pub struct Packet {
     pub link_source: [u8; 6],
     pub source: SocketAddr,
     pub destination: SocketAddr,
-    /// TCP, UDP, or another one that has just a payload.
+    /// TCP, UDP, ICMP, whose payload begins with its type, or another one that has just a payload.
     pub protocol: u8,
     /// Time to live, or hop limit.
     pub hops: u8,
@@ -40,6 +45,8 @@ pub struct Packet {
 /// What is TCP's own.
 #[derive(Clone, Debug)]
 pub struct Tcp {
+    pub sequence: u32,
+    pub acknowledgement: u32,
     /// FIN 1, SYN 2, RST 4, PSH 8, ACK 16, URG 32, ECE 64, CWR 128.
     pub flags: u8,
     pub urgent: u16,
@@ -61,7 +68,13 @@ impl Packet {
             fragment: 0x4000,
             options: Vec::new(),
             extensions: Vec::new(),
-            tcp: Tcp { flags: 0x18, urgent: 0, options: Vec::new() },
+            tcp: Tcp {
+                sequence: 0x0102_0304,
+                acknowledgement: 0x0506_0708,
+                flags: 0x18,
+                urgent: 0,
+                options: Vec::new(),
+            },
             no_checksum: false,
             payload: b"payload".to_vec(),
             padding: Vec::new(),
@@ -77,7 +90,16 @@ impl Packet {
         self.bytes().len() - 14 - self.padding.len()
     }
 
+    /// Where the transport header begins in the frame.
+    pub fn transport_at(&self) -> usize {
+        ETHERNET + self.length() - self.transport().len()
+    }
+
     /// The frame.
+    ///
+    /// # Panics
+    ///
+    /// The addresses are of two families.
     pub fn bytes(&self) -> Vec<u8> {
         let mut frame = [self.link_destination, self.link_source].concat();
         let transport = self.transport();
@@ -128,8 +150,9 @@ impl Packet {
         let place = match self.protocol {
             TCP => {
                 let words = 5 + self.tcp.options.len() / 4;
-                bytes.extend([1, 2, 3, 4, 5, 6, 7, 8, (words as u8) << 4, self.tcp.flags, 2, 0]);
-                bytes.extend([0, 0]);
+                bytes.extend(self.tcp.sequence.to_be_bytes());
+                bytes.extend(self.tcp.acknowledgement.to_be_bytes());
+                bytes.extend([(words as u8) << 4, self.tcp.flags, 2, 0, 0, 0]);
                 bytes.extend(self.tcp.urgent.to_be_bytes());
                 bytes.extend(&self.tcp.options);
                 16
@@ -139,19 +162,24 @@ impl Packet {
                 bytes.extend([0, 0]);
                 6
             }
+            ICMP | ICMPV6 if self.payload.len() >= 4 => 2,
             _ => return self.payload.clone(),
         };
         bytes.extend(&self.payload);
         if self.protocol == UDP && self.no_checksum {
             return bytes;
         }
+        bytes[place..place + 2].fill(0);
         let mut covered = match (self.source.ip(), self.destination.ip()) {
+            _ if self.protocol == ICMP => Vec::new(),
             (IpAddr::V4(a), IpAddr::V4(b)) => [a.octets(), b.octets()].concat(),
             (IpAddr::V6(a), IpAddr::V6(b)) => [a.octets(), b.octets()].concat(),
             _ => panic!("{} and {} are of two families", self.source, self.destination),
         };
-        covered.extend([0, self.protocol]);
-        covered.extend((bytes.len() as u16).to_be_bytes());
+        if self.protocol != ICMP {
+            covered.extend([0, self.protocol]);
+            covered.extend((bytes.len() as u16).to_be_bytes());
+        }
         covered.extend(&bytes);
         let mut sum = checksum(&covered);
         if self.protocol == UDP && sum == 0 {
