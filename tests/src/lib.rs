@@ -6,6 +6,7 @@
 
 pub mod interrupt;
 pub mod netns;
+pub mod oracle;
 pub mod packet;
 pub mod peers;
 mod portfwd;
