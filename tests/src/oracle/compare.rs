@@ -174,8 +174,11 @@ fn columns(theirs: Option<&[Field]>, ours: Option<&[Field]>) -> String {
     let more = ours.iter().filter(|(name, _)| !theirs.iter().any(|(other, _)| other == name));
     for (name, _) in theirs.iter().chain(more) {
         let (theirs, ours) = (value(theirs, name), value(ours, name));
-        let mark = if theirs == ours { "" } else { "<- differs" };
-        let _ = writeln!(text, "    {name:28} {theirs:32} {ours:32} {mark}");
+        let _ = if theirs == ours {
+            writeln!(text, "    {name:28} {theirs}")
+        } else {
+            writeln!(text, "    {name:28} {theirs:32} {ours:32} <- differs")
+        };
     }
     text
 }

@@ -101,7 +101,7 @@ fn send(
     summary: &mut Summary,
     chosen: impl Fn(usize) -> bool,
 ) -> Result<Option<Found>> {
-    let mut world = World::new(&stream.rules, portfwd)?;
+    let mut world = World::new(&stream.rules, stream.attach, portfwd)?;
     for (number, step) in stream.steps.iter().enumerate().filter(|(number, _)| chosen(*number)) {
         let seen = world.try_step(step).with_context(|| format!("packet {number}"))?;
         let [nftables, portfwd] = seen;
@@ -155,10 +155,11 @@ fn explained(seed: u64, stream: &Stream, found: Found, portfwd: &Path) -> Result
     let step = &stream.steps[found.step];
     let flow = &stream.flows[step.flow];
     let mut text = format!(
-        "packet {} of seed {seed} comes out differently.\n\
+        "packet {} of seed {seed} comes out differently; portfwd is attached as {}.\n\
          again: cargo xtask oracle --seed {seed} --packets {}\n\n\
          flow: {}: client {}, to {}, server {}, answers from {}\n",
         found.step,
+        stream.attach,
         found.step + 1,
         flow.talk,
         flow.client,

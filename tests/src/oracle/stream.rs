@@ -167,6 +167,8 @@ impl Step {
 #[derive(Clone, Debug)]
 pub struct Stream {
     pub rules: Vec<Rule>,
+    /// How portfwd is attached.
+    pub attach: &'static str,
     pub flows: Vec<Flow>,
     pub steps: Vec<Step>,
 }
@@ -179,6 +181,7 @@ impl Stream {
     pub fn new(seed: u64, packets: usize) -> Self {
         let mut random = Random::new(seed);
         let rules = rules::some(&mut random);
+        let attach = *random.pick(&["native", "native", "generic"]);
         let mut maker = Maker { random, rules, flows: Vec::new() };
         let mut open: Vec<VecDeque<Step>> = Vec::new();
         let mut steps = Vec::with_capacity(packets);
@@ -195,7 +198,7 @@ impl Stream {
             }
         }
         let Maker { rules, flows, .. } = maker;
-        Self { rules, flows, steps }
+        Self { rules, attach, flows, steps }
     }
 }
 

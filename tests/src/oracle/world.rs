@@ -66,11 +66,11 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(rules: &[Rule], portfwd: &Path) -> Result<Self> {
+    pub fn new(rules: &[Rule], attach: &str, portfwd: &Path) -> Result<Self> {
         // Most of it is waiting for the kernel.
         let (nftables, portfwd) = std::thread::scope(|scope| {
             let nftables = scope.spawn(|| Lane::nftables(rules));
-            let portfwd = Lane::portfwd(rules, portfwd);
+            let portfwd = Lane::portfwd(rules, attach, portfwd);
             let nftables = nftables.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             (nftables, portfwd)
         });
@@ -117,13 +117,13 @@ impl Lane {
         Self::new(rig, None)
     }
 
-    fn portfwd(rules: &[Rule], binary: &Path) -> Result<Self> {
+    fn portfwd(rules: &[Rule], attach: &str, binary: &Path) -> Result<Self> {
         let rig = prepared()?;
         let directory = TempDir::new()?;
         let config = directory.path().join("portfwd.toml");
         let rules: String = rules.iter().map(Rule::toml).collect();
-        let interfaces = "[interfaces]\nexternal = \"wan0\"\ninternal = \"lan0\"\n";
-        fs::write(&config, format!("{interfaces}{rules}"))?;
+        let interfaces = "[interfaces]\nexternal = \"wan0\"\ninternal = \"lan0\"";
+        fs::write(&config, format!("{interfaces}\nattach = \"{attach}\"\n{rules}"))?;
         let arguments = ["--config".as_ref(), config.as_os_str()];
         let portfwd = Portfwd::start(&rig.router, binary, &arguments, directory.path())?;
         Self::new(rig, Some((portfwd, directory)))
