@@ -15,3 +15,14 @@ fn portfwd_does_what_nftables_does() {
         Err(error) => panic!("{error:#}"),
     }
 }
+
+/// With all that the stream can have, also what portfwd does not do yet.
+#[test]
+fn nftables_does_what_nftables_does() {
+    if !is_root() {
+        return;
+    }
+    if let Err(error) = oracle::run_against_itself(3000, random::seed()) {
+        panic!("{error:#}");
+    }
+}

@@ -333,12 +333,13 @@ fn hex(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::oracle::kinds::Extent;
     use crate::oracle::stream::Stream;
 
     /// One changed bit of a translated packet is a difference, and one that a field shows.
     #[test]
     fn a_flipped_bit_shows() {
-        let stream = Stream::new(3, 400);
+        let stream = Stream::new(3, 400, Extent::Now);
         let ordinary = |step: &&Step| step.strange.is_none() && step.damage.is_none();
         for step in stream.steps.iter().filter(ordinary).take(40) {
             let flow = &stream.flows[step.flow];
@@ -357,7 +358,7 @@ mod tests {
 
     #[test]
     fn nothing_instead_of_something_is_wrong() {
-        let stream = Stream::new(5, 400);
+        let stream = Stream::new(5, 400, Extent::Now);
         for step in &stream.steps {
             let flow = &stream.flows[step.flow];
             let frame = Seen::one(step.from.other(), step.expected(flow));

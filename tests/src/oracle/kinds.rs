@@ -13,9 +13,18 @@ pub enum State {
     Off(&'static str),
 }
 
+/// How much of it all a stream has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Extent {
+    /// What is on.
+    Now,
+    /// What is off too.
+    All,
+}
+
 impl State {
-    pub fn is_on(self) -> bool {
-        matches!(self, Self::On)
+    pub fn is_in(self, extent: Extent) -> bool {
+        extent == Extent::All || matches!(self, Self::On)
     }
 }
 
@@ -184,8 +193,8 @@ pub fn off() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 /// Makes a packet special, or not. What changes its fate goes by itself, so that what is found has one
 /// reason.
-pub fn vary(random: &mut Random, flow: &Flow, step: &mut Step) {
-    for kind in KINDS.iter().filter(|kind| kind.state.is_on()) {
+pub fn vary(random: &mut Random, extent: Extent, flow: &Flow, step: &mut Step) {
+    for kind in KINDS.iter().filter(|kind| kind.state.is_in(extent)) {
         if !random.one_in(kind.once_in) || !(kind.applies)(flow, step) {
             continue;
         }
@@ -259,22 +268,25 @@ mod tests {
 
     #[test]
     fn every_kind_that_is_on_occurs() {
-        let streams: Vec<Stream> = (0..8).map(|seed| Stream::new(seed, 1000)).collect();
-        let steps = || streams.iter().flat_map(|stream| &stream.steps);
-        for kind in KINDS {
-            let occurs = steps().any(|step| step.kinds.contains(&kind.name));
-            assert_eq!(occurs, kind.state.is_on(), "{}", kind.name);
-        }
-        for talk in TALKS {
-            let mut flows = streams.iter().flat_map(|stream| &stream.flows);
-            let occurs = flows.any(|flow| flow.talk == talk.name);
-            assert_eq!(occurs, talk.state.is_on(), "{}", talk.name);
+        for extent in [Extent::Now, Extent::All] {
+            let streams = (0..8).map(|seed| Stream::new(seed, 1000, extent));
+            let streams: Vec<Stream> = streams.collect();
+            let steps = || streams.iter().flat_map(|stream| &stream.steps);
+            for kind in KINDS {
+                let occurs = steps().any(|step| step.kinds.contains(&kind.name));
+                assert_eq!(occurs, kind.state.is_in(extent), "{}", kind.name);
+            }
+            for talk in TALKS {
+                let mut flows = streams.iter().flat_map(|stream| &stream.flows);
+                let occurs = flows.any(|flow| flow.talk == talk.name);
+                assert_eq!(occurs, talk.state.is_in(extent), "{}", talk.name);
+            }
         }
     }
 
     #[test]
     fn fewer_packets_are_the_first_of_more() {
-        let [few, many] = [100, 1000].map(|packets| Stream::new(7, packets));
+        let [few, many] = [100, 1000].map(|packets| Stream::new(7, packets, Extent::Now));
         for (a, b) in few.steps.iter().zip(&many.steps) {
             assert_eq!(a.frame(), b.frame());
         }

@@ -19,8 +19,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 use self::compare::{Verdict, WANTED, compare};
+use self::kinds::Extent;
 use self::stream::{Side, Step, Stream};
-use self::world::{Seen, World};
+use self::world::{Seen, Subject, World};
 
 /// How many packets share their rules.
 const PACKETS_OF_A_SEED: usize = 1000;
@@ -61,17 +62,37 @@ pub fn run(
     portfwd: &Path,
     packets: usize,
     seed: u64,
+    told: impl FnMut(&Summary) -> Result<()>,
+) -> Result<Summary> {
+    go(Subject::Portfwd(portfwd), Extent::Now, packets, seed, told)
+}
+
+/// Sends so many packets, of every kind that there is, through nftables twice: the oracle has no
+/// opinion of its own.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn run_against_itself(packets: usize, seed: u64) -> Result<Summary> {
+    go(Subject::Nftables, Extent::All, packets, seed, |_| Ok(()))
+}
+
+fn go(
+    subject: Subject<'_>,
+    extent: Extent,
+    packets: usize,
+    seed: u64,
     mut told: impl FnMut(&Summary) -> Result<()>,
 ) -> Result<Summary> {
     let mut summary = Summary::default();
     let mut seed = seed;
     while summary.packets < packets {
         told(&summary)?;
-        let stream = Stream::new(seed, PACKETS_OF_A_SEED.min(packets - summary.packets));
-        if let Some(found) = send(&stream, portfwd, &mut summary, |_| true)
+        let stream = Stream::new(seed, PACKETS_OF_A_SEED.min(packets - summary.packets), extent);
+        if let Some(found) = send(&stream, subject, &mut summary, |_| true)
             .with_context(|| format!("seed {seed}"))?
         {
-            bail!("{}", explained(seed, &stream, found, portfwd)?);
+            bail!("{}", explained(seed, &stream, found, subject)?);
         }
         seed = seed.wrapping_add(1);
     }
@@ -97,11 +118,11 @@ impl Found {
 /// Sends the packets with the chosen numbers until one comes out differently.
 fn send(
     stream: &Stream,
-    portfwd: &Path,
+    subject: Subject<'_>,
     summary: &mut Summary,
     chosen: impl Fn(usize) -> bool,
 ) -> Result<Option<Found>> {
-    let mut world = World::new(&stream.rules, stream.attach, portfwd)?;
+    let mut world = World::new(&stream.rules, stream.attach, subject)?;
     for (number, step) in stream.steps.iter().enumerate().filter(|(number, _)| chosen(*number)) {
         let seen = world.try_step(step).with_context(|| format!("packet {number}"))?;
         let [nftables, portfwd] = seen;
@@ -123,11 +144,11 @@ const TRIES: usize = 12;
 
 /// Fewer packets that show the same: of that flow alone, if it shows there, then with one after the
 /// other left out. Its first packet stays: without it there is no flow.
-fn shrunk(stream: &Stream, found: Found, portfwd: &Path) -> Result<(Vec<usize>, Found)> {
+fn shrunk(stream: &Stream, found: Found, subject: Subject<'_>) -> Result<(Vec<usize>, Found)> {
     let last = found.step;
     let (original, step) = (&found, &stream.steps[last]);
     let again = |chosen: &[usize]| -> Result<Option<Found>> {
-        let found = send(stream, portfwd, &mut Summary::default(), |it| chosen.contains(&it))?;
+        let found = send(stream, subject, &mut Summary::default(), |it| chosen.contains(&it))?;
         Ok(found.filter(|found| found.step == last && found.is_like(original, step)))
     };
     let of_its_flow = |number: &usize| stream.steps[*number].flow == stream.steps[last].flow;
@@ -150,8 +171,8 @@ fn shrunk(stream: &Stream, found: Found, portfwd: &Path) -> Result<(Vec<usize>, 
 }
 
 /// The difference for people.
-fn explained(seed: u64, stream: &Stream, found: Found, portfwd: &Path) -> Result<String> {
-    let (needed, found) = shrunk(stream, found, portfwd)?;
+fn explained(seed: u64, stream: &Stream, found: Found, subject: Subject<'_>) -> Result<String> {
+    let (needed, found) = shrunk(stream, found, subject)?;
     let step = &stream.steps[found.step];
     let flow = &stream.flows[step.flow];
     let mut text = format!(

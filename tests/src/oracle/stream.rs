@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::kinds;
+use super::kinds::{self, Extent};
 use super::rules::{self, any_port, externals, server};
 use crate::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::random::Random;
@@ -178,11 +178,11 @@ const AT_A_TIME: usize = 12;
 
 impl Stream {
     /// What a seed stands for. Fewer packets are the first of more.
-    pub fn new(seed: u64, packets: usize) -> Self {
+    pub fn new(seed: u64, packets: usize, extent: Extent) -> Self {
         let mut random = Random::new(seed);
         let rules = rules::some(&mut random);
         let attach = *random.pick(&["native", "native", "generic"]);
-        let mut maker = Maker { random, rules, flows: Vec::new() };
+        let mut maker = Maker { random, extent, rules, flows: Vec::new() };
         let mut open: Vec<VecDeque<Step>> = Vec::new();
         let mut steps = Vec::with_capacity(packets);
         while steps.len() < packets {
@@ -205,6 +205,7 @@ impl Stream {
 /// Makes flows and their scripts.
 pub struct Maker {
     pub random: Random,
+    extent: Extent,
     pub rules: Vec<Rule>,
     pub flows: Vec<Flow>,
 }
@@ -215,7 +216,7 @@ pub type Script = Vec<Step>;
 impl Maker {
     /// A flow of any kind, with its script. None if the rules leave no room for that kind.
     fn talk(&mut self) -> Option<Script> {
-        let talks = kinds::TALKS.iter().filter(|talk| talk.state.is_on());
+        let talks = kinds::TALKS.iter().filter(|talk| talk.state.is_in(self.extent));
         let mut place = self.random.below(talks.clone().map(|talk| talk.weight).sum());
         let talk = talks.clone().find(|talk| {
             let here = place < talk.weight;
@@ -227,7 +228,7 @@ impl Maker {
         flow.talk = talk.name;
         script.first_mut()?.begins = true;
         for step in &mut script {
-            kinds::vary(&mut self.random, flow, step);
+            kinds::vary(&mut self.random, self.extent, flow, step);
         }
         Some(script)
     }
@@ -269,8 +270,13 @@ impl Maker {
     }
 
     /// A flow that a rule claims.
-    pub fn claimed(&mut self, protocol: u8) -> Option<usize> {
-        let with: Vec<_> = self.rules.iter().filter(|rule| rule.has(protocol)).cloned().collect();
+    fn claimed(&mut self, protocol: u8) -> Option<usize> {
+        self.claimed_by(protocol, |rule| rule.has(protocol))
+    }
+
+    /// A flow that one of these rules claims, or a narrower one.
+    fn claimed_by(&mut self, protocol: u8, those: impl Fn(&Rule) -> bool) -> Option<usize> {
+        let with: Vec<_> = self.rules.iter().filter(|rule| those(rule)).cloned().collect();
         if with.is_empty() {
             return None;
         }
@@ -628,7 +634,7 @@ impl Maker {
 
     /// A protocol without ports, to the DMZ host, and back.
     pub fn other_protocol(&mut self) -> Option<Script> {
-        let number = self.claimed(UDP)?;
+        let number = self.claimed_by(UDP, |rule| rule.protocol == "any")?;
         let flow = &mut self.flows[number];
         if self.rules[flow.rule?].protocol != "any" {
             self.flows.pop();

@@ -59,29 +59,41 @@ struct Lane {
     _rig: Rig,
 }
 
+/// Who is compared with nftables.
+#[derive(Clone, Copy, Debug)]
+pub enum Subject<'a> {
+    /// The portfwd at this path.
+    Portfwd(&'a Path),
+    /// Nftables itself: what differs then is the oracle's mistake.
+    Nftables,
+}
+
 /// Both of them.
 pub struct World {
     nftables: Lane,
-    portfwd: Lane,
+    subject: Lane,
 }
 
 impl World {
-    pub fn new(rules: &[Rule], attach: &str, portfwd: &Path) -> Result<Self> {
+    pub fn new(rules: &[Rule], attach: &str, subject: Subject<'_>) -> Result<Self> {
         // Most of it is waiting for the kernel.
-        let (nftables, portfwd) = std::thread::scope(|scope| {
+        let (nftables, subject) = std::thread::scope(|scope| {
             let nftables = scope.spawn(|| Lane::nftables(rules));
-            let portfwd = Lane::portfwd(rules, attach, portfwd);
+            let subject = match subject {
+                Subject::Portfwd(path) => Lane::portfwd(rules, attach, path),
+                Subject::Nftables => Lane::nftables(rules),
+            };
             let nftables = nftables.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            (nftables, portfwd)
+            (nftables, subject)
         });
-        Ok(Self { nftables: nftables?, portfwd: portfwd? })
+        Ok(Self { nftables: nftables?, subject: subject? })
     }
 
-    /// Sends a packet through both; what comes out of nftables, and of portfwd.
+    /// Sends a packet through both; what comes out of nftables, and of the other.
     pub fn try_step(&mut self, step: &Step) -> Result<[Seen; 2]> {
         Ok([
             self.nftables.try_step(step).context("nftables")?,
-            self.portfwd.try_step(step).context("portfwd")?,
+            self.subject.try_step(step).context("portfwd")?,
         ])
     }
 }
