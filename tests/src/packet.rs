@@ -3,6 +3,7 @@
 //! does it.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 
 pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
@@ -202,6 +203,71 @@ pub fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
+/// The ends of a TCP or UDP packet whose transport header begins at `transport` in the frame; none if
+/// the frame is too short.
+pub fn ends(frame: &[u8], transport: usize) -> Option<(SocketAddr, SocketAddr)> {
+    let [source, destination] = addresses_at(frame).map(|at| {
+        if at.len() == 4 {
+            frame.get(at)?.first_chunk::<4>().map(|bytes| IpAddr::from(*bytes))
+        } else {
+            frame.get(at)?.first_chunk::<16>().map(|bytes| IpAddr::from(*bytes))
+        }
+    });
+    let port = |at: usize| Some(u16::from_be_bytes(*frame.get(at..)?.first_chunk()?));
+    Some((
+        SocketAddr::new(source?, port(transport)?),
+        SocketAddr::new(destination?, port(transport + 2)?),
+    ))
+}
+
+/// Changes the ends of a TCP or UDP packet that [has](ends) others. A checksum that was wrong stays
+/// wrong by as much.
+pub fn set_ends(frame: &mut [u8], protocol: u8, transport: usize, ends: (SocketAddr, SocketAddr)) {
+    let is_v4 = ends.0.is_ipv4();
+    let is_udp = protocol == UDP;
+    let sum = transport + if is_udp { 6 } else { 16 };
+    let has_sum = !(is_udp && frame[sum..sum + 2] == [0, 0]);
+    let [source, destination] = addresses_at(frame);
+    for (at, address, port_at, port) in [
+        (source.start, ends.0.ip(), transport, ends.0.port()),
+        (destination.start, ends.1.ip(), transport + 2, ends.1.port()),
+    ] {
+        let address = match address {
+            IpAddr::V4(address) => address.octets().to_vec(),
+            IpAddr::V6(address) => address.octets().to_vec(),
+        };
+        let port = port.to_be_bytes();
+        let addresses = (at..).step_by(2).zip(address.chunks(2));
+        let pairs = addresses.chain([(port_at, &port[..])]);
+        for (at, new) in pairs {
+            let old = [frame[at], frame[at + 1]];
+            frame[at..at + 2].copy_from_slice(new);
+            if is_v4 && at < transport {
+                amend(frame, ETHERNET + 10, old, new);
+            }
+            if has_sum {
+                amend(frame, sum, old, new);
+            }
+        }
+    }
+    if is_udp && has_sum && frame[sum..sum + 2] == [0, 0] {
+        frame[sum..sum + 2].fill(0xff);
+    }
+}
+
+/// Where the addresses are: source, destination.
+fn addresses_at(frame: &[u8]) -> [Range<usize>; 2] {
+    let (first, length) = if frame[12..ETHERNET] == [0x08, 0x00] { (12, 4) } else { (8, 16) };
+    let first = ETHERNET + first;
+    [first..first + length, first + length..first + 2 * length]
+}
+
+/// RFC 1624: what two bytes that a checksum is over became.
+fn amend(frame: &mut [u8], at: usize, old: [u8; 2], new: &[u8]) {
+    let sum = [!frame[at], !frame[at + 1], !old[0], !old[1], new[0], new[1]];
+    frame[at..at + 2].copy_from_slice(&checksum(&sum).to_be_bytes());
+}
+
 /// Repairs the checksum of an IPv4 header that was changed.
 pub fn repair_ipv4(frame: &mut [u8]) {
     let end = 14 + usize::from(frame[14] & 0xf) * 4;
@@ -255,6 +321,24 @@ fn packets_are_what_another_library_makes_of_the_same_fields() {
                 ip.udp(from.port(), to.port()).write(&mut bytes, &packet.payload).unwrap();
             }
             assert_eq!(packet.bytes(), bytes);
+        }
+    }
+}
+
+#[test]
+fn changed_ends_have_the_checksums_of_new_packets() {
+    for (from, to, others) in [
+        ("10.0.0.1:5000", "10.0.0.2:80", ["192.168.1.1:1", "0.0.0.0:65535"]),
+        ("[fd00::1]:5000", "[fd00::2]:80", ["[::]:1", "[2001:db8::7]:65535"]),
+    ] {
+        let parse = |text: &str| -> SocketAddr { text.parse().unwrap() };
+        for protocol in [TCP, UDP] {
+            let packet = Packet::new(protocol, parse(from), parse(to));
+            let [source, destination] = others.map(parse);
+            let (mut frame, transport) = (packet.bytes(), packet.transport_at());
+            assert_eq!(ends(&frame, transport), Some((packet.source, packet.destination)));
+            set_ends(&mut frame, protocol, transport, (source, destination));
+            assert_eq!(frame, Packet { source, destination, ..packet }.bytes());
         }
     }
 }

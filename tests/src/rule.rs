@@ -1,4 +1,4 @@
-//! Rules of one backend.
+//! Rules as tests know them.
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -18,6 +18,11 @@ pub struct Rule {
     pub listen: RangeInclusive<u16>,
     /// Where the first listened port leads.
     pub backend: SocketAddr,
+    /// All other listened ports lead there, too.
+    pub one_port: bool,
+    /// Further backends, with the same ports.
+    pub others: Vec<IpAddr>,
+    pub masquerade: bool,
 }
 
 impl Rule {
@@ -27,7 +32,16 @@ impl Rule {
         listen: RangeInclusive<u16>,
         backend: SocketAddr,
     ) -> Self {
-        Self { name: name.to_owned(), protocol, address: None, listen, backend }
+        Self {
+            name: name.to_owned(),
+            protocol,
+            address: None,
+            listen,
+            backend,
+            one_port: false,
+            others: Vec::new(),
+            masquerade: false,
+        }
     }
 
     pub fn toml(&self) -> String {
@@ -43,15 +57,34 @@ impl Rule {
             if self.listen == ANY { "*".to_owned() } else { ports(*self.listen.start()) };
         let listen =
             self.address.map_or(listened.clone(), |address| address_and(address, listened));
-        let to = if self.backend.port() == *self.listen.start() {
-            self.backend.ip().to_string()
-        } else {
-            address_and(self.backend.ip(), ports(self.backend.port()))
+        let to = |address: IpAddr| match self.backend.port() {
+            port if self.one_port => SocketAddr::new(address, port).to_string(),
+            port if port == *self.listen.start() => address.to_string(),
+            port => address_and(address, ports(port)),
         };
+        let to: Vec<_> = self.backends().map(|address| format!("\"{}\"", to(address))).collect();
+        let to = if to.len() == 1 { to.concat() } else { format!("[{}]", to.join(", ")) };
+        let source = if self.masquerade { "source = \"masquerade\"\n" } else { "" };
         let Self { name, protocol, .. } = self;
         format!(
-            "[[rule]]\nname = \"{name}\"\nprotocol = \"{protocol}\"\nlisten = \"{listen}\"\nto = \"{to}\"\n"
+            "[[rule]]\nname = \"{name}\"\nprotocol = \"{protocol}\"\nlisten = \"{listen}\"\nto = {to}\n{source}"
         )
+    }
+
+    /// The addresses of all backends.
+    pub fn backends(&self) -> impl Iterator<Item = IpAddr> {
+        [self.backend.ip()].into_iter().chain(self.others.iter().copied())
+    }
+
+    /// The first and the last of the backends' ports.
+    pub fn answering(&self) -> (u16, u16) {
+        let width = if self.one_port { 0 } else { self.listen.end() - self.listen.start() };
+        (self.backend.port(), self.backend.port() + width)
+    }
+
+    /// Whether the backend, or how it sees the client, is left to the router.
+    pub fn chooses(&self) -> bool {
+        self.masquerade || !self.others.is_empty()
     }
 
     pub fn has(&self, protocol: u8) -> bool {
@@ -71,9 +104,9 @@ impl Rule {
     }
 
     pub fn leads_to(&self, protocol: u8, at: SocketAddr) -> bool {
-        let width = self.listen.end() - self.listen.start();
+        let (first, last) = self.answering();
         self.has(protocol)
-            && at.ip() == self.backend.ip()
-            && (self.backend.port()..=self.backend.port() + width).contains(&at.port())
+            && self.backends().any(|backend| backend == at.ip())
+            && (first..=last).contains(&at.port())
     }
 }

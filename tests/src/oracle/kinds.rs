@@ -1,9 +1,11 @@
 //! What the stream may have in it: kinds of flows, and what may be special about a packet. What portfwd
 //! does not do yet is off, with the reason; who builds it switches it on.
 
+use super::rules::{SERVERS, server};
 use super::stream::{Damage, Flow, Maker, Script, Side, Step, Strange};
 use crate::packet::{TCP, UDP};
 use crate::random::Random;
+use crate::rule::{ANY, Rule};
 
 /// Whether a kind is in the stream.
 #[derive(Clone, Copy, Debug)]
@@ -56,14 +58,52 @@ pub const TALKS: &[Talk] = &[
     Talk { name: "other protocols", state: Off("`any` is TCP and UDP"), weight: 2, make: Maker::other_protocol },
 ];
 
+/// Something special about a rule.
+struct Shape {
+    name: &'static str,
+    state: State,
+    /// Once in how many rules that it applies to.
+    once_in: usize,
+    applies: fn(&Rule) -> bool,
+    change: fn(&mut Random, &mut Rule),
+}
+
+#[rustfmt::skip]
+const SHAPES: &[Shape] = &[
+    Shape { name: "many ports to one", state: Off(FLOWS), once_in: 4, applies: |rule| rule.listen != ANY && !is_shifted(rule),
+        change: |_, rule| rule.one_port = true },
+    Shape { name: "several backends", state: Off(FLOWS), once_in: 4, applies: |rule| !is_shifted(rule) || rule.one_port,
+        change: |random, rule| {
+            let others = (0..SERVERS).map(|number| server(rule.backend.is_ipv6(), number));
+            let count = 1 + random.below(3);
+            rule.others = others.filter(|other| *other != rule.backend.ip()).take(count).collect();
+        } },
+    Shape { name: "masquerade", state: Off(FLOWS), once_in: 4, applies: |_| true,
+        change: |_, rule| rule.masquerade = true },
+];
+
+/// Whether rules may send to one port of a backend and answer differently.
+pub const SHARED_PORTS: State = Off(FLOWS);
+const FLOWS: &str = "refused: there are no flows";
+
+/// Whether each of several ports becomes another.
+fn is_shifted(rule: &Rule) -> bool {
+    rule.listen.start() != rule.listen.end() && *rule.listen.start() != rule.backend.port()
+}
+
+/// Makes a rule special, or not.
+pub fn shape(random: &mut Random, extent: Extent, rule: &mut Rule) {
+    for shape in SHAPES.iter().filter(|shape| shape.state.is_in(extent)) {
+        if random.one_in(shape.once_in) && (shape.applies)(rule) {
+            (shape.change)(random, rule);
+        }
+    }
+}
+
 /// What no maker of flows or rules knows yet, why, and what it needs here.
 #[rustfmt::skip]
 const NOT_YET: &[(&str, &str)] = &[
-    ("several backends", "refused; which one a flow gets is each side's choice: compare up to renaming"),
-    ("many ports to one", "refused; Rule needs the width of its backend"),
-    ("two rules to one backend port", "refused; go_together() then allows it"),
     ("one client socket at two addresses of a rule", "no flows; nftables changes the later one's source port: compare up to renaming"),
-    ("masquerade", "refused; Rule needs its source; answers follow what arrived already: compare ports up to renaming"),
     ("hairpin", "reaches the box; needs a client on the server's side"),
     ("echo to a DMZ host", "ICMP is passed; echo() then asks claimed()"),
     ("fragments", "passed; nftables reassembles, and sends other fragments: compare whole packets"),
@@ -129,17 +169,17 @@ const KINDS: &[Kind] = &[
             step.packet.options = vec![7, 11, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0];
             step.strange = Some(Strange::RouterWritesOptions);
         } },
-    Kind { name: "source route", state: Off("forwarded; the kernel drops it (accept_source_route)"), once_in: 200, applies: v4,
+    Kind { name: "source route", state: Off("forwarded; the kernel drops it (accept_source_route)"), once_in: 200, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step),
         change: |_, _, step| step.packet.options = vec![131, 7, 4, 198, 51, 100, 1, 0] },
     Kind { name: "extension headers", state: On, once_in: 6, applies: v6,
         change: |random, _, step| step.packet.extensions = extensions(random) },
-    Kind { name: "authentication header", state: Off("passed: its sum is over the addresses"), once_in: 50, applies: v6,
+    Kind { name: "authentication header", state: Off("passed: its sum is over the addresses"), once_in: 50, applies: |flow, step| v6(flow, step) && may_be_lost(flow, step),
         change: |random, _, step| step.packet.extensions = vec![(51, [&[0, 4][..], &random.bytes(22)].concat())] },
     Kind { name: "two hops left", state: On, once_in: 20, applies: any,
         change: |_, _, step| step.packet.hops = 2 },
-    Kind { name: "last hop", state: On, once_in: 20, applies: |flow, step| !is_forward(flow, step) && step.strange.is_none(),
+    Kind { name: "last hop", state: On, once_in: 20, applies: |flow, step| !is_forward(flow, step) && step.strange.is_none() && !flow.chooses,
         change: |_, _, step| step.packet.hops = 1 },
-    Kind { name: "last hop, to a rule", state: Off("the stack gets it untranslated; it does not say that the time is exceeded"), once_in: 20, applies: is_forward,
+    Kind { name: "last hop, to a rule", state: Off("the stack gets it untranslated; it does not say that the time is exceeded"), once_in: 20, applies: may_be_lost,
         change: |_, _, step| step.packet.hops = 1 },
     Kind { name: "zeros", state: On, once_in: 16, applies: has_ports,
         change: |_, _, step| step.packet.payload.fill(0) },
@@ -183,6 +223,8 @@ const KINDS: &[Kind] = &[
 /// All that is not in the stream, and why.
 pub fn off() -> impl Iterator<Item = (&'static str, &'static str)> {
     let states = TALKS.iter().map(|talk| (talk.name, talk.state));
+    let states = states.chain(SHAPES.iter().map(|shape| (shape.name, shape.state)));
+    let states = states.chain([("two rules to one backend port", SHARED_PORTS)]);
     let states = states.chain(KINDS.iter().map(|kind| (kind.name, kind.state)));
     let off = states.filter_map(|(name, state)| match state {
         On => None,
@@ -280,6 +322,12 @@ mod tests {
                 let mut flows = streams.iter().flat_map(|stream| &stream.flows);
                 let occurs = flows.any(|flow| flow.talk == talk.name);
                 assert_eq!(occurs, talk.state.is_in(extent), "{}", talk.name);
+            }
+            let shapes: [fn(&Rule) -> bool; 3] =
+                [|rule| rule.one_port, |rule| !rule.others.is_empty(), |rule| rule.masquerade];
+            for (shape, has) in SHAPES.iter().zip(shapes) {
+                let mut rules = streams.iter().flat_map(|stream| &stream.rules);
+                assert_eq!(rules.any(has), shape.state.is_in(extent), "{}", shape.name);
             }
         }
     }

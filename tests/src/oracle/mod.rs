@@ -124,10 +124,11 @@ fn send(
 ) -> Result<Option<Found>> {
     let mut world = World::new(&stream.rules, stream.attach, subject)?;
     for (number, step) in stream.steps.iter().enumerate().filter(|(number, _)| chosen(*number)) {
-        let seen = world.try_step(step).with_context(|| format!("packet {number}"))?;
+        let flow = &stream.flows[step.flow];
+        let seen = world.try_step(step, flow).with_context(|| format!("packet {number}"))?;
         let [nftables, portfwd] = seen;
         summary.packets += 1;
-        match compare(step, &stream.flows[step.flow], &nftables, &portfwd) {
+        match compare(step, flow, &nftables, &portfwd) {
             Verdict::Same => {
                 summary.same += 1;
                 summary.silent += usize::from(nftables == Seen::default());
@@ -192,8 +193,8 @@ fn explained(seed: u64, stream: &Stream, found: Found, subject: Subject<'_>) -> 
         Some(rule) => text.push_str(&stream.rules[rule].toml()),
         None => text.push_str("no rule claims it\n"),
     }
-    let _ = writeln!(text, "\nsent, {} of {} packets suffice:", needed.len(), found.step + 1);
-    for number in needed.iter().take(20) {
+    let _ = writeln!(text, "\n{} of {} packets show it; its flow's:", needed.len(), found.step + 1);
+    for number in needed.iter().filter(|number| stream.steps[**number].flow == step.flow) {
         let _ = writeln!(text, "  {}", line(*number, &stream.steps[*number]));
     }
     let _ = writeln!(text, "\nthe last of them:");

@@ -41,6 +41,8 @@ pub struct Flow {
     pub talk: &'static str,
     /// The rule that claims it.
     pub rule: Option<usize>,
+    /// The backend, or how it sees the client, is the router's choice.
+    pub chooses: bool,
     pub protocol: u8,
     pub client: SocketAddr,
     /// Where the client sends to.
@@ -180,7 +182,7 @@ impl Stream {
     /// What a seed stands for. Fewer packets are the first of more.
     pub fn new(seed: u64, packets: usize, extent: Extent) -> Self {
         let mut random = Random::new(seed);
-        let rules = rules::some(&mut random);
+        let rules = rules::some(&mut random, extent);
         let attach = *random.pick(&["native", "native", "generic"]);
         let mut maker = Maker { random, extent, rules, flows: Vec::new() };
         let mut open: Vec<VecDeque<Step>> = Vec::new();
@@ -271,16 +273,24 @@ impl Maker {
 
     /// A flow that a rule claims.
     fn claimed(&mut self, protocol: u8) -> Option<usize> {
-        self.claimed_by(protocol, |rule| rule.has(protocol))
+        self.claimed_by(protocol, |_, _| true)
     }
 
-    /// A flow that one of these rules claims, or a narrower one.
-    fn claimed_by(&mut self, protocol: u8, those: impl Fn(&Rule) -> bool) -> Option<usize> {
-        let with: Vec<_> = self.rules.iter().filter(|rule| those(rule)).cloned().collect();
-        if with.is_empty() {
+    /// A flow that a stateless rule claims.
+    fn claimed_without_flow(&mut self, protocol: u8) -> Option<usize> {
+        self.claimed_by(protocol, rules::is_stateless)
+    }
+
+    /// A flow that one of these rules claims.
+    fn claimed_by(&mut self, protocol: u8, those: fn(&[Rule], usize) -> bool) -> Option<usize> {
+        let is_one =
+            |rules: &[Rule], number: usize| rules[number].has(protocol) && those(rules, number);
+        let numbers = 0..self.rules.len();
+        let ours: Vec<_> = numbers.filter(|number| is_one(&self.rules, *number)).collect();
+        if ours.is_empty() {
             return None;
         }
-        let rule = self.random.pick(&with);
+        let rule = &self.rules[*self.random.pick(&ours)];
         let (first, last) = (*rule.listen.start(), *rule.listen.end());
         let port = match self.random.below(4) {
             0 if first != 0 => first,
@@ -293,15 +303,26 @@ impl Maker {
         let asks = SocketAddr::new(address, port);
         // Which may be a narrower one.
         let (rule, server) = rules::claim(&self.rules, protocol, asks)?;
+        if !is_one(&self.rules, rule) {
+            return None;
+        }
         let client = self.client(v6);
-        let flow =
-            Flow { talk: "", rule: Some(rule), protocol, client, asks, server, answers: asks };
+        let flow = Flow {
+            talk: "",
+            rule: Some(rule),
+            chooses: self.rules[rule].chooses(),
+            protocol,
+            client,
+            asks,
+            server,
+            answers: asks,
+        };
         Some(self.open(flow))
     }
 
-    /// [`claimed`](Self::claimed), for packets of the server alone: they leave with the first address.
+    /// The same, for packets of the server alone: they leave with the first address.
     fn claimed_reply(&mut self, protocol: u8) -> Option<usize> {
-        let number = self.claimed(protocol)?;
+        let number = self.claimed_without_flow(protocol)?;
         let flow = &mut self.flows[number];
         let address = self.rules[flow.rule?].address;
         flow.answers.set_ip(address.unwrap_or(externals(flow.asks.is_ipv6())[0]));
@@ -320,8 +341,16 @@ impl Maker {
             return None;
         }
         let client = self.client(address.is_ipv6());
-        let flow =
-            Flow { talk: "", rule: None, protocol, client, asks: at, server: at, answers: at };
+        let flow = Flow {
+            talk: "",
+            rule: None,
+            chooses: false,
+            protocol,
+            client,
+            asks: at,
+            server: at,
+            answers: at,
+        };
         Some(self.open(flow))
     }
 
@@ -470,7 +499,7 @@ impl Maker {
 
     /// TCP with any flags in any order, once there is a connection.
     pub fn disorder(&mut self) -> Option<Script> {
-        let flow = self.claimed(TCP)?;
+        let flow = self.claimed_without_flow(TCP)?;
         let mut script = self.segments(flow, &HANDSHAKE);
         for _ in 0..4 + self.random.below(8) {
             let flags = self.random.bits() as u8;
@@ -510,6 +539,7 @@ impl Maker {
         let flow = self.open(Flow {
             talk: "",
             rule: None,
+            chooses: false,
             protocol,
             client,
             asks: at,
@@ -569,7 +599,7 @@ impl Maker {
 
     /// From an address that no client has.
     pub fn forged(&mut self) -> Option<Script> {
-        let flow = self.claimed(UDP)?;
+        let flow = self.claimed_without_flow(UDP)?;
         let client = &mut self.flows[flow].client;
         client.set_ip(if client.is_ipv4() {
             let octets: [u8; 4] = *self.random.pick(&[
@@ -593,7 +623,8 @@ impl Maker {
     /// ICMP errors about packets in both directions, from the ends and from routers on the way.
     pub fn errors(&mut self) -> Option<Script> {
         let protocol = self.protocol();
-        let number = self.claimed(protocol)?;
+        // What is quoted must be what arrived.
+        let number = self.claimed_by(protocol, |rules, number| !rules[number].chooses())?;
         let flow = self.flows[number].clone();
         let mut script: Script = if protocol == UDP {
             Side::BOTH.map(|from| self.step(number, from)).into()
@@ -634,12 +665,11 @@ impl Maker {
 
     /// A protocol without ports, to the DMZ host, and back.
     pub fn other_protocol(&mut self) -> Option<Script> {
-        let number = self.claimed_by(UDP, |rule| rule.protocol == "any")?;
+        let is_dmz = |rules: &[Rule], number: usize| {
+            rules[number].protocol == "any" && !rules[number].chooses()
+        };
+        let number = self.claimed_by(UDP, is_dmz)?;
         let flow = &mut self.flows[number];
-        if self.rules[flow.rule?].protocol != "any" {
-            self.flows.pop();
-            return None;
-        }
         // ESP, and one that nobody knows: connection tracking has a flow for each pair of addresses.
         flow.protocol = *self.random.pick(&[50, 200]);
         for end in [&mut flow.client, &mut flow.asks, &mut flow.server, &mut flow.answers] {

@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::rules::{self, SECOND_WAN, SERVERS, server};
-use super::stream::{CLIENT_MAC, LAN_MAC, SERVER_MAC, Side, Step, WAN_MAC};
+use super::stream::{CLIENT_MAC, Flow, LAN_MAC, SERVER_MAC, Side, Step, WAN_MAC};
 use crate::netns::{self, Namespace};
-use crate::packet::{Packet, TCP, UDP};
+use crate::packet::{self, Packet, TCP, UDP};
 use crate::portfwd::Portfwd;
 use crate::rig::{self, Options, Rig};
 use crate::rule::Rule;
-use crate::wire::{self, Tap};
+use crate::wire::Tap;
 use tempfile::TempDir;
 
 /// A protocol that is nobody's (RFC 3692), of the frames that say that all before them has come.
@@ -49,11 +49,16 @@ impl Seen {
     }
 }
 
+/// Source and destination.
+type Ends = (SocketAddr, SocketAddr);
+
 /// A router at work.
 struct Lane {
     taps: [Tap; 2],
-    /// The ends of what reached the server last, by the number of the flow.
-    arrived: HashMap<usize, (SocketAddr, SocketAddr)>,
+    /// How the server sees a flow, by its number.
+    arrived: HashMap<usize, Ends>,
+    /// The other way round, with the protocol.
+    flows: HashMap<(u8, Ends), usize>,
     markers: u32,
     _portfwd: Option<(Portfwd, TempDir)>,
     _rig: Rig,
@@ -90,10 +95,10 @@ impl World {
     }
 
     /// Sends a packet through both; what comes out of nftables, and of the other.
-    pub fn try_step(&mut self, step: &Step) -> Result<[Seen; 2]> {
+    pub fn try_step(&mut self, step: &Step, flow: &Flow) -> Result<[Seen; 2]> {
         Ok([
-            self.nftables.try_step(step).context("nftables")?,
-            self.subject.try_step(step).context("portfwd")?,
+            self.nftables.try_step(step, flow).context("nftables")?,
+            self.subject.try_step(step, flow).context("portfwd")?,
         ])
     }
 }
@@ -143,24 +148,52 @@ impl Lane {
 
     fn new(rig: Rig, portfwd: Option<(Portfwd, TempDir)>) -> Result<Self> {
         let taps = [Tap::open(&rig.client, "eth0")?, Tap::open(&rig.server, "eth0")?];
-        Ok(Self { taps, arrived: HashMap::new(), markers: 0, _portfwd: portfwd, _rig: rig })
+        Ok(Self {
+            taps,
+            arrived: HashMap::new(),
+            flows: HashMap::new(),
+            markers: 0,
+            _portfwd: portfwd,
+            _rig: rig,
+        })
     }
 
-    fn try_step(&mut self, step: &Step) -> Result<Seen> {
-        let is_answer = step.from == Side::Server && matches!(step.packet.protocol, TCP | UDP);
+    fn try_step(&mut self, step: &Step, flow: &Flow) -> Result<Seen> {
+        let has_ports = matches!(step.packet.protocol, TCP | UDP);
         let frame = match self.arrived.get(&step.flow) {
-            Some((source, destination)) if is_answer => step.answer(*source, *destination),
+            Some(ends) if has_ports && step.from == Side::Server => step.answer(ends.0, ends.1),
             _ => step.frame(),
         };
         self.taps[step.from as usize].send(&frame)?;
-        let seen = self.settle()?;
-        if step.from == Side::Client
-            && let [frame] = seen.at(Side::Server)
-            && let Ok(Some(packet)) = wire::verify(frame)
-        {
-            self.arrived.insert(step.flow, (packet.source, packet.destination));
+        let mut seen = self.settle()?;
+        if has_ports && step.from == Side::Client {
+            self.note_arrival(step, flow, &mut seen)?;
         }
         Ok(seen)
+    }
+
+    /// Takes down how the server sees a flow, and looks whether it stays so and is no other's. What
+    /// the router chose is taken out of the packet, so that it can be compared: the port that stands
+    /// for the client, and which backend it is.
+    fn note_arrival(&mut self, step: &Step, flow: &Flow, seen: &mut Seen) -> Result<()> {
+        let (protocol, transport) = (step.packet.protocol, step.packet.transport_at());
+        let [frame] = seen.0[Side::Server as usize].as_mut_slice() else { return Ok(()) };
+        let Some(ends) = packet::ends(frame, transport) else { return Ok(()) };
+        let first = *self.arrived.entry(step.flow).or_insert(ends);
+        let owner = *self.flows.entry((protocol, ends)).or_insert(step.flow);
+        ensure!(
+            owner == step.flow,
+            "{} -> {} at the server is flow {owner}, and now flow {} as well",
+            ends.0,
+            ends.1,
+            step.flow
+        );
+        if flow.chooses && ends == first {
+            let source = SocketAddr::new(ends.0.ip(), flow.client.port());
+            let destination = SocketAddr::new(flow.server.ip(), ends.1.port());
+            packet::set_ends(frame, protocol, transport, (source, destination));
+        }
+        Ok(())
     }
 
     /// Waits until everything that was sent so far has come out.
