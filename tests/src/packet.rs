@@ -255,6 +255,35 @@ pub fn set_ends(frame: &mut [u8], protocol: u8, transport: usize, ends: (SocketA
     }
 }
 
+/// The fragments of a packet without IPv4 options, extension headers and padding, each with so many
+/// bytes of what is behind its IP header: a multiple of eight. IPv6's are numbered by the flow label.
+pub fn fragments(frame: &[u8], size: usize) -> Vec<Vec<u8>> {
+    let is_v4 = frame[12..ETHERNET] == [0x08, 0x00];
+    let (head, rest) = frame.split_at(ETHERNET + if is_v4 { 20 } else { 40 });
+    let count = rest.len().div_ceil(size);
+    let fragment = |(place, part): (usize, &[u8])| {
+        let (offset, more) = ((place * size) as u16, u16::from(place + 1 < count));
+        let mut fragment = head.to_vec();
+        if is_v4 {
+            fragment[16..18].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
+            fragment[20..22].copy_from_slice(&((more << 13) | (offset / 8)).to_be_bytes());
+            repair_ipv4(&mut fragment);
+        } else {
+            fragment[18..20].copy_from_slice(&(8 + part.len() as u16).to_be_bytes());
+            let next = std::mem::replace(&mut fragment[20], FRAGMENT);
+            fragment.extend([next, 0]);
+            fragment.extend((offset | more).to_be_bytes());
+            fragment.extend(&frame[ETHERNET..ETHERNET + 4]);
+        }
+        fragment.extend(part);
+        fragment
+    };
+    rest.chunks(size).enumerate().map(fragment).collect()
+}
+
+/// The number of the IPv6 fragment header.
+pub const FRAGMENT: u8 = 44;
+
 /// Where the addresses are: source, destination.
 fn addresses_at(frame: &[u8]) -> [Range<usize>; 2] {
     let (first, length) = if frame[12..ETHERNET] == [0x08, 0x00] { (12, 4) } else { (8, 16) };

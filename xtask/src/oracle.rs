@@ -1,6 +1,12 @@
 //! `cargo xtask oracle`.
 
-use std::{env, io::IsTerminal, os::unix::process::CommandExt, path::PathBuf, time::Instant};
+use std::{
+    env,
+    io::IsTerminal,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::{interrupt, netns, oracle, random};
@@ -44,7 +50,7 @@ pub fn run(options: &Options) -> Result<()> {
     Err(command.exec()).with_context(|| format!("cannot start {:?}", command.get_program()))
 }
 
-fn compare(options: &Options, portfwd: &std::path::Path) -> Result<()> {
+fn compare(options: &Options, portfwd: &Path) -> Result<()> {
     interrupt::catch();
     netns::clean_stale()?;
     let seed = options.seed.unwrap_or_else(random::seed);
@@ -53,11 +59,11 @@ fn compare(options: &Options, portfwd: &std::path::Path) -> Result<()> {
     let summary = oracle::run(portfwd, options.packets, seed, |so_far| {
         ensure!(!interrupt::interrupted(), "interrupted after {} packets", so_far.packets);
         if std::io::stderr().is_terminal() {
-            eprint!("\r{} packets", so_far.packets);
+            eprint!("{} packets\r", so_far.packets);
         }
         Ok(())
     })?;
-    print!("\r{summary}");
+    print!("{summary}");
     println!("{:.0} s", began.elapsed().as_secs_f64());
     Ok(())
 }

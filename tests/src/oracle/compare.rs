@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::stream::{Flow, Side, Step, Strange};
 use super::world::Seen;
-use crate::packet::{ETHERNET, ICMP, ICMPV6, TCP, UDP, repair_ipv4};
+use crate::packet::{ETHERNET, FRAGMENT, ICMP, ICMPV6, TCP, UDP, repair_ipv4};
 use crate::wire;
 
 /// A difference that is meant.
@@ -36,6 +36,11 @@ pub const WANTED: &[Wanted] = &[
         name: "identification",
         reason: "each router numbers the IPv4 packets that it makes itself in its own way",
         grants: Without(|step, side, frame| without_identification(step, side, frame)),
+    },
+    Wanted {
+        name: "identification of fragments",
+        reason: "nftables reassembles IPv6 packets, and numbers the fragments anew",
+        grants: Without(|_, _, frame| without_number(frame)),
     },
     Wanted {
         name: "out of state",
@@ -99,7 +104,7 @@ pub fn compare(step: &Step, flow: &Flow, nftables: &Seen, portfwd: &Seen) -> Ver
             ByTheRule(strange) => {
                 let to = step.from.other();
                 step.strange == Some(strange)
-                    && ours.at(to) == [step.expected(flow)]
+                    && ours.at(to) == step.frames(step.expected(flow))
                     && ours.at(step.from).is_empty()
             }
         };
@@ -137,6 +142,16 @@ fn without_identification(step: &Step, side: Side, frame: &mut [u8]) {
     if side == step.from && frame[12..ETHERNET] == [8, 0] && wire::verify(frame).is_ok() {
         frame[ETHERNET + 4..ETHERNET + 6].fill(0);
         repair_ipv4(frame);
+    }
+}
+
+fn without_number(frame: &mut [u8]) {
+    let number = ETHERNET + 40 + 4;
+    if frame[12..ETHERNET] == [0x86, 0xdd]
+        && frame.get(ETHERNET + 6) == Some(&FRAGMENT)
+        && let Some(number) = frame.get_mut(number..number + 4)
+    {
+        number.fill(0);
     }
 }
 
@@ -255,7 +270,7 @@ impl Reader<'_> {
         self.add("DSCP and ECN", hex(&[class]));
         self.number("total length")?;
         self.number("identification")?;
-        self.hex::<2>("flags and fragment offset")?;
+        let [flags, offset] = self.hex::<2>("flags and fragment offset")?;
         let [ttl, protocol] = self.take::<2>()?;
         self.add("time to live", ttl);
         self.add("protocol", protocol);
@@ -264,7 +279,8 @@ impl Reader<'_> {
         self.add("source", Ipv4Addr::from(source));
         self.add("destination", Ipv4Addr::from(destination));
         self.some("options of IPv4", usize::from(first & 0xf).saturating_sub(5) * 4);
-        self.transport(protocol)
+        let is_first = flags & 0x1f == 0 && offset == 0;
+        if is_first { self.transport(protocol) } else { None }
     }
 
     fn ipv6(&mut self) -> Option<()> {
@@ -276,11 +292,15 @@ impl Reader<'_> {
         self.add("source", Ipv6Addr::from(source));
         self.add("destination", Ipv6Addr::from(destination));
         let mut place = 1;
-        while matches!(protocol, 0 | 43 | 44 | 60) {
-            let [next, units] = *self.rest.first_chunk::<2>()?;
-            let length = if protocol == 44 { 8 } else { (usize::from(units) + 1) * 8 };
+        while matches!(protocol, 0 | 43 | FRAGMENT | 60) {
+            let [next, units, offset, flags] = *self.rest.first_chunk::<4>()?;
+            let length = if protocol == FRAGMENT { 8 } else { (usize::from(units) + 1) * 8 };
             self.some(&format!("extension header {place} ({protocol})"), length);
+            let is_later = protocol == FRAGMENT && (offset != 0 || flags & 0xf8 != 0);
             (protocol, place) = (next, place + 1);
+            if is_later {
+                return None;
+            }
         }
         self.add("protocol", protocol);
         self.transport(protocol)

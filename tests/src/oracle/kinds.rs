@@ -3,7 +3,7 @@
 
 use super::rules::{SERVERS, server};
 use super::stream::{Damage, Flow, Maker, Script, Side, Step, Strange};
-use crate::packet::{TCP, UDP};
+use crate::packet::{Packet, TCP, UDP};
 use crate::random::Random;
 use crate::rule::{ANY, Rule};
 
@@ -106,7 +106,6 @@ const NOT_YET: &[(&str, &str)] = &[
     ("one client socket at two addresses of a rule", "no flows; nftables changes the later one's source port: compare up to renaming"),
     ("hairpin", "reaches the box; needs a client on the server's side"),
     ("echo to a DMZ host", "ICMP is passed; echo() then asks claimed()"),
-    ("fragments", "passed; nftables reassembles, and sends other fragments: compare whole packets"),
     ("fragments out of order", "passed; portfwd will not hold them, nftables does: a wanted difference"),
     ("larger than the MTU", "the stack answers with untranslated headers; the rig needs a narrow network"),
 ];
@@ -148,6 +147,13 @@ fn is_udp(_: &Flow, step: &Step) -> bool {
 /// To a rule's port.
 fn is_forward(flow: &Flow, step: &Step) -> bool {
     flow.rule.is_some() && step.from == Side::Client
+}
+
+/// Into two fragments at least, which the library knows how to make.
+fn may_be_cut(flow: &Flow, step: &Step) -> bool {
+    let Packet { options, extensions, padding, payload, .. } = &step.packet;
+    let is_plain = options.is_empty() && extensions.is_empty() && padding.is_empty();
+    is_plain && payload.len() >= 8 && has_ports(flow, step) && step.packet.hops > 1 && !flow.chooses
 }
 
 /// Of a flow that there is already, and goes on if this one is lost.
@@ -194,6 +200,15 @@ const KINDS: &[Kind] = &[
         change: |random, _, step| {
             let length = 1 + random.below(20);
             step.packet.padding = random.bytes(length);
+        } },
+    Kind { name: "fragments", state: Off("passed; nftables sends some whole: compare what the receiver reassembles"), once_in: 20, applies: may_be_cut,
+        change: |random, _, step| {
+            let packet = &step.packet;
+            // The first fragment of IPv6 has the whole header, or is dropped (RFC 7112).
+            let whole = !packet.is_v4() && packet.protocol == TCP;
+            let head = if whole { 20 + packet.tcp.options.len() } else { 8 };
+            step.cut = Some(8 * (head.div_ceil(8) + random.below(packet.payload.len() / 8)));
+            step.packet.fragment = 0;
         } },
     // What follows is lost at one of the two, or at both.
     Kind { name: "wrong header checksum", state: On, once_in: 60, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step),
@@ -242,8 +257,8 @@ pub fn vary(random: &mut Random, extent: Extent, flow: &Flow, step: &mut Step) {
         }
         let mut changed = step.clone();
         (kind.change)(random, flow, &mut changed);
-        let fate = |step: &Step| (step.strange, step.damage.clone());
-        if fate(step) == (None, None) || fate(step) == fate(&changed) {
+        let fate = |step: &Step| (step.strange, step.damage.clone(), step.cut);
+        if fate(step) == (None, None, None) || fate(step) == fate(&changed) {
             *step = changed;
             step.kinds.push(kind.name);
         }

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::kinds::{self, Extent};
 use super::rules::{self, any_port, externals, server};
-use crate::packet::{ICMP, ICMPV6, Packet, TCP, UDP};
+use crate::packet::{self, ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::random::Random;
 use crate::rig;
 use crate::rule::Rule;
@@ -93,6 +93,8 @@ pub struct Step {
     pub begins: bool,
     pub packet: Packet,
     pub damage: Option<Damage>,
+    /// It is sent in fragments with so many bytes.
+    pub cut: Option<usize>,
     pub strange: Option<Strange>,
     /// What is special about it.
     pub kinds: Vec<&'static str>,
@@ -107,6 +109,14 @@ impl Step {
     /// The frame of an answer to what arrived with these ends.
     pub fn answer(&self, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
         self.damaged(&Packet { source: destination, destination: source, ..self.packet.clone() })
+    }
+
+    /// The frames as which a frame of this step goes.
+    pub fn frames(&self, frame: Vec<u8>) -> Vec<Vec<u8>> {
+        match self.cut {
+            Some(size) => packet::fragments(&frame, size),
+            None => vec![frame],
+        }
     }
 
     /// The packet as its flow's rule translates it.
@@ -147,7 +157,7 @@ impl Step {
             let sum = (sum & 0xffff) + (sum >> 16);
             set(frame, at, &(sum as u16).to_be_bytes());
         };
-        let (ip, transport) = (crate::packet::ETHERNET, packet.transport_at());
+        let (ip, transport) = (packet::ETHERNET, packet.transport_at());
         match &self.damage {
             None => {}
             Some(Damage::Checksum(by)) => {
@@ -397,6 +407,7 @@ impl Maker {
             begins: false,
             packet,
             damage: None,
+            cut: None,
             strange: None,
             kinds: Vec::new(),
         }
@@ -634,7 +645,7 @@ impl Maker {
         for _ in 0..=self.random.below(3) {
             let about = self.random.pick(&script[..2]).clone();
             let quoted = about.translated(&flow);
-            let quoted_bytes = &quoted.bytes()[crate::packet::ETHERNET..];
+            let quoted_bytes = &quoted.bytes()[packet::ETHERNET..];
             let least = quoted_bytes.len() - quoted.payload.len();
             let most = quoted_bytes.len().min(540);
             let length = least + self.random.below(most.saturating_sub(least) + 1);

@@ -164,7 +164,9 @@ impl Lane {
             Some(ends) if has_ports && step.from == Side::Server => step.answer(ends.0, ends.1),
             _ => step.frame(),
         };
-        self.taps[step.from as usize].send(&frame)?;
+        for frame in step.frames(frame) {
+            self.taps[step.from as usize].send(&frame)?;
+        }
         let mut seen = self.settle()?;
         if has_ports && step.from == Side::Client {
             self.note_arrival(step, flow, &mut seen)?;
