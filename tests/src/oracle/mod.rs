@@ -1,6 +1,6 @@
 //! The oracle: the same random packets, under the same random rules, go through nftables in one router
 //! and through portfwd in another. What comes out at both ends must be the same, field by field, but
-//! for a list of [wanted](compare::WANTED) differences.
+//! for a list of wanted differences (compare.rs).
 //!
 //! Every 1,000 packets begin anew, with rules, routers and flows of a seed of their own: the first
 //! seed, the next number, and so on. So a failure needs 1,000 packets at most to be seen again, and
