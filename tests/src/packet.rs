@@ -5,13 +5,16 @@
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
-pub const ICMP: u8 = 1;
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+/// The first four bytes of the payload are its type, its code, and what its checksum replaces.
+pub const ICMP: u8 = 1;
+/// As [`ICMP`].
 pub const ICMPV6: u8 = 58;
-
-/// Where the IP header begins in a frame.
-pub const ETHERNET: usize = 14;
+/// Bytes 6 and 7 of the payload are what its checksum replaces.
+pub const UDP_LITE: u8 = 136;
+/// As [`UDP_LITE`].
+pub const DCCP: u8 = 33;
 
 /// An IP packet in an Ethernet frame.
 #[derive(Clone, Debug)]
@@ -20,7 +23,7 @@ pub struct Packet {
     pub link_source: [u8; 6],
     pub source: SocketAddr,
     pub destination: SocketAddr,
-    /// TCP, UDP, ICMP, whose payload begins with its type, or another one that has just a payload.
+    /// TCP, UDP, or another one that has just a payload.
     pub protocol: u8,
     /// Time to live, or hop limit.
     pub hops: u8,
@@ -42,6 +45,9 @@ pub struct Packet {
     /// What Ethernet adds behind the packet.
     pub padding: Vec<u8>,
 }
+
+/// Where the IP header begins in a frame.
+pub const ETHERNET: usize = 14;
 
 /// What is TCP's own.
 #[derive(Clone, Debug)]
@@ -84,6 +90,20 @@ impl Packet {
 
     pub fn is_v4(&self) -> bool {
         self.source.is_ipv4()
+    }
+
+    /// An ICMP error, of either family, about a packet. `rest` is the second half of its header.
+    pub fn error(
+        source: IpAddr,
+        destination: IpAddr,
+        kind: [u8; 2],
+        rest: [u8; 4],
+        quoted: &[u8],
+    ) -> Self {
+        let [source, destination] = [source, destination].map(|ip| SocketAddr::new(ip, 0));
+        let protocol = if source.is_ipv4() { ICMP } else { ICMPV6 };
+        let payload = [&kind, &[0; 2], &rest[..], quoted].concat();
+        Self { payload, ..Self::new(protocol, source, destination) }
     }
 
     /// Bytes of the IP packet.
@@ -164,6 +184,7 @@ impl Packet {
                 6
             }
             ICMP | ICMPV6 if self.payload.len() >= 4 => 2,
+            UDP_LITE | DCCP if self.payload.len() >= 8 => 6,
             _ => return self.payload.clone(),
         };
         bytes.extend(&self.payload);
@@ -172,35 +193,23 @@ impl Packet {
         }
         bytes[place..place + 2].fill(0);
         let mut covered = match (self.source.ip(), self.destination.ip()) {
-            _ if self.protocol == ICMP => Vec::new(),
             (IpAddr::V4(a), IpAddr::V4(b)) => [a.octets(), b.octets()].concat(),
             (IpAddr::V6(a), IpAddr::V6(b)) => [a.octets(), b.octets()].concat(),
             _ => panic!("{} and {} are of two families", self.source, self.destination),
         };
-        if self.protocol != ICMP {
-            covered.extend([0, self.protocol]);
-            covered.extend((bytes.len() as u16).to_be_bytes());
+        covered.extend([0, self.protocol]);
+        covered.extend((bytes.len() as u16).to_be_bytes());
+        if self.protocol == ICMP {
+            covered.clear();
         }
         covered.extend(&bytes);
         let mut sum = checksum(&covered);
-        if self.protocol == UDP && sum == 0 {
+        if matches!(self.protocol, UDP | UDP_LITE) && sum == 0 {
             sum = 0xffff;
         }
         bytes[place..place + 2].copy_from_slice(&sum.to_be_bytes());
         bytes
     }
-}
-
-/// RFC 1071, word by word.
-pub fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum = 0_u32;
-    for pair in bytes.chunks(2) {
-        sum += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
-        if sum > 0xffff {
-            sum -= 0xffff;
-        }
-    }
-    !(sum as u16)
 }
 
 /// The ends of a TCP or UDP packet whose transport header begins at `transport` in the frame; none if
@@ -255,35 +264,6 @@ pub fn set_ends(frame: &mut [u8], protocol: u8, transport: usize, ends: (SocketA
     }
 }
 
-/// The fragments of a packet without IPv4 options, extension headers and padding, each with so many
-/// bytes of what is behind its IP header: a multiple of eight. IPv6's are numbered by the flow label.
-pub fn fragments(frame: &[u8], size: usize) -> Vec<Vec<u8>> {
-    let is_v4 = frame[12..ETHERNET] == [0x08, 0x00];
-    let (head, rest) = frame.split_at(ETHERNET + if is_v4 { 20 } else { 40 });
-    let count = rest.len().div_ceil(size);
-    let fragment = |(place, part): (usize, &[u8])| {
-        let (offset, more) = ((place * size) as u16, u16::from(place + 1 < count));
-        let mut fragment = head.to_vec();
-        if is_v4 {
-            fragment[16..18].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
-            fragment[20..22].copy_from_slice(&((more << 13) | (offset / 8)).to_be_bytes());
-            repair_ipv4(&mut fragment);
-        } else {
-            fragment[18..20].copy_from_slice(&(8 + part.len() as u16).to_be_bytes());
-            let next = std::mem::replace(&mut fragment[20], FRAGMENT);
-            fragment.extend([next, 0]);
-            fragment.extend((offset | more).to_be_bytes());
-            fragment.extend(&frame[ETHERNET..ETHERNET + 4]);
-        }
-        fragment.extend(part);
-        fragment
-    };
-    rest.chunks(size).enumerate().map(fragment).collect()
-}
-
-/// The number of the IPv6 fragment header.
-pub const FRAGMENT: u8 = 44;
-
 /// Where the addresses are: source, destination.
 fn addresses_at(frame: &[u8]) -> [Range<usize>; 2] {
     let (first, length) = if frame[12..ETHERNET] == [0x08, 0x00] { (12, 4) } else { (8, 16) };
@@ -297,12 +277,51 @@ fn amend(frame: &mut [u8], at: usize, old: [u8; 2], new: &[u8]) {
     frame[at..at + 2].copy_from_slice(&checksum(&sum).to_be_bytes());
 }
 
+/// RFC 1071, word by word.
+pub fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum = 0_u32;
+    for pair in bytes.chunks(2) {
+        sum += u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
+        if sum > 0xffff {
+            sum -= 0xffff;
+        }
+    }
+    !(sum as u16)
+}
+
 /// Repairs the checksum of an IPv4 header that was changed.
 pub fn repair_ipv4(frame: &mut [u8]) {
     let end = 14 + usize::from(frame[14] & 0xf) * 4;
     frame[24..26].fill(0);
     let sum = checksum(&frame[14..end.min(frame.len())]);
     frame[24..26].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// The fragments of the packet in a frame without options or extension headers, each but the last with
+/// `size` bytes.
+pub fn fragments(frame: &[u8], identification: u16, size: usize) -> Vec<Vec<u8>> {
+    let is_v4 = frame[12] == 8;
+    let (head, payload) = frame.split_at(if is_v4 { 34 } else { 54 });
+    let parts = payload.chunks(size).enumerate().map(|(number, part)| {
+        let mut fragment = head.to_vec();
+        let offset = (number * size) as u16;
+        let more = offset as usize + part.len() < payload.len();
+        if is_v4 {
+            fragment[16..18].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
+            fragment[18..20].copy_from_slice(&identification.to_be_bytes());
+            let place = (offset / 8) | if more { 0x2000 } else { 0 };
+            fragment[20..22].copy_from_slice(&place.to_be_bytes());
+            repair_ipv4(&mut fragment);
+        } else {
+            fragment[18..20].copy_from_slice(&(8 + part.len() as u16).to_be_bytes());
+            let next = std::mem::replace(&mut fragment[20], 44);
+            fragment.extend([next, 0]);
+            fragment.extend((offset | u16::from(more)).to_be_bytes());
+            fragment.extend(u32::from(identification).to_be_bytes());
+        }
+        [&fragment, part].concat()
+    });
+    parts.collect()
 }
 
 #[test]

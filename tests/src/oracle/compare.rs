@@ -5,8 +5,11 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::stream::{Flow, Side, Step, Strange};
 use super::world::Seen;
-use crate::packet::{ETHERNET, FRAGMENT, ICMP, ICMPV6, TCP, UDP, repair_ipv4};
+use crate::packet::{ETHERNET, ICMP, ICMPV6, TCP, UDP, repair_ipv4};
 use crate::wire;
+
+/// The number of the IPv6 fragment header.
+const FRAGMENT: u8 = 44;
 
 /// A difference that is meant.
 pub struct Wanted {

@@ -114,7 +114,7 @@ impl Step {
     /// The frames as which a frame of this step goes.
     pub fn frames(&self, frame: Vec<u8>) -> Vec<Vec<u8>> {
         match self.cut {
-            Some(size) => packet::fragments(&frame, size),
+            Some(size) => packet::fragments(&frame, self.packet.number, size),
             None => vec![frame],
         }
     }
@@ -654,21 +654,23 @@ impl Maker {
             } else {
                 &[[1, 0], [1, 3], [1, 4], [2, 0], [3, 0], [4, 0]]
             };
-            let [kind, code] = *self.random.pick(kinds);
+            let kind = *self.random.pick(kinds);
             let mtu = if quoted.is_v4() { [0, 0, 4, 210] } else { [0, 0, 5, 0] };
             let from = about.from.other();
             let mut step = self.step(number, from);
-            step.packet.protocol = if quoted.is_v4() { ICMP } else { ICMPV6 };
+            let mut source = step.packet.source.ip();
             if self.random.one_in(2) {
                 // A router beyond the end.
-                let router = match (from, quoted.is_v4()) {
+                source = match (from, quoted.is_v4()) {
                     (Side::Server, v4) => server(!v4, 40),
                     (_, true) => Ipv4Addr::new(203, 0, 113, 254).into(),
                     (_, false) => Ipv6Addr::from_bits(0x2001_0db8_000f << 80 | 0xfe).into(),
                 };
-                step.packet.source.set_ip(router);
             }
-            step.packet.payload = [&[kind, code, 0, 0][..], &mtu, &quoted_bytes[..length]].concat();
+            let destination = step.packet.destination.ip();
+            let error = Packet::error(source, destination, kind, mtu, &quoted_bytes[..length]);
+            let Packet { protocol, source, destination, payload, .. } = error;
+            step.packet = Packet { protocol, source, destination, payload, ..step.packet };
             script.push(step);
         }
         Some(script)
