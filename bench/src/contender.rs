@@ -6,7 +6,7 @@ use std::net::SocketAddrV4;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use portfwd_tests::{Namespace, Portfwd, TempDir};
+use portfwd_tests::{Namespace, Portfwd, TempDir, netns};
 
 use crate::Options;
 use crate::proxy::{self, Forward, Proxy};
@@ -149,7 +149,7 @@ impl Contender {
             Self::NftMap => nft(rig, &nft_map(rules))?,
             Self::NftChain => nft(rig, &nft_chain(rules))?,
             Self::Iptables => {
-                rig::feed(&mut rig.router.command("iptables-restore"), &iptables(rules))?;
+                netns::feed(&mut rig.router.command("iptables-restore"), &iptables(rules))?;
             }
             Self::Nginx | Self::Haproxy | Self::Socat | Self::Realm => {
                 let program = self.proxy().context("no proxy")?;
@@ -199,7 +199,7 @@ impl Contender {
                     "-t nat -A PREROUTING -d {ip} -p {protocol} --dport {port} -j DNAT --to-destination {to}"
                 );
                 let mut command = rig.router.command("iptables");
-                portfwd_tests::netns::run(command.args(line.split(' '))).map(drop)
+                netns::run(command.args(line.split(' '))).map(drop)
             }
             _ => bail!("{} has no command that adds a rule", self.name()),
         }
@@ -221,7 +221,7 @@ fn portfwd(binary: &Path, rig: &Rig, text: &str) -> Result<Running> {
 }
 
 fn nft(rig: &Rig, rules: &str) -> Result<()> {
-    rig::feed(rig.router.command("nft").args(["-f", "-"]), rules)
+    netns::feed(rig.router.command("nft").args(["-f", "-"]), rules)
 }
 
 const NFT_CHAIN: &str = "chain prerouting {\ntype nat hook prerouting priority dstnat\n";
@@ -319,7 +319,7 @@ impl ConntrackRoom {
     fn load() -> Result<()> {
         let namespace = Namespace::new("conntrack")?;
         let table = format!("table ip bench {{\n{NFT_CHAIN}}}\n}}\n");
-        rig::feed(namespace.command("nft").args(["-f", "-"]), &table)
+        netns::feed(namespace.command("nft").args(["-f", "-"]), &table)
     }
 }
 

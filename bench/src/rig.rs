@@ -12,9 +12,7 @@
 //! The server's default route is the router; the client knows the server only for contenders that
 //! do not translate. Neighbours are permanent: nobody waits for ARP, and nobody answers it.
 
-use std::io::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use portfwd_tests::Namespace;
@@ -124,9 +122,9 @@ impl Rig {
         // Once the interface is up.
         at_server.push(format!("route add default via {LAN}"));
         at_server.push(format!("route add default via {LAN6} dev eth0"));
-        batch(router, &lines)?;
-        batch(client, &at_client)?;
-        batch(server, &at_server)?;
+        router.ip_batch(&lines)?;
+        client.ip_batch(&at_client)?;
+        server.ip_batch(&at_server)?;
         for (namespace, interface) in
             [(client, "eth0"), (router, "wan0"), (router, "lan0"), (server, "eth0")]
         {
@@ -149,27 +147,6 @@ fn host(role: &str) -> Result<Namespace> {
     namespace.set_sysctl("net.ipv6.conf.default.accept_dad", "0")?;
     namespace.set_sysctl("net.ipv6.conf.default.accept_ra", "0")?;
     Ok(namespace)
-}
-
-/// `ip` with a command on each line.
-fn batch(namespace: &Namespace, lines: &[String]) -> Result<()> {
-    feed(namespace.command("ip").args(["-batch", "-"]), &lines.join("\n"))
-}
-
-/// Runs a command to its end, with this as its input.
-pub fn feed(command: &mut Command, input: &str) -> Result<()> {
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("cannot run {command:?}"))?;
-    let written = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
-    let output = child.wait_with_output()?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{command:?}: {}: {}", output.status, complaint.trim());
-    written.transpose()?;
-    Ok(())
 }
 
 /// The index of an interface of a namespace.

@@ -6,9 +6,13 @@
 
 pub mod interrupt;
 pub mod netns;
+pub mod oracle;
+pub mod packet;
 pub mod peers;
 mod portfwd;
+pub mod random;
 pub mod rig;
+pub mod rule;
 mod sys;
 pub mod wire;
 

@@ -1,10 +1,11 @@
 //! Network namespaces that end with the value that made them.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -84,6 +85,12 @@ impl Namespace {
             .with_context(|| format!("in namespace {}", self.name))
     }
 
+    /// `ip` with a command on each line.
+    pub fn ip_batch(&self, lines: &[String]) -> Result<()> {
+        feed(self.command("ip").args(["-batch", "-"]), &lines.join("\n"))
+            .with_context(|| format!("in namespace {}", self.name))
+    }
+
     /// Sets a key below net, such as `net.ipv4.ip_forward`.
     pub fn set_sysctl(&self, key: &str, value: &str) -> Result<()> {
         let path = Path::new("/proc/sys").join(key.replace('.', "/"));
@@ -156,6 +163,22 @@ pub fn run(command: &mut Command) -> Result<String> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs a command to its end, with this as its input.
+pub fn feed(command: &mut Command, input: &str) -> Result<()> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {command:?}"))?;
+    let written = child.stdin.take().map(|mut stdin| stdin.write_all(input.as_bytes()));
+    let output = child.wait_with_output()?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {}: {}", output.status, complaint.trim());
+    written.transpose()?;
+    Ok(())
 }
 
 #[cfg(test)]

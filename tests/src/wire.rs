@@ -412,6 +412,41 @@ impl<T> Drop for Capture<T> {
     }
 }
 
+/// A place on a wire, for a test that works packet by packet: what is sent here leaves as it is, and
+/// what comes in can be looked at.
+#[derive(Debug)]
+pub struct Tap {
+    socket: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Tap {
+    pub fn open(namespace: &Namespace, interface: &str) -> Result<Self> {
+        let socket = namespace
+            .enter(|| packet_socket(interface))
+            .with_context(|| format!("cannot tap {interface} in {}", namespace.name()))?;
+        sys::set_option(socket.as_fd(), libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, &1)?;
+        Ok(Self { socket, buffer: vec![0; 1 << 17] })
+    }
+
+    /// Sends a frame as it is.
+    pub fn send(&self, frame: &[u8]) -> Result<()> {
+        // SAFETY: the kernel reads as many bytes as the frame has.
+        let sent =
+            unsafe { libc::send(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        if sent < 0 {
+            let error = std::io::Error::last_os_error();
+            return Err(error).with_context(|| format!("cannot send {} bytes", frame.len()));
+        }
+        Ok(())
+    }
+
+    /// The next frame that came in, or `None` if none came for a while.
+    pub fn receive(&mut self) -> Result<Option<Frame>> {
+        receive(&self.socket, &mut self.buffer)
+    }
+}
+
 /// A socket that gets all frames of an interface from now on, in the namespace of this thread.
 fn packet_socket(interface: &str) -> Result<OwnedFd> {
     // SAFETY: a bare system call. Protocol 0: no frames until it is bound to the interface.

@@ -3,6 +3,7 @@
 mod bench;
 mod cargo;
 mod lab;
+mod oracle;
 mod root;
 mod run;
 mod setup;
@@ -34,6 +35,9 @@ enum Command {
     /// an ordinary user, asks for root through sudo, once
     #[command(disable_help_flag = true)]
     Bench(bench::Options),
+    /// Send the same random packets through portfwd and through nftables, and compare what comes out;
+    /// as an ordinary user, asks for root through sudo, once
+    Oracle(oracle::Options),
     /// The lab itself, as root, with portfwd already built
     #[command(hide = true)]
     Lab {
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Command::Test(options) => test::run(&options),
         Command::Run(options) => run::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Oracle(options) => oracle::run(&options),
         Command::Lab { portfwd, options } => lab::run(&options, &portfwd),
     };
     match done {

@@ -4,8 +4,8 @@ use portfwd::compile::Capacity;
 use portfwd::datapath::Datapath;
 use portfwd_ebpf::table::Passed;
 use portfwd_tests::is_root;
+use portfwd_tests::packet::{TCP, UDP};
 
-use crate::packet::{TCP, UDP};
 use crate::router::{
     CAPACITY, Flow, Outcome, PORTS, Router, Version, in_both, with_router, with_router_of,
 };

@@ -10,8 +10,8 @@ use portfwd::flows::{FlowRow, State, Timeouts};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Dropped, Passed};
 use portfwd_tests::is_root;
+use portfwd_tests::packet::{Packet, TCP, UDP};
 
-use crate::packet::{Packet, TCP, UDP};
 use crate::router::*;
 
 const SYN: u8 = 2;

@@ -2,8 +2,8 @@
 
 use portfwd_ebpf::table::Passed;
 use portfwd_tests::is_root;
+use portfwd_tests::packet::{Packet, TCP, Tcp, UDP, checksum, repair_ipv4};
 
-use crate::packet::{Packet, TCP, Tcp, UDP, checksum, repair_ipv4};
 use crate::router::{Flow, Outcome, Version, WEB, in_both, with_router};
 
 type Applies = fn(&Packet) -> bool;
@@ -78,10 +78,10 @@ const TRANSLATED: &[(&str, Applies, Change)] = &[
     ("four", V6, |packet| packet.extensions = vec![extension(DESTINATION, 0); 4]),
     ("five", V6, |packet| packet.extensions = vec![extension(DESTINATION, 0); 5]),
     ("SYN with options", TCP_ONLY, |packet| packet.tcp = Tcp {
-        flags: 2, urgent: 0, options: vec![2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7],
+        flags: 2, options: vec![2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7], ..packet.tcp
     }),
     ("the longest header", TCP_ONLY, |packet| packet.tcp.options = vec![1; 40]),
-    ("urgent", TCP_ONLY, |packet| packet.tcp = Tcp { flags: 0x38, urgent: 5, options: vec![] }),
+    ("urgent", TCP_ONLY, |packet| (packet.tcp.flags, packet.tcp.urgent) = (0x38, 5)),
     ("congestion", TCP_ONLY, |packet| packet.tcp.flags = 0xd0),
     ("RST", TCP_ONLY, |packet| packet.tcp.flags = 4),
     ("every flag", TCP_ONLY, |packet| packet.tcp.flags = 0xff),

@@ -1,49 +1,14 @@
 //! Frames that no one should send: cut short, random, and nearly right.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::Direction;
+use portfwd_tests::packet::{Packet, repair_ipv4};
+use portfwd_tests::random::{self, Random};
 use portfwd_tests::{is_root, wire};
 
-use crate::packet::{Packet, repair_ipv4};
 use crate::router::{
     Flow, LAN, NARROW_INSIDE, Outcome, Router, Version, WAN, WEB, in_both, with_router,
 };
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    /// Starts anywhere, or where the environment's `SEED` says, and tells.
-    fn new() -> Self {
-        let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
-        let seed = std::env::var("SEED").map_or_else(|_| now(), |seed| seed.parse().unwrap());
-        println!("SEED={seed}");
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    /// A number below `limit`.
-    fn below(&mut self, limit: usize) -> usize {
-        (self.next() % limit as u64) as usize
-    }
-
-    fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
-        &from[self.below(from.len())]
-    }
-
-    fn bytes(&mut self, length: usize) -> Vec<u8> {
-        (0..length).map(|_| self.next() as u8).collect()
-    }
-}
 
 /// Lets the router have a frame; what holds for frames that are passed or dropped,
 /// [`Router::try_frame`] has asserted. What is translated differs where it must, and its checksums
@@ -153,7 +118,7 @@ fn random_frames() {
     if !is_root() {
         return;
     }
-    let mut random = Random::new();
+    let mut random = Random::new(random::seed());
     with_router(|router| {
         router.load(&in_both(&["*:@12.10/any"]));
         let mut translated = 0;
@@ -191,7 +156,7 @@ fn nearly_right_frames() {
     if !is_root() {
         return;
     }
-    let mut random = Random::new();
+    let mut random = Random::new(random::seed());
     let (translated, tried) = with_router(|router| {
         // One rule each for what is redirected, for the stack without a neighbour, and too big.
         router.load_at(
@@ -223,7 +188,7 @@ fn nearly_right_frames() {
             if version == Version::V4 {
                 came.options = random.bytes(words * 4);
                 came.fragment = *random.pick(&[0, 0x4000, 0x4000, 0x4000, 0x2000]);
-                came.number = random.next() as u16;
+                came.number = random.bits() as u16;
                 came.no_checksum = random.below(4) == 0;
             } else {
                 for _ in 0..random.below(4) {
@@ -238,13 +203,13 @@ fn nearly_right_frames() {
             let words = random.below(11);
             came.tcp.options = random.bytes(words * 4);
             came.hops = *random.pick(&[1, 2, 64, 255]);
-            came.class = random.next() as u8;
+            came.class = random.bits() as u8;
             came.padding = vec![0; random.below(4)];
             let mut frame = came.bytes();
             for _ in 0..random.below(4) {
                 let place = 12 + random.below(frame.len() - 12);
                 match random.below(3) {
-                    0 => frame[place] = random.next() as u8,
+                    0 => frame[place] = random.bits() as u8,
                     1 => frame[place] ^= 1 << random.below(8),
                     _ => frame.truncate(place.max(14)),
                 }

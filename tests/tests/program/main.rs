@@ -5,7 +5,6 @@ mod flows;
 mod headers;
 mod hostile;
 mod own;
-mod packet;
 mod remembered;
 mod router;
 mod routes;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use portfwd_ebpf::table::Passed;
 use portfwd_tests::is_root;
+use portfwd_tests::packet::{TCP, UDP};
 
-use crate::packet::{TCP, UDP};
 use crate::router::{Flow, Outcome, Version, WAN, in_both, with_router};
 
 const OWN: Outcome = Outcome::Pass(Passed::Own);

@@ -7,8 +7,8 @@ use portfwd::sysctl::Families;
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Direction, Dropped, Interface, Passed, ToStack};
 use portfwd_tests::is_root;
+use portfwd_tests::packet::{Packet, TCP, UDP};
 
-use crate::packet::{Packet, TCP, UDP};
 use crate::router::{
     ARM, BLACKHOLE, DISTANT, Flow, LAN, NARROW_INSIDE, NARROW_OTHER, NARROW_OUTSIDE, NO_ROUTE,
     OTHER, Outcome, Router, SLOW_LAN, SLOW_WAN, Seen, Version, WAN, WEB, in_both, interfaces,

@@ -17,8 +17,7 @@ use portfwd::rule::{Rule, Source};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Address, Direction, Dropped, Interface, Passed, ToStack};
 use portfwd_tests::Namespace;
-
-use crate::packet::{Packet, TCP, UDP};
+use portfwd_tests::packet::{Packet, TCP, UDP};
 
 /// External.
 pub const WAN: u8 = 11;

@@ -2,8 +2,8 @@
 
 use portfwd_ebpf::table::{Direction, Dropped, Interface, Passed, ToStack};
 use portfwd_tests::is_root;
+use portfwd_tests::packet::{Packet, TCP, UDP};
 
-use crate::packet::{Packet, TCP, UDP};
 use crate::router::{
     BLACKHOLE, DISTANT, Flow, LAN, NARROW_INSIDE, NARROW_OTHER, NARROW_OUTSIDE, NO_ROUTE, OTHER,
     Outcome, PROHIBIT, SLOW_LAN, SLOW_WAN, UNREACHABLE, Version, WAN, WEB, in_both, interface,

@@ -3,8 +3,8 @@
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::Passed;
 use portfwd_tests::is_root;
+use portfwd_tests::packet::{TCP, UDP};
 
-use crate::packet::{TCP, UDP};
 use crate::router::{
     ARM, Flow, LAN, Outcome, Router, Version, WAN, WEB, in_both, link_address, with_router,
 };

@@ -3,9 +3,18 @@
 //! does it.
 
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+/// The first four bytes of the payload are its type, its code, and what its checksum replaces.
+pub const ICMP: u8 = 1;
+/// As [`ICMP`].
+pub const ICMPV6: u8 = 58;
+/// Bytes 6 and 7 of the payload are what its checksum replaces.
+pub const UDP_LITE: u8 = 136;
+/// As [`UDP_LITE`].
+pub const DCCP: u8 = 33;
 
 /// An IP packet in an Ethernet frame.
 #[derive(Clone, Debug)]
@@ -37,9 +46,14 @@ pub struct Packet {
     pub padding: Vec<u8>,
 }
 
+/// Where the IP header begins in a frame.
+pub const ETHERNET: usize = 14;
+
 /// What is TCP's own.
 #[derive(Clone, Debug)]
 pub struct Tcp {
+    pub sequence: u32,
+    pub acknowledgement: u32,
     /// FIN 1, SYN 2, RST 4, PSH 8, ACK 16, URG 32, ECE 64, CWR 128.
     pub flags: u8,
     pub urgent: u16,
@@ -61,7 +75,13 @@ impl Packet {
             fragment: 0x4000,
             options: Vec::new(),
             extensions: Vec::new(),
-            tcp: Tcp { flags: 0x18, urgent: 0, options: Vec::new() },
+            tcp: Tcp {
+                sequence: 0x0102_0304,
+                acknowledgement: 0x0506_0708,
+                flags: 0x18,
+                urgent: 0,
+                options: Vec::new(),
+            },
             no_checksum: false,
             payload: b"payload".to_vec(),
             padding: Vec::new(),
@@ -72,12 +92,35 @@ impl Packet {
         self.source.is_ipv4()
     }
 
+    /// An ICMP error, of either family, about a packet. `rest` is the second half of its header.
+    pub fn error(
+        source: IpAddr,
+        destination: IpAddr,
+        kind: [u8; 2],
+        rest: [u8; 4],
+        quoted: &[u8],
+    ) -> Self {
+        let [source, destination] = [source, destination].map(|ip| SocketAddr::new(ip, 0));
+        let protocol = if source.is_ipv4() { ICMP } else { ICMPV6 };
+        let payload = [&kind, &[0; 2], &rest[..], quoted].concat();
+        Self { payload, ..Self::new(protocol, source, destination) }
+    }
+
     /// Bytes of the IP packet.
     pub fn length(&self) -> usize {
         self.bytes().len() - 14 - self.padding.len()
     }
 
+    /// Where the transport header begins in the frame.
+    pub fn transport_at(&self) -> usize {
+        ETHERNET + self.length() - self.transport().len()
+    }
+
     /// The frame.
+    ///
+    /// # Panics
+    ///
+    /// The addresses are of two families.
     pub fn bytes(&self) -> Vec<u8> {
         let mut frame = [self.link_destination, self.link_source].concat();
         let transport = self.transport();
@@ -128,8 +171,9 @@ impl Packet {
         let place = match self.protocol {
             TCP => {
                 let words = 5 + self.tcp.options.len() / 4;
-                bytes.extend([1, 2, 3, 4, 5, 6, 7, 8, (words as u8) << 4, self.tcp.flags, 2, 0]);
-                bytes.extend([0, 0]);
+                bytes.extend(self.tcp.sequence.to_be_bytes());
+                bytes.extend(self.tcp.acknowledgement.to_be_bytes());
+                bytes.extend([(words as u8) << 4, self.tcp.flags, 2, 0, 0, 0]);
                 bytes.extend(self.tcp.urgent.to_be_bytes());
                 bytes.extend(&self.tcp.options);
                 16
@@ -139,12 +183,15 @@ impl Packet {
                 bytes.extend([0, 0]);
                 6
             }
+            ICMP | ICMPV6 if self.payload.len() >= 4 => 2,
+            UDP_LITE | DCCP if self.payload.len() >= 8 => 6,
             _ => return self.payload.clone(),
         };
         bytes.extend(&self.payload);
         if self.protocol == UDP && self.no_checksum {
             return bytes;
         }
+        bytes[place..place + 2].fill(0);
         let mut covered = match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(a), IpAddr::V4(b)) => [a.octets(), b.octets()].concat(),
             (IpAddr::V6(a), IpAddr::V6(b)) => [a.octets(), b.octets()].concat(),
@@ -152,14 +199,82 @@ impl Packet {
         };
         covered.extend([0, self.protocol]);
         covered.extend((bytes.len() as u16).to_be_bytes());
+        if self.protocol == ICMP {
+            covered.clear();
+        }
         covered.extend(&bytes);
         let mut sum = checksum(&covered);
-        if self.protocol == UDP && sum == 0 {
+        if matches!(self.protocol, UDP | UDP_LITE) && sum == 0 {
             sum = 0xffff;
         }
         bytes[place..place + 2].copy_from_slice(&sum.to_be_bytes());
         bytes
     }
+}
+
+/// The ends of a TCP or UDP packet whose transport header begins at `transport` in the frame; none if
+/// the frame is too short.
+pub fn ends(frame: &[u8], transport: usize) -> Option<(SocketAddr, SocketAddr)> {
+    let [source, destination] = addresses_at(frame).map(|at| {
+        if at.len() == 4 {
+            frame.get(at)?.first_chunk::<4>().map(|bytes| IpAddr::from(*bytes))
+        } else {
+            frame.get(at)?.first_chunk::<16>().map(|bytes| IpAddr::from(*bytes))
+        }
+    });
+    let port = |at: usize| Some(u16::from_be_bytes(*frame.get(at..)?.first_chunk()?));
+    Some((
+        SocketAddr::new(source?, port(transport)?),
+        SocketAddr::new(destination?, port(transport + 2)?),
+    ))
+}
+
+/// Changes the ends of a TCP or UDP packet that [has](ends) others. A checksum that was wrong stays
+/// wrong by as much.
+pub fn set_ends(frame: &mut [u8], protocol: u8, transport: usize, ends: (SocketAddr, SocketAddr)) {
+    let is_v4 = ends.0.is_ipv4();
+    let is_udp = protocol == UDP;
+    let sum = transport + if is_udp { 6 } else { 16 };
+    let has_sum = !(is_udp && frame[sum..sum + 2] == [0, 0]);
+    let [source, destination] = addresses_at(frame);
+    for (at, address, port_at, port) in [
+        (source.start, ends.0.ip(), transport, ends.0.port()),
+        (destination.start, ends.1.ip(), transport + 2, ends.1.port()),
+    ] {
+        let address = match address {
+            IpAddr::V4(address) => address.octets().to_vec(),
+            IpAddr::V6(address) => address.octets().to_vec(),
+        };
+        let port = port.to_be_bytes();
+        let addresses = (at..).step_by(2).zip(address.chunks(2));
+        let pairs = addresses.chain([(port_at, &port[..])]);
+        for (at, new) in pairs {
+            let old = [frame[at], frame[at + 1]];
+            frame[at..at + 2].copy_from_slice(new);
+            if is_v4 && at < transport {
+                amend(frame, ETHERNET + 10, old, new);
+            }
+            if has_sum {
+                amend(frame, sum, old, new);
+            }
+        }
+    }
+    if is_udp && has_sum && frame[sum..sum + 2] == [0, 0] {
+        frame[sum..sum + 2].fill(0xff);
+    }
+}
+
+/// Where the addresses are: source, destination.
+fn addresses_at(frame: &[u8]) -> [Range<usize>; 2] {
+    let (first, length) = if frame[12..ETHERNET] == [0x08, 0x00] { (12, 4) } else { (8, 16) };
+    let first = ETHERNET + first;
+    [first..first + length, first + length..first + 2 * length]
+}
+
+/// RFC 1624: what two bytes that a checksum is over became.
+fn amend(frame: &mut [u8], at: usize, old: [u8; 2], new: &[u8]) {
+    let sum = [!frame[at], !frame[at + 1], !old[0], !old[1], new[0], new[1]];
+    frame[at..at + 2].copy_from_slice(&checksum(&sum).to_be_bytes());
 }
 
 /// RFC 1071, word by word.
@@ -180,6 +295,33 @@ pub fn repair_ipv4(frame: &mut [u8]) {
     frame[24..26].fill(0);
     let sum = checksum(&frame[14..end.min(frame.len())]);
     frame[24..26].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// The fragments of the packet in a frame without options or extension headers, each but the last with
+/// `size` bytes.
+pub fn fragments(frame: &[u8], identification: u16, size: usize) -> Vec<Vec<u8>> {
+    let is_v4 = frame[12] == 8;
+    let (head, payload) = frame.split_at(if is_v4 { 34 } else { 54 });
+    let parts = payload.chunks(size).enumerate().map(|(number, part)| {
+        let mut fragment = head.to_vec();
+        let offset = (number * size) as u16;
+        let more = offset as usize + part.len() < payload.len();
+        if is_v4 {
+            fragment[16..18].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
+            fragment[18..20].copy_from_slice(&identification.to_be_bytes());
+            let place = (offset / 8) | if more { 0x2000 } else { 0 };
+            fragment[20..22].copy_from_slice(&place.to_be_bytes());
+            repair_ipv4(&mut fragment);
+        } else {
+            fragment[18..20].copy_from_slice(&(8 + part.len() as u16).to_be_bytes());
+            let next = std::mem::replace(&mut fragment[20], 44);
+            fragment.extend([next, 0]);
+            fragment.extend((offset | u16::from(more)).to_be_bytes());
+            fragment.extend(u32::from(identification).to_be_bytes());
+        }
+        [&fragment, part].concat()
+    });
+    parts.collect()
 }
 
 #[test]
@@ -227,6 +369,24 @@ fn packets_are_what_another_library_makes_of_the_same_fields() {
                 ip.udp(from.port(), to.port()).write(&mut bytes, &packet.payload).unwrap();
             }
             assert_eq!(packet.bytes(), bytes);
+        }
+    }
+}
+
+#[test]
+fn changed_ends_have_the_checksums_of_new_packets() {
+    for (from, to, others) in [
+        ("10.0.0.1:5000", "10.0.0.2:80", ["192.168.1.1:1", "0.0.0.0:65535"]),
+        ("[fd00::1]:5000", "[fd00::2]:80", ["[::]:1", "[2001:db8::7]:65535"]),
+    ] {
+        let parse = |text: &str| -> SocketAddr { text.parse().unwrap() };
+        for protocol in [TCP, UDP] {
+            let packet = Packet::new(protocol, parse(from), parse(to));
+            let [source, destination] = others.map(parse);
+            let (mut frame, transport) = (packet.bytes(), packet.transport_at());
+            assert_eq!(ends(&frame, transport), Some((packet.source, packet.destination)));
+            set_ends(&mut frame, protocol, transport, (source, destination));
+            assert_eq!(frame, Packet { source, destination, ..packet }.bytes());
         }
     }
 }

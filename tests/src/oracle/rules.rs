@@ -1,0 +1,243 @@
+//! Random rules, and what they are in nftables.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+
+use super::kinds::{self, Extent};
+use crate::packet::{TCP, UDP};
+use crate::random::Random;
+use crate::rig::{self, Addresses};
+use crate::rule::{ANY, Rule};
+
+/// A second address of the router's `wan0`, of each family.
+pub const SECOND_WAN: Addresses = Addresses {
+    v4: Ipv4Addr::new(198, 51, 100, 7),
+    v6: Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 7),
+};
+
+/// How many servers there are in each family, counted up from the rig's.
+pub const SERVERS: u8 = 6;
+
+/// The ports of DHCP clients, which `*` leaves alone. Nothing is sent there.
+const DHCP: [u16; 2] = [68, 546];
+
+/// The addresses of `wan0`, in the order in which the kernel lists them: the oldest IPv4 address
+/// first, the latest IPv6 address.
+pub fn externals(v6: bool) -> [IpAddr; 2] {
+    if v6 {
+        [SECOND_WAN.v6, rig::WAN.v6].map(IpAddr::V6)
+    } else {
+        [rig::WAN.v4, SECOND_WAN.v4].map(IpAddr::V4)
+    }
+}
+
+/// One of the servers.
+pub fn server(v6: bool, number: u8) -> IpAddr {
+    let Addresses { v4, v6: six } = rig::SERVER;
+    if v6 {
+        Ipv6Addr::from_bits(six.to_bits() + u128::from(number)).into()
+    } else {
+        Ipv4Addr::from_bits(v4.to_bits() + u32::from(number)).into()
+    }
+}
+
+/// A port that anyone may use.
+pub fn any_port(random: &mut Random) -> u16 {
+    loop {
+        let port = random.between(1, u16::MAX);
+        if !DHCP.contains(&port) {
+            return port;
+        }
+    }
+}
+
+/// Rules that portfwd takes, the narrower before the wider.
+pub fn some(random: &mut Random, extent: Extent) -> Vec<Rule> {
+    let mut rules: Vec<Rule> = Vec::new();
+    let wanted = 2 + random.below(14);
+    for _ in 0..wanted * 4 {
+        if rules.len() < wanted {
+            let mut rule = one(random, format!("rule{}", rules.len()));
+            kinds::shape(random, extent, &mut rule);
+            let shared = kinds::SHARED_PORTS.is_in(extent);
+            let go =
+                |other: &Rule| go_together(&rule, other) && (shared || !shares_port(&rule, other));
+            if rules.iter().all(go) && !rules.iter().chain([&rule]).any(|it| bars(it, &rule)) {
+                rules.push(rule);
+            }
+        }
+    }
+    rules.sort_by_key(width);
+    rules
+}
+
+fn one(random: &mut Random, name: String) -> Rule {
+    let v6 = random.one_in(2);
+    // Where many rules meet, or anywhere.
+    let port = |random: &mut Random| match random.below(3) {
+        0 => random.between(990, 1100),
+        1 => random.between(32_700, 32_800),
+        _ => any_port(random),
+    };
+    let first = port(random);
+    let longest = [1, 1, 40, 40, 20_000][random.below(5)].min(u16::MAX - first);
+    let listen = match random.below(8) {
+        0 => ANY,
+        1..=4 => first..=first,
+        _ => first..=first + random.between(0, longest),
+    };
+    let width = listen.end() - listen.start();
+    // A shifted range is a map with an element for each port in nftables.
+    let keeps = listen == ANY || width > 100 || random.one_in(2);
+    let to = if keeps { *listen.start() } else { port(random).min(u16::MAX - width) };
+    let protocols: &[_] =
+        if listen == ANY { &["tcp", "udp", "any"] } else { &["tcp", "udp", "tcp+udp"] };
+    let protocol = random.pick(protocols);
+    let backend = server(v6, random.below(SERVERS.into()) as u8);
+    let address = random.one_in(2).then(|| *random.pick(&externals(v6)));
+    Rule { address, ..Rule::new(&name, protocol, listen, SocketAddr::new(backend, to)) }
+}
+
+/// What decides between rules: the lower wins. README: an address before none, a port before a range
+/// before `*`, a protocol before `any`.
+fn width(rule: &Rule) -> (bool, u8, bool) {
+    let ports = match rule.listen.end() - rule.listen.start() {
+        0 => 0,
+        u16::MAX => 2,
+        _ => 1,
+    };
+    (rule.address.is_none(), ports, rule.protocol == "any")
+}
+
+/// The ports that portfwd masquerades with. No rule may listen there by number.
+const MASQUERADE: RangeInclusive<u16> = 40_000..=60_999;
+
+/// Whether a rule that masquerades keeps another from listening there.
+fn bars(one: &Rule, other: &Rule) -> bool {
+    let is_there = |rule: &Rule| {
+        rule.listen != ANY
+            && rule.listen.start() <= MASQUERADE.end()
+            && MASQUERADE.start() <= rule.listen.end()
+    };
+    one.masquerade && is_there(other) || other.masquerade && is_there(one)
+}
+
+fn meet(a: (u16, u16), b: (u16, u16)) -> bool {
+    a.0 <= b.1 && b.0 <= a.1
+}
+
+fn share_protocol(a: &Rule, b: &Rule) -> bool {
+    [TCP, UDP].into_iter().any(|protocol| a.has(protocol) && b.has(protocol))
+}
+
+/// Whether two rules are not equally narrow on the same port.
+fn go_together(a: &Rule, b: &Rule) -> bool {
+    let listened = |rule: &Rule| (*rule.listen.start(), *rule.listen.end());
+    let equal = a.backend.is_ipv4() == b.backend.is_ipv4()
+        && a.address == b.address
+        && width(a) == width(b)
+        && meet(listened(a), listened(b));
+    !(equal && share_protocol(a, b))
+}
+
+/// Whether a port of a backend's is two rules', which answer differently.
+fn shares_port(a: &Rule, b: &Rule) -> bool {
+    let shift = |rule: &Rule| rule.backend.port().wrapping_sub(*rule.listen.start());
+    a.backends().any(|backend| b.backends().any(|other| backend == other))
+        && (a.address, shift(a)) != (b.address, shift(b))
+        && meet(a.answering(), b.answering())
+        && share_protocol(a, b)
+}
+
+/// Whether a rule's replies follow from the rule alone.
+pub fn is_stateless(rules: &[Rule], number: usize) -> bool {
+    let rule = &rules[number];
+    let others = rules.iter().enumerate().filter(|(other, _)| *other != number);
+    let many_to_one = rule.one_port && rule.listen.start() != rule.listen.end();
+    !many_to_one
+        && !rule.chooses()
+        && others.into_iter().all(|(_, other)| !shares_port(rule, other))
+}
+
+/// The rule that gets what is sent to an address of the router, and where it goes.
+pub fn claim(rules: &[Rule], protocol: u8, at: SocketAddr) -> Option<(usize, SocketAddr)> {
+    let number = rules.iter().position(|rule| rule.listens(protocol, at))?;
+    let Rule { backend, listen, one_port, .. } = &rules[number];
+    let port = backend.port() + if *one_port { 0 } else { at.port() - listen.start() };
+    Some((number, SocketAddr::new(backend.ip(), port)))
+}
+
+/// A map of nftables.
+fn map(pairs: impl Iterator<Item = (usize, String)>) -> String {
+    let pairs = pairs.map(|(from, to)| format!("{from} : {to}"));
+    format!("map {{ {} }}", pairs.collect::<Vec<_>>().join(", "))
+}
+
+/// The rules in nftables.
+///
+/// What connection tracking takes for no part of a flow it does not translate: it would go on with
+/// the wrong address, or open a flow of its own that stands in the way of later ones. Where portfwd's
+/// stateless rules claim it, it is dropped instead.
+pub fn nft(rules: &[Rule]) -> String {
+    let mut strange = String::new();
+    let mut nat = String::new();
+    for (number, rule) in rules.iter().enumerate() {
+        let Rule { backend, listen, .. } = rule;
+        let family = if backend.is_ipv4() { "ip" } else { "ip6" };
+        let (first, last) = (*listen.start(), *listen.end());
+        let [one, two] = externals(backend.is_ipv6()).map(|address| address.to_string());
+        let address = rule.address.map_or(format!("{{ {one}, {two} }}"), |it| it.to_string());
+        let protocols = [(TCP, "tcp"), (UDP, "udp")].into_iter();
+        let protocols: Vec<_> =
+            protocols.filter(|(number, _)| rule.has(*number)).map(|(_, name)| name).collect();
+        let protocols = if rule.protocol == "any" {
+            "meta l4proto != { icmp, ipv6-icmp }".into()
+        } else {
+            format!("meta l4proto {{ {} }}", protocols.join(", "))
+        };
+        let ports = |end: &str, (first, last): (u16, u16)| match (first, last) {
+            (0, u16::MAX) => String::new(),
+            (first, last) if first == last => format!("th {end} {first} "),
+            (first, last) => format!("th {end} {first}-{last} "),
+        };
+        let claimed = format!("iifname wan0 {family} daddr {address} {protocols} ");
+        let claimed = claimed + &ports("dport", (first, last));
+        let keeps = first == backend.port() && !rule.one_port;
+        let has_one = rule.answering().0 == rule.answering().1;
+        let at = |address: IpAddr, port: u16| format!("{address} . {port}");
+        let target = match rule.backends().count() {
+            1 if keeps => backend.ip().to_string(),
+            1 if has_one => backend.to_string(),
+            1 => {
+                let shifted = (first..=last).zip(backend.port()..=u16::MAX);
+                let pairs = shifted.map(|(from, to)| (from.into(), at(backend.ip(), to)));
+                format!("th dport {}", map(pairs))
+            }
+            count => {
+                let to = |address: IpAddr| {
+                    if keeps { address.to_string() } else { at(address, backend.port()) }
+                };
+                let pairs = rule.backends().map(to).enumerate();
+                format!("jhash {family} saddr . th sport mod {count} {}", map(pairs))
+            }
+        };
+        let mark = if rule.masquerade { "ct mark set 1 " } else { "" };
+        let _ = writeln!(nat, "{claimed}{mark}dnat {family} to {target}");
+        if is_stateless(rules, number) {
+            let _ = writeln!(strange, "{claimed}ct state invalid drop");
+            let _ = writeln!(
+                strange,
+                "iifname lan0 {family} saddr {} {protocols} {}ct state {{ new, invalid }} drop",
+                backend.ip(),
+                ports("sport", rule.answering())
+            );
+        }
+    }
+    format!(
+        "table inet oracle {{\n\
+         chain strange {{\ntype filter hook prerouting priority mangle\n{strange}}}\n\
+         chain nat {{\ntype nat hook prerouting priority dstnat\n{nat}}}\n\
+         chain leave {{\ntype nat hook postrouting priority srcnat\nct mark 1 masquerade\n}}\n}}\n"
+    )
+}

@@ -1,0 +1,324 @@
+//! Two routers, each between a client and a server of its own: one does with nftables what the other
+//! does with portfwd.
+
+use std::collections::HashMap;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::rules::{self, SECOND_WAN, SERVERS, server};
+use super::stream::{CLIENT_MAC, Flow, LAN_MAC, SERVER_MAC, Side, Step, WAN_MAC};
+use crate::netns::{self, Namespace};
+use crate::packet::{self, Packet, TCP, UDP};
+use crate::portfwd::Portfwd;
+use crate::rig::{self, Options, Rig};
+use crate::rule::Rule;
+use crate::wire::Tap;
+use tempfile::TempDir;
+
+/// A protocol that is nobody's (RFC 3692), of the frames that say that all before them has come.
+const MARKER: u8 = 253;
+/// What markers are sent to at the server's end: no rule sends there.
+const MARKED: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 99);
+
+/// What came out at both ends, in order.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Seen([Vec<Vec<u8>>; 2]);
+
+impl Seen {
+    pub fn at(&self, side: Side) -> &[Vec<u8>] {
+        &self.0[side as usize]
+    }
+
+    /// A frame at one end.
+    #[cfg(test)]
+    pub fn one(side: Side, frame: Vec<u8>) -> Self {
+        let mut seen = Self::default();
+        seen.0[side as usize].push(frame);
+        seen
+    }
+
+    /// Changes every frame.
+    pub fn each(&mut self, mut change: impl FnMut(Side, &mut Vec<u8>)) {
+        for (side, frames) in Side::BOTH.into_iter().zip(&mut self.0) {
+            frames.iter_mut().for_each(|frame| change(side, frame));
+        }
+    }
+}
+
+/// Source and destination.
+type Ends = (SocketAddr, SocketAddr);
+
+/// A router at work.
+struct Lane {
+    taps: [Tap; 2],
+    /// How the server sees a flow, by its number.
+    arrived: HashMap<usize, Ends>,
+    /// The other way round, with the protocol.
+    flows: HashMap<(u8, Ends), usize>,
+    markers: u32,
+    _portfwd: Option<(Portfwd, TempDir)>,
+    _rig: Rig,
+}
+
+/// Who is compared with nftables.
+#[derive(Clone, Copy, Debug)]
+pub enum Subject<'a> {
+    /// The portfwd at this path.
+    Portfwd(&'a Path),
+    /// Nftables itself: what differs then is the oracle's mistake.
+    Nftables,
+}
+
+/// Both of them.
+pub struct World {
+    nftables: Lane,
+    subject: Lane,
+}
+
+impl World {
+    pub fn new(rules: &[Rule], attach: &str, subject: Subject<'_>) -> Result<Self> {
+        // Most of it is waiting for the kernel.
+        let (nftables, subject) = std::thread::scope(|scope| {
+            let nftables = scope.spawn(|| Lane::nftables(rules));
+            let subject = match subject {
+                Subject::Portfwd(path) => Lane::portfwd(rules, attach, path),
+                Subject::Nftables => Lane::nftables(rules),
+            };
+            let nftables = nftables.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (nftables, subject)
+        });
+        Ok(Self { nftables: nftables?, subject: subject? })
+    }
+
+    /// Sends a packet through both; what comes out of nftables, and of the other.
+    pub fn try_step(&mut self, step: &Step, flow: &Flow) -> Result<[Seen; 2]> {
+        Ok([
+            self.nftables.try_step(step, flow).context("nftables")?,
+            self.subject.try_step(step, flow).context("portfwd")?,
+        ])
+    }
+}
+
+impl Lane {
+    fn nftables(rules: &[Rule]) -> Result<Self> {
+        let rig = prepared()?;
+        netns::feed(rig.router.command("nft").args(["-f", "-"]), &rules::nft(rules))?;
+        let of_tracking = |key: &str, value| {
+            rig.router.set_sysctl(&format!("net.netfilter.nf_conntrack_{key}"), value)
+        };
+        // A wrong checksum is the receiver's business, and so is a wrong sequence number.
+        of_tracking("checksum", "0")?;
+        of_tracking("tcp_be_liberal", "1")?;
+        of_tracking("tcp_ignore_invalid_rst", "1")?;
+        // Nothing is forgotten while a stream lasts, however busy the machine is.
+        for timeout in [
+            "udp_timeout",
+            "udp_timeout_stream",
+            "icmp_timeout",
+            "icmpv6_timeout",
+            "generic_timeout",
+            "tcp_timeout_syn_sent",
+            "tcp_timeout_syn_recv",
+            "tcp_timeout_fin_wait",
+            "tcp_timeout_close_wait",
+            "tcp_timeout_last_ack",
+            "tcp_timeout_time_wait",
+            "tcp_timeout_close",
+        ] {
+            of_tracking(timeout, "3600")?;
+        }
+        Self::new(rig, None)
+    }
+
+    fn portfwd(rules: &[Rule], attach: &str, binary: &Path) -> Result<Self> {
+        let rig = prepared()?;
+        let directory = TempDir::new()?;
+        let config = directory.path().join("portfwd.toml");
+        let rules: String = rules.iter().map(Rule::toml).collect();
+        let interfaces = "[interfaces]\nexternal = \"wan0\"\ninternal = \"lan0\"";
+        fs::write(&config, format!("{interfaces}\nattach = \"{attach}\"\n{rules}"))?;
+        let arguments = ["--config".as_ref(), config.as_os_str()];
+        let portfwd = Portfwd::start(&rig.router, binary, &arguments, directory.path())?;
+        Self::new(rig, Some((portfwd, directory)))
+    }
+
+    fn new(rig: Rig, portfwd: Option<(Portfwd, TempDir)>) -> Result<Self> {
+        let taps = [Tap::open(&rig.client, "eth0")?, Tap::open(&rig.server, "eth0")?];
+        Ok(Self {
+            taps,
+            arrived: HashMap::new(),
+            flows: HashMap::new(),
+            markers: 0,
+            _portfwd: portfwd,
+            _rig: rig,
+        })
+    }
+
+    fn try_step(&mut self, step: &Step, flow: &Flow) -> Result<Seen> {
+        let has_ports = matches!(step.packet.protocol, TCP | UDP);
+        let frame = match self.arrived.get(&step.flow) {
+            Some(ends) if has_ports && step.from == Side::Server => step.answer(ends.0, ends.1),
+            _ => step.frame(),
+        };
+        for frame in step.frames(frame) {
+            self.taps[step.from as usize].send(&frame)?;
+        }
+        let mut seen = self.settle()?;
+        if has_ports && step.from == Side::Client {
+            self.note_arrival(step, flow, &mut seen)?;
+        }
+        Ok(seen)
+    }
+
+    /// Takes down how the server sees a flow, and looks whether it stays so and is no other's. What
+    /// the router chose is taken out of the packet, so that it can be compared: the port that stands
+    /// for the client, and which backend it is.
+    fn note_arrival(&mut self, step: &Step, flow: &Flow, seen: &mut Seen) -> Result<()> {
+        let (protocol, transport) = (step.packet.protocol, step.packet.transport_at());
+        let [frame] = seen.0[Side::Server as usize].as_mut_slice() else { return Ok(()) };
+        let Some(ends) = packet::ends(frame, transport) else { return Ok(()) };
+        let first = *self.arrived.entry(step.flow).or_insert(ends);
+        let owner = *self.flows.entry((protocol, ends)).or_insert(step.flow);
+        ensure!(
+            owner == step.flow,
+            "{} -> {} at the server is flow {owner}, and now flow {} as well",
+            ends.0,
+            ends.1,
+            step.flow
+        );
+        if flow.chooses && ends == first {
+            let source = SocketAddr::new(ends.0.ip(), flow.client.port());
+            let destination = SocketAddr::new(flow.server.ip(), ends.1.port());
+            packet::set_ends(frame, protocol, transport, (source, destination));
+        }
+        Ok(())
+    }
+
+    /// Waits until everything that was sent so far has come out.
+    ///
+    /// A marker sent behind it comes out behind it, if both go the same way. What XDP redirects waits
+    /// for the end of its poll, and the stack's answers take the other interface: so there are two in
+    /// each direction, each sent when the one before has come.
+    fn settle(&mut self) -> Result<Seen> {
+        let mut seen = Seen::default();
+        for side in [Side::Client, Side::Server, Side::Client, Side::Server] {
+            self.markers += 1;
+            let marker = marker(side, self.markers);
+            self.taps[side as usize].send(&marker)?;
+            self.receive_until(&marker, side.other(), &mut seen)?;
+        }
+        Ok(seen)
+    }
+
+    fn receive_until(&mut self, marker: &[u8], side: Side, seen: &mut Seen) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < deadline {
+            let Some(frame) = self.taps[side as usize].receive()? else { continue };
+            if frame.data.ends_with(&marker[marker.len() - MARKER_NUMBER..])
+                && is_marker(&frame.data)
+            {
+                return Ok(());
+            }
+            if !is_chatter(&frame.data) {
+                ensure!(!frame.unfilled, "a frame whose checksum is left to hardware");
+                seen.0[side as usize].push(frame.data);
+            }
+        }
+        bail!("a marker sent to the {side:?} does not arrive")
+    }
+}
+
+/// How many bytes of a marker are its number.
+const MARKER_NUMBER: usize = 4;
+
+/// A frame that both routers route as it is.
+fn marker(from: Side, number: u32) -> Vec<u8> {
+    let ends = [rig::CLIENT.v4, MARKED].map(|address| SocketAddr::new(address.into(), 0));
+    let (source, destination, link_source, link_destination) = match from {
+        Side::Client => (ends[0], ends[1], CLIENT_MAC, WAN_MAC),
+        Side::Server => (ends[1], ends[0], SERVER_MAC, LAN_MAC),
+    };
+    let payload = number.to_be_bytes().to_vec();
+    let packet = Packet::new(MARKER, source, destination);
+    Packet { link_source, link_destination, payload, ..packet }.bytes()
+}
+
+fn is_marker(frame: &[u8]) -> bool {
+    frame[12..14] == [8, 0] && frame.get(23) == Some(&MARKER)
+}
+
+/// What hosts say to find each other: to all of a group, and ARP.
+fn is_chatter(frame: &[u8]) -> bool {
+    frame[0] & 1 == 1 || frame[12..14] == [8, 6]
+}
+
+/// A rig whose ends are silent and whose router knows its neighbours and forwards.
+fn prepared() -> Result<Rig> {
+    let second = SECOND_WAN.both().map(prefixed);
+    let external = second.each_ref().map(String::as_str);
+    let rig = Rig::with(Options { external: &external, ..Options::default() })?;
+    // All that leaves an end is sent by its tap: nobody at home answers, nor is there anybody.
+    for end in [&rig.client, &rig.server] {
+        end.set_sysctl("net.ipv4.ip_forward", "0")?;
+        end.set_sysctl("net.ipv6.conf.eth0.disable_ipv6", "1")?;
+        end.ip("address flush dev eth0")?;
+    }
+    set_link_address(&rig.client, "eth0", CLIENT_MAC)?;
+    set_link_address(&rig.server, "eth0", SERVER_MAC)?;
+    set_link_address(&rig.router, "wan0", WAN_MAC)?;
+    set_link_address(&rig.router, "lan0", LAN_MAC)?;
+
+    let mut lines = Vec::new();
+    let mut neighbour = |address: IpAddr, mac, interface| {
+        lines.push(format!(
+            "neighbour replace {address} lladdr {} dev {interface} nud permanent",
+            text(mac)
+        ));
+    };
+    for client in rig::CLIENT.both() {
+        neighbour(client, CLIENT_MAC, "wan0");
+    }
+    for number in 0..SERVERS {
+        neighbour(server(false, number), SERVER_MAC, "lan0");
+        neighbour(server(true, number), SERVER_MAC, "lan0");
+    }
+    neighbour(MARKED.into(), SERVER_MAC, "lan0");
+    lines.extend(rig::CLIENT.both().map(|client| format!("route add default via {client}")));
+    rig.router.ip_batch(&lines)?;
+
+    for (key, value) in [
+        ("net.ipv4.ip_forward", "1"),
+        ("net.ipv6.conf.all.forwarding", "1"),
+        // What portfwd wants, for both.
+        ("net.ipv4.conf.lan0.accept_local", "1"),
+        ("net.ipv4.conf.all.rp_filter", "0"),
+        ("net.ipv4.conf.wan0.rp_filter", "0"),
+        ("net.ipv4.conf.lan0.rp_filter", "0"),
+        // What the router says depends on nothing but the packet.
+        ("net.ipv4.icmp_ratemask", "0"),
+        ("net.ipv6.icmp.ratelimit", "0"),
+        ("net.ipv6.icmp.ratemask", "255"),
+        ("net.ipv6.auto_flowlabels", "0"),
+        ("net.ipv4.conf.all.send_redirects", "0"),
+        ("net.ipv4.conf.wan0.send_redirects", "0"),
+    ] {
+        rig.router.set_sysctl(key, value)?;
+    }
+    Ok(rig)
+}
+
+fn prefixed(address: IpAddr) -> String {
+    format!("{address}/{}", if address.is_ipv4() { 24 } else { 64 })
+}
+
+fn text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn set_link_address(namespace: &Namespace, interface: &str, mac: [u8; 6]) -> Result<()> {
+    namespace.ip(&format!("link set {interface} address {}", text(mac))).map(drop)
+}
