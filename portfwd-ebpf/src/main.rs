@@ -15,19 +15,21 @@ use aya_ebpf::{
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skc_lookup_tcp,
+        bpf_skc_lookup_tcp, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
     },
     macros::{map, xdp},
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, xdp::DevMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, xdp::DevMap},
     programs::XdpContext,
 };
 use portfwd_ebpf::{
+    answer::Answer,
+    detour::{self, Outcome},
     packet::{Frame, TCP},
     path::{self, Flow, Kernel, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Counter, Direction, Endpoint, Favourite, HOP_BITS,
-        Interface, Jiffies, LinkAddresses, Page, Passed, RememberedHop, RouteSet, Settings,
-        Translation, Trust,
+        Address, AnyAddress, ArrivalKey, Bucket, Counter, Direction, Endpoint, Favourite,
+        FirstFragment, FragmentKey, HOP_BITS, Interface, Jiffies, LinkAddresses, Page, Passed,
+        RememberedHop, RouteSet, Settings, Translation, Trust,
     },
 };
 
@@ -66,10 +68,28 @@ static ROUTES_V6: Array<RouteSet<16>> = Array::with_max_entries(1 << 15, 0);
 static HOPS: Array<RememberedHop> = Array::with_max_entries(1 << HOP_BITS, 0);
 #[map]
 static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment> = LruHashMap::with_max_entries(16_384, 0);
+#[map]
+static ANSWERS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
+/// For the log: the ends of the packet.
+#[map]
+static NOTED: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
+/// By [`Direction`].
+#[map]
+static DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
 
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
 #[unsafe(no_mangle)]
 static ROUTE_SET_BITS: u32 = 14;
+
+/// Ticks of the kernel's clock in a second. The control plane says so.
+#[unsafe(no_mangle)]
+static SECOND: u32 = 250;
+
+/// Zero. Not a constant to the verifier.
+#[unsafe(no_mangle)]
+static mut NOTHING: u32 = 0;
 
 /// Writes the clock of the other programs over the first eight bytes of a frame, for the control
 /// plane to read.
@@ -99,31 +119,103 @@ fn both(ctx: XdpContext) -> u32 {
     run(&ctx, Role::Both)
 }
 
-/// From the path's verdict to XDP's, in one place.
+#[xdp]
+fn forward_detour(ctx: XdpContext) -> u32 {
+    run_detour(&ctx, Direction::Forward)
+}
+
+#[xdp]
+fn reply_detour(ctx: XdpContext) -> u32 {
+    run_detour(&ctx, Direction::Reply)
+}
+
 #[inline(always)]
 fn run(ctx: &XdpContext, role: Role) -> u32 {
-    // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
-    let frame = unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) };
-    let xdp = Xdp { ctx, noted: Cell::new(None) };
-    let verdict = path::handle(&xdp, role, frame);
-    // Here, where all paths have met again, and not on each of them: the verifier follows it that
-    // often.
-    if log::is_on()
-        && let Some(flow) = xdp.noted.get()
-    {
-        log::verdict(ctx, &flow, verdict);
+    let xdp = Xdp { ctx, noted: Cell::new(false) };
+    let verdict = path::handle(&xdp, role, frame(ctx));
+    let detour = match verdict {
+        Verdict::ForwardDetour(reason) => Some((Direction::Forward, reason)),
+        Verdict::ReplyDetour(reason) => Some((Direction::Reply, reason)),
+        _ => None,
+    };
+    if let Some((direction, reason)) = detour {
+        // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
+        unsafe { DETOURS.tail_call(ctx, direction as u32) };
+        xdp.count_passed(reason);
     }
+    xdp.log(verdict);
+    action(verdict)
+}
+
+#[inline(always)]
+fn run_detour(ctx: &XdpContext, direction: Direction) -> u32 {
+    let xdp = Xdp { ctx, noted: Cell::new(false) };
+    match detour::handle(&xdp, direction, frame(ctx)) {
+        Outcome::Done(verdict) => {
+            xdp.log(verdict);
+            action(verdict)
+        }
+        Outcome::Answer(reason, answer) => {
+            xdp.log(Verdict::Drop(reason));
+            send(ctx, &answer)
+        }
+    }
+}
+
+#[inline(always)]
+fn frame(ctx: &XdpContext) -> Frame<'_> {
+    // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
+    unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) }
+}
+
+/// From the path's verdict to XDP's, in one place.
+#[inline(always)]
+fn action(verdict: Verdict) -> u32 {
     match verdict {
         Verdict::Redirect(device) => DEVICES.redirect(device, 0).unwrap_or(xdp_action::XDP_DROP),
-        Verdict::Stack(_) | Verdict::Pass(_) => xdp_action::XDP_PASS,
+        Verdict::Stack(_)
+        | Verdict::Pass(_)
+        | Verdict::ForwardDetour(_)
+        | Verdict::ReplyDetour(_) => xdp_action::XDP_PASS,
         Verdict::Drop(_) => xdp_action::XDP_DROP,
+    }
+}
+
+/// Sends an answer in the frame of the packet that it is about.
+#[inline(always)]
+fn send(ctx: &XdpContext, answer: &Answer) -> u32 {
+    let xdp = ctx.ctx;
+    // SAFETY: the context is this run's. What was read from the frame before is not used any more.
+    let resized = unsafe {
+        bpf_xdp_adjust_head(xdp, -(answer.growth() as i32)) == 0
+            && bpf_xdp_adjust_tail(xdp, -(answer.cut as i32)) == 0
+    };
+    if resized && answer.write(frame(ctx)).is_some() {
+        DEVICES.redirect(answer.device, 0).unwrap_or(xdp_action::XDP_DROP)
+    } else {
+        xdp_action::XDP_DROP
     }
 }
 
 struct Xdp<'a> {
     ctx: &'a XdpContext,
-    /// For the log.
-    noted: Cell<Option<Flow>>,
+    /// Whether there is something in `NOTED`.
+    noted: Cell<bool>,
+}
+
+impl Xdp<'_> {
+    /// Here, where all paths have met again, and not on each of them: the verifier follows it that
+    /// often.
+    #[inline(always)]
+    fn log(&self, verdict: Verdict) {
+        if log::is_on()
+            && self.noted.get()
+            && let Some(flow) = NOTED.get_ptr(0)
+        {
+            // SAFETY: this CPU's own.
+            log::verdict(self.ctx, unsafe { &*flow }, verdict);
+        }
+    }
 }
 
 impl Kernel for Xdp<'_> {
@@ -220,7 +312,7 @@ impl Kernel for Xdp<'_> {
     }
 
     #[inline(always)]
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, bool) {
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>) {
         // SAFETY: all integers and arrays of them.
         let mut fib: fib_lookup = unsafe { core::mem::zeroed() };
         fib.family = flow.family;
@@ -240,9 +332,11 @@ impl Kernel for Xdp<'_> {
             u32::try_from(result).unwrap_or(u32::MAX)
         };
         let mut result = lookup(&mut fib);
-        let fits = result != BPF_FIB_LKUP_RET_FRAG_NEEDED;
-        if !fits {
+        let mut narrow = None;
+        if result == BPF_FIB_LKUP_RET_FRAG_NEEDED {
             // Told before the egress is known: ask again without a length. Nothing else was written.
+            // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
+            narrow = Some(u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }));
             fib.__bindgen_anon_1.tot_len = 0;
             result = lookup(&mut fib);
         }
@@ -257,7 +351,7 @@ impl Kernel for Xdp<'_> {
             }
             BPF_FIB_LKUP_RET_SUCCESS => Route::Via {
                 interface: fib.ifindex,
-                // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
+                // SAFETY: as above.
                 mtu: u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }),
                 link: link_addresses(&fib),
             },
@@ -269,32 +363,32 @@ impl Kernel for Xdp<'_> {
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingOff,
             _ => Route::NotForwarded,
         };
-        (route, fits)
+        (route, narrow)
     }
 
     #[inline(always)]
     fn has_socket(&self, flow: &Flow) -> bool {
         /// AF_INET.
         const INET: u8 = 2;
+        #[repr(align(8))]
+        struct Aligned(bpf_sock_tuple);
         // SAFETY: all integers and arrays of them.
-        let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        let Aligned(tuple) = &mut unsafe { core::mem::zeroed::<Aligned>() };
         let source_port = u16::from_ne_bytes(flow.source_port.0);
         let destination_port = u16::from_ne_bytes(flow.destination_port.0);
-        let source = words(flow.source);
-        let destination = words(flow.destination);
         // SAFETY: writes to one member of a union of plain integers; the size says which it is.
         let size = unsafe {
             if flow.family == INET {
                 let ipv4 = &mut tuple.__bindgen_anon_1.ipv4;
-                ipv4.saddr = source[0];
-                ipv4.daddr = destination[0];
+                ipv4.saddr = words(flow.source)[0];
+                ipv4.daddr = words(flow.destination)[0];
                 ipv4.sport = source_port;
                 ipv4.dport = destination_port;
                 size_of_val(ipv4)
             } else {
                 let ipv6 = &mut tuple.__bindgen_anon_1.ipv6;
-                ipv6.saddr = source;
-                ipv6.daddr = destination;
+                put(&raw mut ipv6.saddr, flow.source);
+                put(&raw mut ipv6.daddr, flow.destination);
                 ipv6.sport = source_port;
                 ipv6.dport = destination_port;
                 size_of_val(ipv6)
@@ -306,9 +400,9 @@ impl Kernel for Xdp<'_> {
             let ctx = self.ctx.as_ptr();
             let socket = if flow.protocol == TCP {
                 // Also finds connections in TIME-WAIT and those whose handshake goes on.
-                bpf_skc_lookup_tcp(ctx, &raw mut tuple, size as u32, netns, 0)
+                bpf_skc_lookup_tcp(ctx, tuple, size as u32, netns, 0)
             } else {
-                bpf_sk_lookup_udp(ctx, &raw mut tuple, size as u32, netns, 0)
+                bpf_sk_lookup_udp(ctx, tuple, size as u32, netns, 0)
             };
             if socket.is_null() {
                 return false;
@@ -335,6 +429,24 @@ impl Kernel for Xdp<'_> {
     }
 
     #[inline(always)]
+    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment> {
+        // SAFETY: copied out; a value that another CPU replaces meanwhile is a fragment lost.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
+        // What has no room is as if it was evicted.
+        let _: Result<(), i32> = FRAGMENTS.insert(key, first, 0);
+    }
+
+    #[inline(always)]
+    fn bucket<R>(&self, look: impl FnOnce(&mut Bucket) -> R) -> Option<R> {
+        // SAFETY: this CPU's own.
+        ANSWERS.get_ptr_mut(0).map(|bucket| look(unsafe { &mut *bucket }))
+    }
+
+    #[inline(always)]
     fn count(&self, counter: u32, change: impl FnOnce(&mut Counter)) {
         if let Some(counter) = COUNTERS.get_ptr_mut(counter) {
             // SAFETY: this CPU's own row.
@@ -356,11 +468,27 @@ impl Kernel for Xdp<'_> {
         Jiffies(unsafe { bpf_jiffies64() })
     }
 
+    #[inline(always)]
+    fn second(&self) -> u64 {
+        // SAFETY: a constant of the loaded program.
+        u64::from(unsafe { (&raw const SECOND).read_volatile() })
+    }
+
+    #[inline(always)]
+    fn nothing(&self) -> u32 {
+        // SAFETY: nobody writes to it.
+        unsafe { (&raw const NOTHING).read_volatile() }
+    }
+
     // The level is a constant of the loaded program: what is off, the verifier removes.
     #[inline(always)]
     fn note(&self, flow: impl FnOnce() -> Flow) {
-        if log::is_on() {
-            self.noted.set(Some(flow()));
+        if log::is_on()
+            && let Some(noted) = NOTED.get_ptr_mut(0)
+        {
+            // SAFETY: this CPU's own.
+            unsafe { *noted = flow() };
+            self.noted.set(true);
         }
     }
 }
@@ -419,6 +547,23 @@ fn link_addresses(fib: &fib_lookup) -> LinkAddresses {
     LinkAddresses::from_bytes(unsafe { core::mem::transmute([d, e, f, a, b, c]) })
 }
 
+/// Writes an address half by half: the compiler would join others of its words, and what it joins is not
+/// aligned, as anything on the stack must be.
+///
+/// # Safety
+///
+/// `to` must be valid, and aligned to eight bytes.
+#[inline(always)]
+unsafe fn put(to: *mut [u32; 4], address: AnyAddress) {
+    // SAFETY: the same sixteen bytes; the rest is the caller's.
+    unsafe {
+        let [first, second] = core::mem::transmute::<[u8; 16], [u64; 2]>(address.0);
+        let halves = to.cast::<u64>();
+        halves.write_volatile(first);
+        halves.add(1).write_volatile(second);
+    }
+}
+
 /// An address in the words of the kernel's structs, which are in network order too.
 #[inline(always)]
 fn words(address: AnyAddress) -> [u32; 4] {
@@ -446,7 +591,9 @@ mod log {
         let (what, how): (&str, &str) = match verdict {
             Verdict::Redirect(_) => ("redirected", ""),
             Verdict::Stack(reason) => ("to the stack: ", reason.name()),
-            Verdict::Pass(reason) => ("passed: ", reason.name()),
+            Verdict::Pass(reason)
+            | Verdict::ForwardDetour(reason)
+            | Verdict::ReplyDetour(reason) => ("passed: ", reason.name()),
             Verdict::Drop(reason) => ("dropped: ", reason.name()),
         };
         if flow.family == 2 {

@@ -5,11 +5,12 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
+use crate::icmp::Icmp;
 use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport};
 use crate::table::{
-    Address, AnyAddress, ArrivalKey, Claims, Counter, Direction, Dropped, Endpoint, Hop, Interface,
-    Jiffies, LinkAddresses, Page, Passed, Port, Ports, RememberedHop, RouteSet, Tag, ToStack,
-    Translation, Trust,
+    Address, AnyAddress, ArrivalKey, Bucket, Claims, Counter, Direction, Dropped, Endpoint,
+    FirstFragment, FragmentKey, Hop, Interface, Jiffies, LinkAddresses, Page, Passed, Port, Ports,
+    RememberedHop, RouteSet, Tag, ToStack, Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -34,6 +35,21 @@ pub enum Verdict {
     Pass(Passed),
     /// Nothing more.
     Drop(Dropped),
+    /// The [detour](crate::detour) of the direction decides, which is another program; without it the
+    /// packet passes.
+    // Not one with the direction in it: with one number in all variants no byte is ever undefined.
+    ForwardDetour(Passed),
+    ReplyDetour(Passed),
+}
+
+impl Verdict {
+    #[inline(always)]
+    pub const fn detour(direction: Direction, reason: Passed) -> Self {
+        match direction {
+            Direction::Forward => Self::ForwardDetour(reason),
+            Direction::Reply => Self::ReplyDetour(reason),
+        }
+    }
 }
 
 /// A packet's addresses and ports.
@@ -53,10 +69,19 @@ impl Flow {
     /// Of a packet with these headers. Made where it is needed: most packets need none.
     #[inline(always)]
     fn of<const N: usize, I: Ip<N>>(ip: &I, transport: &Transport<'_>) -> Self {
-        let (source_port, destination_port) = transport.ports();
+        Self::between(ip, transport.protocol(), transport.ports())
+    }
+
+    /// As [`of`](Self::of), of any protocol; the ports are source and destination.
+    #[inline(always)]
+    pub fn between<const N: usize, I: Ip<N>>(
+        ip: &I,
+        protocol: u8,
+        (source_port, destination_port): (Port, Port),
+    ) -> Self {
         Self {
             family: I::FAMILY,
-            protocol: transport.protocol(),
+            protocol,
             source_port,
             destination_port,
             source: ip.source().widen(),
@@ -64,9 +89,18 @@ impl Flow {
         }
     }
 
+    /// The end that a direction translates.
+    #[inline(always)]
+    pub(crate) fn end(&self, direction: Direction) -> (AnyAddress, Port) {
+        match direction {
+            Direction::Forward => (self.destination, self.destination_port),
+            Direction::Reply => (self.source, self.source_port),
+        }
+    }
+
     /// This flow with one end translated.
     #[inline(always)]
-    fn translated(self, direction: Direction, address: AnyAddress, port: Port) -> Self {
+    pub(crate) fn translated(self, direction: Direction, address: AnyAddress, port: Port) -> Self {
         match direction {
             Direction::Forward => Self { destination: address, destination_port: port, ..self },
             Direction::Reply => Self { source: address, source_port: port, ..self },
@@ -75,7 +109,7 @@ impl Flow {
 
     /// The key of ARRIVALS, for a flow from client to backend.
     #[inline(always)]
-    fn arrival(&self) -> ArrivalKey {
+    pub(crate) fn arrival(&self) -> ArrivalKey {
         ArrivalKey {
             client: self.source,
             backend: self.destination,
@@ -88,7 +122,7 @@ impl Flow {
 
     /// The same flow, seen from its other end.
     #[inline(always)]
-    fn reversed(self) -> Self {
+    pub(crate) fn reversed(self) -> Self {
         Self {
             source: self.destination,
             source_port: self.destination_port,
@@ -152,20 +186,30 @@ pub trait Kernel {
     fn interface(&self, index: u32) -> Option<Interface>;
     /// The interface that the packet came by.
     fn ingress(&self) -> Option<Interface>;
-    /// The route of a translated packet, `class` as [`Ip::class`], and whether its MTU lets `length`
-    /// bytes through.
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, bool);
+    /// The route of a translated packet, `class` as [`Ip::class`], and its MTU if that does not let
+    /// `length` bytes through.
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>);
     /// Whether a socket of this box is open for the packet.
     fn has_socket(&self, flow: &Flow) -> bool;
     /// By which address a client came, if it was not the first.
     fn arrival(&self, key: &ArrivalKey) -> Option<AnyAddress>;
     /// Remembers by which address a client came, or forgets it.
     fn set_arrival(&self, key: &ArrivalKey, address: Option<&AnyAddress>);
+    /// What became of the first fragment of a packet.
+    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment>;
+    /// Remembers it.
+    fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment);
+    /// This CPU's bucket of answers.
+    fn bucket<R>(&self, look: impl FnOnce(&mut Bucket) -> R) -> Option<R>;
     /// Changes a rule's counter.
     fn count(&self, counter: u32, change: impl FnOnce(&mut Counter));
     /// Counts a packet that passes.
     fn count_passed(&self, reason: Passed);
     fn now(&self) -> Jiffies;
+    /// Ticks of [`now`](Self::now) in a second.
+    fn second(&self) -> u64;
+    /// Zero, which the verifier does not know.
+    fn nothing(&self) -> u32;
     /// Notes the packet, as it came in, for whoever wants to see what becomes of those that rules
     /// claim.
     fn note(&self, flow: impl FnOnce() -> Flow);
@@ -174,7 +218,7 @@ pub trait Kernel {
 /// Decides and does what becomes of `frame`.
 #[inline(always)]
 pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdict {
-    match ethernet(kernel, role, &mut frame) {
+    match ethernet(kernel, Common(role), &mut frame) {
         Ok(verdict) => verdict,
         Err(reason) => {
             kernel.count_passed(reason);
@@ -183,18 +227,63 @@ pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdic
     }
 }
 
+/// What goes on behind the Ethernet header.
+pub(crate) trait Way {
+    type End;
+
+    fn ip<const N: usize, I: Icmp<N>, K: Kernel>(
+        self,
+        kernel: &K,
+        ethernet: &mut Ethernet,
+        frame: &mut Frame<'_>,
+    ) -> Result<Self::End, Passed>;
+}
+
+/// The way of whole TCP and UDP packets.
+struct Common(Role);
+
+impl Way for Common {
+    type End = Verdict;
+
+    #[inline(always)]
+    fn ip<const N: usize, I: Icmp<N>, K: Kernel>(
+        self,
+        kernel: &K,
+        ethernet: &mut Ethernet,
+        frame: &mut Frame<'_>,
+    ) -> Result<Verdict, Passed> {
+        ip::<N, I, K>(kernel, self.0, ethernet, frame)
+    }
+}
+
 #[inline(always)]
-fn ethernet<K: Kernel>(kernel: &K, role: Role, frame: &mut Frame<'_>) -> Result<Verdict, Passed> {
+pub(crate) fn ethernet<W: Way, K: Kernel>(
+    kernel: &K,
+    way: W,
+    frame: &mut Frame<'_>,
+) -> Result<W::End, Passed> {
     let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
     if ethernet.is_group() {
         return Err(Passed::Group);
     }
     match ethernet.ether_type() {
-        EtherType::IPV4 => ip::<4, Ipv4Hdr, K>(kernel, role, ethernet, frame),
-        EtherType::IPV6 => ip::<16, Ipv6Hdr, K>(kernel, role, ethernet, frame),
+        EtherType::IPV4 => way.ip::<4, Ipv4Hdr, K>(kernel, ethernet, frame),
+        EtherType::IPV6 => way.ip::<16, Ipv6Hdr, K>(kernel, ethernet, frame),
         EtherType::VLAN | EtherType::SERVICE_VLAN => Err(Passed::Vlan),
         _ => Err(Passed::NotIp),
     }
+}
+
+/// What the live rules claim at an address.
+#[inline(always)]
+pub(crate) fn claims<'k, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &'k K,
+    direction: Direction,
+    address: &Address<N>,
+) -> Option<&'k Claims> {
+    let endpoint = I::endpoint(kernel, direction, address)?;
+    let [even, odd] = &endpoint.generations;
+    Some(if kernel.generation() == 0 { even } else { odd })
 }
 
 #[inline(always)]
@@ -210,23 +299,25 @@ fn ip<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => ip.destination(),
         Direction::Reply => ip.source(),
     };
-    let claims = |direction| {
-        let endpoint = I::endpoint(kernel, direction, &end(direction)).ok_or(Passed::NoRule)?;
-        let [even, odd] = &endpoint.generations;
-        Ok(if kernel.generation() == 0 { even } else { odd })
-    };
+    let claims = |direction| claims::<N, I, K>(kernel, direction, &end(direction));
     // What follows is made twice for `Both`, so that the direction is a constant of each.
     if matches!(role, Role::External | Role::Both) {
         match claims(Direction::Forward) {
-            Ok(claims) => {
+            Some(claims) => {
                 let headers = Headers { ethernet, ip, available };
                 return translate(kernel, Direction::Forward, claims, headers, frame);
             }
-            Err(reason) if role == Role::External => return Err(reason),
-            Err(_) => {}
+            None if role == Role::External => return Err(Passed::NoRule),
+            None => {}
         }
     }
-    let claims = claims(Direction::Reply)?;
+    let Some(claims) = claims(Direction::Reply) else {
+        // Any router inside may have something to say about a packet to a backend.
+        return match ip.may_carry_icmp() {
+            true => Ok(Verdict::ReplyDetour(Passed::Icmp)),
+            false => Err(Passed::NoRule),
+        };
+    };
     let headers = Headers { ethernet, ip, available };
     translate(kernel, Direction::Reply, claims, headers, frame)
 }
@@ -248,7 +339,13 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     Headers { ethernet, ip, available }: Headers<'_, I>,
     frame: &mut Frame<'_>,
 ) -> Result<Verdict, Passed> {
-    let mut transport = ip.transport(frame, available)?;
+    let mut transport = match ip.transport(frame, available) {
+        Ok(transport) => transport,
+        Err(reason @ (Passed::Icmp | Passed::Fragment | Passed::Protocol)) => {
+            return Ok(Verdict::detour(direction, reason));
+        }
+        Err(reason) => return Err(reason),
+    };
     let (source_port, destination_port) = transport.ports();
     let port = match direction {
         Direction::Forward => destination_port,
@@ -260,7 +357,10 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
         return Err(Passed::Own);
     }
     if ip.ttl() <= 1 {
-        return Err(Passed::Ttl);
+        return match direction {
+            Direction::Forward => Ok(Verdict::ForwardDetour(Passed::Ttl)),
+            Direction::Reply => Err(Passed::Ttl),
+        };
     }
 
     let mut address: Address<N> = translation.address.narrow();
@@ -287,7 +387,10 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
         }
         _ => {
             let goes = Flow::of(ip, &transport).translated(direction, address.widen(), port);
-            let (verdict, hop) = ask(kernel, direction, ip, &goes)?;
+            let Asked { verdict, hop, .. } = ask(kernel, direction, ip, &goes)?;
+            if let Verdict::ForwardDetour(_) = verdict {
+                return Ok(verdict);
+            }
             if let (Some(tag), Some(hop)) = (tag, hop)
                 && let row = hop.row::<N>(direction)
                 && kernel.hop(row, |row| row.claim(tag, &hop)) == Some(true)
@@ -308,7 +411,8 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     if direction == Direction::Forward && translation.has(Translation::MANY_ADDRESSES) {
         let came = Flow::of(ip, &transport);
         let goes = came.translated(direction, address.widen(), port);
-        remember_arrival(kernel, translation, &came, &goes);
+        let first = translation.has(Translation::FIRST_ADDRESS);
+        remember_arrival(kernel, first, &came, &goes);
     }
     // The stack takes a hop off and writes the link addresses itself.
     let mut hops = 0;
@@ -318,7 +422,21 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     }
     let addresses = ip.rewrite(direction, address, hops);
     transport.rewrite(direction, port, addresses);
-    kernel.count(translation.counter, |counter| {
+    count(kernel, translation.counter, direction, length, now, verdict);
+    Ok(verdict)
+}
+
+/// Counts a translated packet of `length` bytes.
+#[inline(always)]
+pub(crate) fn count<K: Kernel>(
+    kernel: &K,
+    counter: u32,
+    direction: Direction,
+    length: u16,
+    now: Jiffies,
+    verdict: Verdict,
+) {
+    kernel.count(counter, |counter| {
         let tally = &mut counter.translated[direction as usize];
         tally.packets += 1;
         tally.bytes += u64::from(length);
@@ -327,12 +445,11 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
             counter.to_stack[reason as usize] += 1;
         }
     });
-    Ok(verdict)
 }
 
 /// The translation of a port: a comparison, or two array loads.
 #[inline(always)]
-fn translation<K: Kernel>(kernel: &K, ports: Ports, port: Port) -> Option<&Translation> {
+pub(crate) fn translation<K: Kernel>(kernel: &K, ports: Ports, port: Port) -> Option<&Translation> {
     let row = if ports.first <= ports.last {
         let number = port.number();
         (ports.first <= number && number <= ports.last).then_some(ports.row)
@@ -380,18 +497,27 @@ fn remembered<const N: usize, I: Ip<N>, K: Kernel>(
     kernel.hop(row, |row| row.hop)
 }
 
-/// Asks the FIB. With the way if it is one by which packets can be redirected at once.
+/// What the FIB said.
+pub(crate) struct Asked {
+    pub verdict: Verdict,
+    /// The way if it is one by which packets can be redirected at once.
+    pub hop: Option<Hop>,
+    /// The MTU that the packet is larger than.
+    pub narrow: Option<u32>,
+}
+
+/// Asks the FIB.
 #[inline(always)]
-fn ask<const N: usize, I: Ip<N>, K: Kernel>(
+pub(crate) fn ask<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     ip: &I,
     goes: &Flow,
-) -> Result<(Verdict, Option<Hop>), Passed> {
+) -> Result<Asked, Passed> {
     let length = ip.length();
-    let (route, fits) = kernel.route(goes, length, ip.class());
+    let (route, narrow) = kernel.route(goes, length, ip.class());
     let merged = || kernel.ingress().is_some_and(|ingress| u32::from(length) > ingress.mtu);
-    let size = if fits {
+    let size = if narrow.is_none() {
         Size::Fits
     } else if merged() {
         Size::Merged
@@ -404,12 +530,13 @@ fn ask<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => forward(kernel, route, size),
         Direction::Reply => reply(kernel, route, size)?,
     };
-    Ok(match (verdict, route) {
+    let hop = match (verdict, route) {
         (Verdict::Redirect(device), Route::Via { mtu, link, .. }) => {
-            (verdict, Some(Hop { device, mtu, link, padding: 0 }))
+            Some(Hop { device, mtu, link, padding: 0 })
         }
-        _ => (verdict, None),
-    })
+        _ => None,
+    };
+    Ok(Asked { verdict, hop, narrow })
 }
 
 /// How a packet's length and its route's MTU go together.
@@ -418,7 +545,7 @@ enum Size {
     Fits,
     /// The stack cuts it up.
     TooBig,
-    /// The stack tells the sender.
+    /// The sender is told.
     TooBigToSplit,
     /// Longer than any packet on the wire that it came by: several, merged by the stack or a driver
     /// before this program saw them.
@@ -436,7 +563,8 @@ fn forward<K: Kernel>(kernel: &K, route: Route, size: Size) -> Verdict {
             match (internal(index), size) {
                 (None, _) => Verdict::Drop(Dropped::NotInternal),
                 (Some(_), Size::Merged) => Verdict::Drop(Dropped::Merged),
-                (Some(_), Size::TooBig | Size::TooBigToSplit) => Verdict::Stack(ToStack::TooBig),
+                (Some(_), Size::TooBig) => Verdict::Stack(ToStack::TooBig),
+                (Some(_), Size::TooBigToSplit) => Verdict::ForwardDetour(Passed::TooBig),
                 (Some(interface), Size::Fits) => leave(interface, route),
             }
         }
@@ -485,10 +613,10 @@ fn leave(interface: Interface, route: Route) -> Verdict {
 /// The reply to a client that came by another address than the first must leave with that one. Only
 /// those are remembered.
 #[inline(always)]
-fn remember_arrival<K: Kernel>(kernel: &K, translation: &Translation, came: &Flow, goes: &Flow) {
+pub(crate) fn remember_arrival<K: Kernel>(kernel: &K, first: bool, came: &Flow, goes: &Flow) {
     let key = goes.arrival();
     let known = kernel.arrival(&key);
-    if translation.has(Translation::FIRST_ADDRESS) {
+    if first {
         if known.is_some() {
             kernel.set_arrival(&key, None);
         }

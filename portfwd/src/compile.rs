@@ -59,6 +59,8 @@ pub struct Leg {
     pub ports: Ports,
     pub tcp: bool,
     pub udp: bool,
+    /// All other protocols.
+    pub other: bool,
     pub backend: IpAddr,
     /// From the listened port to the backend's.
     pub shift: Shift,
@@ -72,16 +74,16 @@ impl Leg {
         (shifted(self.ports.first()), shifted(self.ports.last()))
     }
 
-    /// The IP protocols it forwards.
+    /// The IP protocols that it forwards, [`OTHER`] among them.
     fn protocols(&self) -> impl Iterator<Item = u8> {
-        [(self.tcp, TCP), (self.udp, UDP)]
+        [(self.tcp, TCP), (self.udp, UDP), (self.other, OTHER)]
             .into_iter()
             .filter_map(|(has, number)| has.then_some(number))
     }
 
     /// The first backend port whose replies this leg and another would have to answer differently.
     fn clash(&self, other: &Self) -> Option<u16> {
-        let shares = self.tcp && other.tcp || self.udp && other.udp;
+        let shares = self.tcp && other.tcp || self.udp && other.udp || self.other && other.other;
         if self.backend != other.backend
             || !shares
             || (self.listen, self.shift) == (other.listen, other.shift)
@@ -186,6 +188,7 @@ fn add_legs(legs: &mut Vec<Leg>, number: usize, rule: &Rule, resolved: &Resolved
                 ports: rule.listen.ports,
                 tcp: rule.protocol.tcp(),
                 udp: rule.protocol.udp(),
+                other: rule.protocol.other(),
                 backend,
                 shift: Shift::between(rule.listen.ports.first(), first),
                 precedence: rule.precedence(),
@@ -377,6 +380,8 @@ pub struct Compiler {
     unsettled: Vec<EndpointKey>,
     generation: u32,
     pending: Option<Pending>,
+    /// Protocols beside TCP and UDP that the box itself speaks.
+    own: BTreeSet<u8>,
 }
 
 /// A leg with its rows.
@@ -415,14 +420,26 @@ struct EndpointRow {
 /// One protocol at an endpoint.
 type Table = (EndpointKey, u8);
 
+/// Stands for all protocols but TCP and UDP: a number that none of them has.
+const OTHER: u8 = 255;
+
 fn table_of(claims: &mut Claims, protocol: u8) -> &mut PortTable {
-    if protocol == TCP { &mut claims.tcp } else { &mut claims.udp }
+    match protocol {
+        TCP => &mut claims.tcp,
+        UDP => &mut claims.udp,
+        _ => &mut claims.other,
+    }
 }
 
 impl Compiler {
     /// The counter of a rule's name.
     pub fn counter(&self, name: &str) -> Option<u32> {
         self.names.find(name)
+    }
+
+    /// From the next [`compile`](Self::compile) on, no rule claims these protocols.
+    pub fn leave(&mut self, own: &BTreeSet<u8>) {
+        self.own.clone_from(own);
     }
 
     /// Works out what to write for `plan` of `rules`. Nothing is live until it is written and
@@ -440,7 +457,7 @@ impl Compiler {
         ephemeral: &RangeInclusive<u16>,
     ) -> Update {
         self.forget();
-        let world = World::new(externals, ephemeral);
+        let world = World::new(externals, ephemeral, &self.own);
         let mut touched = Touched::default();
         let (pending, translations) = self.place(rules, plan, world, &mut touched);
         for (_, live, painted) in &mut touched.tables {
@@ -531,7 +548,7 @@ impl Compiler {
         }
         // An address that came or went.
         for address in before.differing(&world) {
-            for protocol in [TCP, UDP] {
+            for protocol in [TCP, UDP, OTHER] {
                 touched.table(((Direction::Forward, address), protocol), EVERYWHERE, live_table);
             }
         }
@@ -627,12 +644,16 @@ impl Compiler {
     }
 }
 
-/// What rules mean depends on: the external addresses and the ephemeral ports, first and last.
+/// What rules mean depends on.
 #[derive(Default)]
 struct World {
+    /// External addresses.
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
+    /// First and last.
     ephemeral: (u16, u16),
+    /// Protocols other than TCP and UDP that rules may claim, as the ports of [`OTHER`].
+    protocols: Vec<(u16, u16)>,
 }
 
 /// A leg has at most so many translations: the reply's, then for its first address and for the
@@ -640,11 +661,17 @@ struct World {
 const VARIANTS: usize = 5;
 
 impl World {
-    fn new(externals: &Externals, ephemeral: &RangeInclusive<u16>) -> Self {
+    fn new(externals: &Externals, ephemeral: &RangeInclusive<u16>, own: &BTreeSet<u8>) -> Self {
+        let claimed: Vec<u16> = (0..OTHER)
+            .filter(|number| !NEVER_CLAIMED.contains(number) && !own.contains(number))
+            .map(u16::from)
+            .collect();
+        let pieces = claimed.chunk_by(|one, next| one + 1 == *next);
         Self {
             v4: externals.v4.iter().copied().map(IpAddr::V4).collect(),
             v6: externals.v6.iter().copied().map(IpAddr::V6).collect(),
             ephemeral: (*ephemeral.start(), *ephemeral.end()),
+            protocols: pieces.map(|piece| (piece[0], piece[piece.len() - 1])).collect(),
         }
     }
 
@@ -667,10 +694,12 @@ impl World {
             |a: &[IpAddr], b: &[IpAddr]| a.first() == b.first() && (a.len() > 1) == (b.len() > 1);
         let (v4, v6) = (same(&self.v4, &other.v4), same(&self.v6, &other.v6));
         let ranges = self.ephemeral == other.ephemeral;
+        let protocols = self.protocols == other.protocols;
         move |leg| {
             let family = if leg.backend.is_ipv4() { v4 } else { v6 };
             (leg.listen.is_some() || family)
                 && (ranges || !matches!(leg.ports, Ports::Range { .. }))
+                && (protocols || !leg.other)
         }
     }
 
@@ -736,9 +765,12 @@ impl Touched {
 
     /// All that a leg is painted on in this world.
     fn leg(&mut self, leg: &Leg, world: &World, live: impl Fn(Table) -> PortTable + Copy) {
-        let highs = |(first, last): (u16, u16)| first.to_be_bytes()[0]..=last.to_be_bytes()[0];
         let addresses = world.listened(leg);
         for protocol in leg.protocols() {
+            let highs = |(first, last): (u16, u16)| match protocol {
+                OTHER => 0..=0,
+                _ => first.to_be_bytes()[0]..=last.to_be_bytes()[0],
+            };
             for address in addresses {
                 let area = highs((leg.ports.first(), leg.ports.last()));
                 self.table(((Direction::Forward, *address), protocol), area, live);
@@ -775,7 +807,8 @@ fn strokes<'a>(
         };
         addresses.iter().enumerate().filter_map(table).collect()
     };
-    let every = [&world.v4, &world.v6].map(|addresses| [TCP, UDP].map(|it| every(addresses, it)));
+    let every =
+        [&world.v4, &world.v6].map(|addresses| [TCP, UDP, OTHER].map(|it| every(addresses, it)));
     let mut strokes = Vec::new();
     for Placed { leg, rows: [reply, first, first_asking, other, other_asking] } in legs {
         if *reply == 0 {
@@ -784,9 +817,12 @@ fn strokes<'a>(
         for protocol in leg.protocols() {
             let mut paint = |table: u32, ports: (u16, u16), row: u32| {
                 let (.., area) = &touched.tables[table as usize];
-                let all = leg.ports == Ports::All && protocol == UDP;
-                let whole = std::slice::from_ref(&ports);
-                for ports in if all { &ALL_BUT_DHCP[..] } else { whole } {
+                let pieces = match protocol {
+                    OTHER => world.protocols.as_slice(),
+                    UDP if leg.ports == Ports::All => &ALL_BUT_DHCP,
+                    _ => std::slice::from_ref(&ports),
+                };
+                for ports in pieces {
                     let [first, last] = [ports.0, ports.1].map(|port| port.to_be_bytes()[0]);
                     if first <= *area.end() && *area.start() <= last {
                         let precedence = leg.precedence;
@@ -810,8 +846,12 @@ fn strokes<'a>(
                 }
                 None => {
                     let [v4, v6] = &every;
-                    let [tcp, udp] = if leg.backend.is_ipv4() { v4 } else { v6 };
-                    let tables = if protocol == TCP { tcp } else { udp };
+                    let [tcp, udp, other] = if leg.backend.is_ipv4() { v4 } else { v6 };
+                    let tables = match protocol {
+                        TCP => tcp,
+                        UDP => udp,
+                        _ => other,
+                    };
                     tables.iter().for_each(|(place, table)| forward(*place, *table));
                 }
             }
@@ -827,6 +867,10 @@ fn strokes<'a>(
 /// The UDP ports of `*`. DHCPv4 and DHCPv6 clients (68, 546) read replies from raw sockets, which no
 /// lookup finds: their ports are left alone.
 const ALL_BUT_DHCP: [(u16, u16); 3] = [(0, 67), (69, 545), (547, u16::MAX)];
+
+/// Protocols that are not among the others: TCP and UDP, which have tables of their own, IGMP, which
+/// is about the box's own link, and the authentication header, whose sums are over the addresses.
+const NEVER_CLAIMED: [u8; 4] = [TCP, UDP, 2, 51];
 
 /// The ports of a rule, first and last, that the box itself may use: there its sockets come first.
 /// Nobody listens on a range for the box's sake, but its connections start from the ephemeral ports;

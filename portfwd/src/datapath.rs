@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMap};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, xdp::DevMap};
 use aya::programs::links::Link as _;
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp};
@@ -159,10 +159,13 @@ pub struct Clock {
 impl Clock {
     /// From a reading.
     pub(crate) fn new(read: Jiffies, when: Instant) -> Self {
+        Self { read, when, tick: Self::tick() }
+    }
+
+    fn tick() -> Duration {
         // The coarse clock is as fine as the ticks are; the kernel says so in nanoseconds.
         let tick = rustix::time::clock_getres(rustix::time::ClockId::MonotonicCoarse);
-        let tick = Duration::try_from(tick).unwrap_or_default();
-        Self { read, when, tick: tick.max(Duration::from_micros(1)) }
+        Duration::try_from(tick).unwrap_or_default().max(Duration::from_micros(1))
     }
 
     /// What it shows at some time, not before it was read.
@@ -208,6 +211,8 @@ pub struct Counts {
     pub last: Jiffies,
     pub to_stack: [u64; ToStack::COUNT],
     pub dropped: [u64; Dropped::COUNT],
+    /// Of the dropped, how many were answered with an ICMP error.
+    pub answered: u64,
 }
 
 /// What the verifier said of a program.
@@ -256,6 +261,8 @@ pub struct Datapath {
     devices: BTreeMap<u32, u32>,
     next_device: u32,
     routes: Routes,
+    /// Empty once nobody holds it.
+    _detours: ProgramArray<MapData>,
 }
 
 impl Datapath {
@@ -268,10 +275,12 @@ impl Datapath {
     pub fn load(capacity: Capacity, log: bool) -> Result<Self, DatapathError> {
         let cpus = nr_cpus().map_or(1, |cpus| cpus as u32);
         let bits = route_set_bits(cpus);
+        let second = (Duration::from_secs(1).as_nanos() / Clock::tick().as_nanos()) as u32;
         let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
         let mut ebpf = EbpfLoader::new()
             .override_global(aya_log::LEVEL, &level, true)
             .override_global("ROUTE_SET_BITS", &bits, true)
+            .override_global("SECOND", &second, true)
             .map_max_entries("ROUTES_V4", (2 * cpus) << bits)
             .map_max_entries("ROUTES_V6", (2 * cpus) << bits)
             .map_max_entries("HOPS", cpus << HOP_BITS)
@@ -290,8 +299,8 @@ impl Datapath {
         clock.load().map_err(|error| verifier_error(CLOCK, error))?;
         let (read, when) = read_clock(clock)?;
         let clock = Clock::new(read, when);
-        for role in [Role::External, Role::Internal, Role::Both] {
-            let program = program_name(role);
+        let programs = ROLES.map(program_name).into_iter().chain(DIRECTIONS.map(detour_name));
+        for program in programs {
             let xdp = xdp_mut(&mut ebpf, program);
             let start = Instant::now();
             xdp.load().map_err(|error| verifier_error(program, error))?;
@@ -302,6 +311,14 @@ impl Datapath {
                 size: info.size_translated(),
                 time: start.elapsed(),
             });
+        }
+        let detours = ebpf.take_map("DETOURS").unwrap_or_else(|| missing("DETOURS"));
+        let mut detours = ProgramArray::try_from(detours).map_err(map_error("DETOURS"))?;
+        for direction in DIRECTIONS {
+            let program = detour_name(direction);
+            let fd = xdp_mut(&mut ebpf, program).fd();
+            let fd = fd.map_err(|error| verifier_error(program, error))?;
+            detours.set(direction as u32, fd, 0).map_err(map_error("DETOURS"))?;
         }
         let trust = ebpf.take_map("TRUST").unwrap_or_else(|| missing("TRUST"));
         let trust = Array::try_from(trust).map_err(map_error("TRUST"))?;
@@ -318,6 +335,7 @@ impl Datapath {
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
+            _detours: detours,
         };
         datapath.write_settings()?;
         Ok(datapath)
@@ -652,14 +670,17 @@ impl Datapath {
             last: Jiffies::default(),
             to_stack: [0; ToStack::COUNT],
             dropped: [0; Dropped::COUNT],
+            answered: 0,
         };
-        for Plain(Counter { translated: [forward, reply], last, to_stack, dropped }) in cpus.iter()
-        {
+        for Plain(counter) in cpus.iter() {
+            let Counter { translated: [forward, reply], last, to_stack, dropped, answered } =
+                counter;
             sum.forward.packets += forward.packets;
             sum.forward.bytes += forward.bytes;
             sum.reply.packets += reply.packets;
             sum.reply.bytes += reply.bytes;
             sum.last = sum.last.max(*last);
+            sum.answered += answered;
             for (sum, count) in sum.to_stack.iter_mut().zip(to_stack) {
                 *sum += count;
             }
@@ -742,11 +763,22 @@ fn read_clock(clock: &Xdp) -> Result<(Jiffies, Instant), DatapathError> {
     Ok((Jiffies(u64::from_ne_bytes(first)), Instant::now()))
 }
 
+const ROLES: [Role; 3] = [Role::External, Role::Internal, Role::Both];
+const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reply];
+
 fn program_name(role: Role) -> &'static str {
     match role {
         Role::External => "external",
         Role::Internal => "internal",
         Role::Both => "both",
+    }
+}
+
+/// The program to which others jump with the few packets of a direction.
+fn detour_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Forward => "forward_detour",
+        Direction::Reply => "reply_detour",
     }
 }
 

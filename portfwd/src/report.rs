@@ -106,6 +106,7 @@ impl Figures {
             reply: count(counts.reply),
             to_stack: reasons(ToStack::ALL, ToStack::name, &counts.to_stack),
             dropped: reasons(Dropped::ALL, Dropped::name, &counts.dropped),
+            answered: counts.answered,
             flows: Flows::default(),
             last_packet: (counts.last != Jiffies::default()).then(|| {
                 let when = self.read.1 - self.clock.between(counts.last, self.read.0);
@@ -174,12 +175,14 @@ pub(crate) mod tests {
             last: Jiffies(0),
             to_stack: [0; ToStack::COUNT],
             dropped: [0; Dropped::COUNT],
+            answered: 0,
         };
         let some = Counts {
             forward: Tally { packets: 3, bytes: 180 },
             last: Jiffies(1),
             to_stack: std::array::from_fn(|reason| reason as u64),
             dropped: std::array::from_fn(|reason| 10 + reason as u64),
+            answered: 7,
             ..none
         };
         let interface = InterfaceInfo {
