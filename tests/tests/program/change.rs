@@ -135,7 +135,7 @@ fn the_verifier_has_room_to_spare() {
     }
     let capacity = Capacity { endpoints: 256, translations: 256, pages: 256, counters: 256 };
     // Messages are for looking into things; there the kernel's own limit of a million is enough.
-    for (log, limit) in [(false, 250_000), (true, 700_000)] {
+    for (log, limit) in [(false, 350_000), (true, 700_000)] {
         for verified in Datapath::load(capacity, log).unwrap().verified() {
             println!("log {log}: {verified:?}");
             let instructions = verified.instructions.expect("this kernel tells");

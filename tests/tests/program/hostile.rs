@@ -52,6 +52,10 @@ fn is_sound(router: &mut Router, role: Role, link: u8, frame: &[u8]) -> bool {
     let seen = router.try_frame(role, link, frame);
     let hops = match seen.outcome {
         Outcome::Pass(_) | Outcome::Drop(_) => return false,
+        Outcome::Answer(_) => {
+            wire::verify(&seen.frame).unwrap();
+            return false;
+        }
         Outcome::Redirect => 1,
         Outcome::Stack(_) => 0,
     };

@@ -1,8 +1,12 @@
 //! The real programs in the kernel, one frame at a time through BPF_PROG_TEST_RUN.
 
+mod answers;
 mod change;
+mod errors;
+mod fragments;
 mod headers;
 mod hostile;
+mod others;
 mod own;
 mod packet;
 mod remembered;

@@ -6,6 +6,14 @@ use std::net::{IpAddr, SocketAddr};
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
+/// The first four bytes of the payload are its type, its code, and what its checksum replaces.
+pub const ICMP: u8 = 1;
+/// As [`ICMP`].
+pub const ICMPV6: u8 = 58;
+/// Bytes 6 and 7 of the payload are what its checksum replaces.
+pub const UDP_LITE: u8 = 136;
+/// As [`UDP_LITE`].
+pub const DCCP: u8 = 33;
 
 /// An IP packet in an Ethernet frame.
 #[derive(Clone, Debug)]
@@ -70,6 +78,20 @@ impl Packet {
 
     pub fn is_v4(&self) -> bool {
         self.source.is_ipv4()
+    }
+
+    /// An ICMP error, of either family, about a packet. `rest` is the second half of its header.
+    pub fn error(
+        source: IpAddr,
+        destination: IpAddr,
+        kind: [u8; 2],
+        rest: [u8; 4],
+        quoted: &[u8],
+    ) -> Self {
+        let [source, destination] = [source, destination].map(|ip| SocketAddr::new(ip, 0));
+        let protocol = if source.is_ipv4() { ICMP } else { ICMPV6 };
+        let payload = [&kind, &[0; 2], &rest[..], quoted].concat();
+        Self { payload, ..Self::new(protocol, source, destination) }
     }
 
     /// Bytes of the IP packet.
@@ -139,12 +161,15 @@ impl Packet {
                 bytes.extend([0, 0]);
                 6
             }
+            ICMP | ICMPV6 if self.payload.len() >= 4 => 2,
+            UDP_LITE | DCCP if self.payload.len() >= 8 => 6,
             _ => return self.payload.clone(),
         };
         bytes.extend(&self.payload);
         if self.protocol == UDP && self.no_checksum {
             return bytes;
         }
+        bytes[place..place + 2].fill(0);
         let mut covered = match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(a), IpAddr::V4(b)) => [a.octets(), b.octets()].concat(),
             (IpAddr::V6(a), IpAddr::V6(b)) => [a.octets(), b.octets()].concat(),
@@ -152,9 +177,12 @@ impl Packet {
         };
         covered.extend([0, self.protocol]);
         covered.extend((bytes.len() as u16).to_be_bytes());
+        if self.protocol == ICMP {
+            covered.clear();
+        }
         covered.extend(&bytes);
         let mut sum = checksum(&covered);
-        if self.protocol == UDP && sum == 0 {
+        if matches!(self.protocol, UDP | UDP_LITE) && sum == 0 {
             sum = 0xffff;
         }
         bytes[place..place + 2].copy_from_slice(&sum.to_be_bytes());
@@ -180,6 +208,33 @@ pub fn repair_ipv4(frame: &mut [u8]) {
     frame[24..26].fill(0);
     let sum = checksum(&frame[14..end.min(frame.len())]);
     frame[24..26].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// The fragments of the packet in a frame without options or extension headers, each but the last with
+/// `size` bytes.
+pub fn fragments(frame: &[u8], identification: u16, size: usize) -> Vec<Vec<u8>> {
+    let is_v4 = frame[12] == 8;
+    let (head, payload) = frame.split_at(if is_v4 { 34 } else { 54 });
+    let parts = payload.chunks(size).enumerate().map(|(number, part)| {
+        let mut fragment = head.to_vec();
+        let offset = (number * size) as u16;
+        let more = offset as usize + part.len() < payload.len();
+        if is_v4 {
+            fragment[16..18].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
+            fragment[18..20].copy_from_slice(&identification.to_be_bytes());
+            let place = (offset / 8) | if more { 0x2000 } else { 0 };
+            fragment[20..22].copy_from_slice(&place.to_be_bytes());
+            repair_ipv4(&mut fragment);
+        } else {
+            fragment[18..20].copy_from_slice(&(8 + part.len() as u16).to_be_bytes());
+            let next = std::mem::replace(&mut fragment[20], 44);
+            fragment.extend([next, 0]);
+            fragment.extend((offset | u16::from(more)).to_be_bytes());
+            fragment.extend(u32::from(identification).to_be_bytes());
+        }
+        [&fragment, part].concat()
+    });
+    parts.collect()
 }
 
 #[test]

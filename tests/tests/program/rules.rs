@@ -1,7 +1,7 @@
 //! Which rule gets a packet, and what it makes of the port.
 
 use portfwd_ebpf::path::Role;
-use portfwd_ebpf::table::Passed;
+use portfwd_ebpf::table::{Dropped, Passed};
 use portfwd_tests::is_root;
 
 use crate::packet::{TCP, UDP};
@@ -108,11 +108,12 @@ fn the_narrower_rule_has_the_port() {
             unclaimed(router, UDP, 68);
             unclaimed(router, UDP, 546);
             leads(router, star, TCP, 68, (11, 68));
-            // The rest of the DMZ host's protocols is not translated.
+            // What no other rule can have is the DMZ host's.
             for version in Version::BOTH {
                 let flow = Flow::forward(version, 47, 0, (10, 0));
-                let frame = flow.came().bytes();
-                router.refuses("GRE", &flow, &frame, Outcome::Pass(Passed::Protocol));
+                let came = flow.came();
+                let by = router.redirects("GRE", &flow, &came, &flow.goes(&came));
+                assert_eq!(by, version.rule(any));
             }
         });
         specs.reverse();
@@ -329,7 +330,8 @@ fn only_forwarded_packets_are_remembered() {
             let strange = Flow { destination: version.at(WAN, 7, 8080), ..forward };
             let mut came = strange.came();
             came.hops = 1;
-            router.refuses("last hop", &strange, &came.bytes(), Outcome::Pass(Passed::Ttl));
+            let outcome = Outcome::Answer(Dropped::TtlExpired);
+            router.refuses("last hop", &strange, &came.bytes(), outcome);
             answers(router, &reply, version.at(WAN, 2, 5000), 1);
         }
     });
