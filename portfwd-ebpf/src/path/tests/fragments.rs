@@ -155,6 +155,48 @@ fn a_first_one_without_all_of_its_header_passes() {
     }
 }
 
+/// Also one that says to have more of it than there is.
+#[test]
+fn a_first_one_whose_header_goes_on_in_the_next_passes() {
+    for (_, route, came, _) in ways() {
+        let mut whole = frame(TCP, came[0], came[1], 64, &[7; 100]);
+        let head = if came[0].0.len() == 4 { 34 } else { 54 };
+        whole[head + 12] = 0xf0;
+        for (size, passes) in [(56, true), (64, false)] {
+            let mut first = fragments(&whole, 7, size).swap_remove(0);
+            let before = first.clone();
+            let verdict = Router::new(route).handle(Role::Both, &mut first);
+            if passes {
+                assert_eq!((verdict, first), (Verdict::Pass(Passed::Fragment), before));
+            } else {
+                assert!(matches!(verdict, Verdict::Redirect(_)), "{verdict:?}");
+            }
+        }
+    }
+}
+
+/// What is behind the fragment header of a later one is no header, whatever its number says.
+#[test]
+fn later_ones_begin_anywhere() {
+    for (_, route, came, goes) in &ways()[2..] {
+        let [mut came, mut goes] = [(came, 64), (goes, 63)].map(|(ends, hops)| {
+            let mut whole = frame(UDP, ends[0], ends[1], hops, &[0xff; 200]);
+            // Options between the fragment header and UDP's.
+            whole.splice(54..54, [17, 0, 1, 4, 0, 0, 0, 0]);
+            whole[20] = 60;
+            let length = whole.len() as u16 - 54;
+            whole[18..20].copy_from_slice(&length.to_be_bytes());
+            fragments(&whole, 7, 104)
+        });
+        let router = Router::new(*route);
+        for (came, goes) in came.iter_mut().zip(goes.drain(..)) {
+            let verdict = router.handle(Role::Both, came);
+            assert!(matches!(verdict, Verdict::Redirect(_)), "{verdict:?}");
+            assert_eq!(*came, linked(goes, *route));
+        }
+    }
+}
+
 #[test]
 fn beyond_the_longest_packet_they_are_malformed() {
     for (_, route, came, _) in ways() {
