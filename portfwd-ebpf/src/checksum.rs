@@ -5,12 +5,17 @@
 //! 1071, section 2 (B)). So fields go in as the bytes on the wire, are summed in native order, and
 //! come out as bytes on the wire. Nothing is ever swapped.
 
+use crate::table::Address;
+
 /// A checksum field as it stands in a header: two bytes, as on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(transparent)]
 pub struct Checksum(pub [u8; 2]);
 
 impl Checksum {
+    /// Of no bytes. Updated with all of the [words](Change::word), it is the checksum of those.
+    pub const EMPTY: Self = Self([0xff; 2]);
+
     /// The checksum after `change`: `HC' = ~(~HC + ~m + m')` (RFC 1624, equation 3).
     #[inline(always)]
     pub fn update(self, change: Change) -> Self {
@@ -45,12 +50,33 @@ impl Change {
         Self(self.0 + u64::from(!u16::from_ne_bytes(old)) + u64::from(u16::from_ne_bytes(new)))
     }
 
+    /// Adds a 16-bit field, at an even offset, where nothing was before.
+    #[inline(always)]
+    #[must_use]
+    pub fn word(self, new: [u8; 2]) -> Self {
+        Self(self.0 + u64::from(u16::from_ne_bytes(new)))
+    }
+
+    /// As [`word`](Self::word), for an address.
+    #[inline(always)]
+    #[must_use]
+    pub fn words<const N: usize>(self, new: &Address<N>) -> Self {
+        new.0.as_chunks::<2>().0.iter().fold(self, |sum, word| sum.word(*word))
+    }
+
+    /// Adds what changed elsewhere.
+    #[inline(always)]
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+
     /// Adds an address of `N` bytes, a multiple of four, that turned from `old` into `new`.
     #[inline(always)]
     #[must_use]
     pub fn address<const N: usize>(self, old: &[u8; N], new: &[u8; N]) -> Self {
-        // 32-bit words sum to the same, as 2^16 is 1 modulo 2^16 - 1. Six words of 33 bits at most:
-        // far from overflow.
+        // 32-bit words sum to the same, as 2^16 is 1 modulo 2^16 - 1. A few words of 33 bits: far from
+        // overflow.
         const { assert!(N.is_multiple_of(4)) };
         let mut sum = self.0;
         for (old, new) in old.as_chunks::<4>().0.iter().zip(new.as_chunks::<4>().0) {
@@ -101,6 +127,15 @@ mod tests {
         let change = Change::default().field([0x55, 0x55], [0x32, 0x85]);
         assert_eq!(Checksum([0, 0]).update_udp(change), Checksum([0, 0]));
         assert_eq!(Checksum([0xdd, 0x2f]).update_udp(change), Checksum([0xff, 0xff]));
+    }
+
+    #[test]
+    fn words_add_up_to_the_checksum_of_all() {
+        let bytes: Vec<u8> = (0..1232).map(|i| (i * 7) as u8).collect();
+        let words = bytes.as_chunks::<2>().0.iter();
+        let sum = words.fold(Change::default(), |sum, word| sum.word(*word));
+        assert_eq!(Checksum::EMPTY.update(sum), Checksum(full(&bytes)));
+        assert_eq!(Checksum::EMPTY.update(Change::default()), Checksum(full(&[])));
     }
 
     proptest! {

@@ -472,7 +472,7 @@ fn choose_backend<const N: usize, K: Kernel>(
 #[inline(never)]
 fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -> bool {
     let Bench { packet, becomes, client, .. } = bench;
-    let route = kernel.route(&path::Flow::between(becomes), 0, [0; 4]).0;
+    let route = kernel.route(&path::Flow::of_key(becomes), 0, [0; 4]).0;
     let (Route::Via { interface, .. } | Route::NoNeighbour { interface }) = route else {
         return false;
     };
@@ -505,7 +505,7 @@ fn has_mapping<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>, note
         let (last, port) = (packet.now, client.port);
         *new = Mapping { client: client.client, last, port, padding: [0; 2], established: 0 };
         // Connections of the box itself, begun before the ports were reserved.
-        let is_free = !kernel.has_socket(&path::Flow::between(&becomes.reversed()));
+        let is_free = !kernel.has_socket(&path::Flow::of_key(&becomes.reversed()));
         is_free && kernel.add_mapping(own, new) == Added::Yes
     });
     if has && note {

@@ -16,7 +16,7 @@ use aya_ebpf::{
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skc_lookup_tcp,
+        bpf_skc_lookup_tcp, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
     },
     macros::{map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, xdp::DevMap},
@@ -24,13 +24,16 @@ use aya_ebpf::{
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
+    answer::Answer,
+    detour::{self, Outcome},
     flow::{Added, Bench, Flows},
     packet::{Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Candidate, ClientKey, Counter, Direction, Endpoint,
-        Favourite, FlowHalf, FlowKey, HOP_BITS, Interface, Jiffies, LinkAddresses, Mapping,
-        MappingKey, Page, Passed, Port, RememberedHop, RouteSet, Settings, Translation, Trust,
+        Address, AnyAddress, ArrivalKey, Bucket, Candidate, ClientKey, Counter, Direction,
+        Endpoint, Favourite, FirstFragment, FlowHalf, FlowKey, FragmentKey, HOP_BITS, Interface,
+        Jiffies, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, RememberedHop, RouteSet,
+        Settings, Translation, Trust,
     },
 };
 
@@ -90,10 +93,28 @@ static CLIENTS: HashMap<ClientKey, Port> = HashMap::with_max_entries(1024, BPF_F
 static PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
 #[map]
 static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment> = LruHashMap::with_max_entries(16_384, 0);
+#[map]
+static ANSWERS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
+/// For the log: the ends of the packet.
+#[map]
+static NOTED: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
+/// By [`Direction`].
+#[map]
+static DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
 
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
 #[unsafe(no_mangle)]
 static ROUTE_SET_BITS: u32 = 14;
+
+/// Ticks of the kernel's clock in a second. The control plane says so.
+#[unsafe(no_mangle)]
+static SECOND: u32 = 250;
+
+/// Zero. Not a constant to the verifier.
+#[unsafe(no_mangle)]
+static mut NOTHING: u32 = 0;
 
 /// Writes the clock of the other programs over the first eight bytes of a frame, for the control
 /// plane to read.
@@ -153,45 +174,50 @@ fn hairpin_v6(ctx: XdpContext) -> u32 {
     run_flow::<16, Ipv6Hdr>(&ctx, Part::Hairpin)
 }
 
+#[xdp]
+fn forward_detour(ctx: XdpContext) -> u32 {
+    run_detour(&ctx, Direction::Forward)
+}
+
+#[xdp]
+fn reply_detour(ctx: XdpContext) -> u32 {
+    run_detour(&ctx, Direction::Reply)
+}
+
 #[inline(always)]
 fn run(ctx: &XdpContext, role: Role) -> u32 {
-    let xdp = Xdp::<true> { ctx, noted: Cell::new(None) };
+    let xdp = Xdp { ctx, noted: Cell::new(false) };
     let verdict = path::handle(&xdp, role, frame(ctx));
-    if let Verdict::Flow(part, family) = verdict {
-        // SAFETY: nothing here is to be dropped.
-        unsafe { PARTS.tail_call(ctx, part.program(family)) };
-        // There is no such program.
-        xdp.count_passed(Passed::NoFlow);
-    }
-    // Here, where all paths have met again, and not on each of them: the verifier follows it that
-    // often.
-    if log::is_on()
-        && let Some(flow) = xdp.noted.get()
-    {
-        log::verdict(ctx, &flow, verdict);
-    }
+    xdp.jump(verdict);
+    xdp.log(verdict);
     action(verdict)
 }
 
 #[inline(always)]
 fn run_flow<'a, const N: usize, I: Ip<N>>(ctx: &'a XdpContext, part: Part) -> u32
 where
-    Xdp<'a, false>: Flows<N>,
+    Xdp<'a>: Flows<N>,
 {
-    let xdp = Xdp { ctx, noted: Cell::new(None) };
+    let xdp = Xdp { ctx, noted: Cell::new(false) };
     let verdict = path::handle_flow::<N, I, _>(&xdp, part, frame(ctx));
-    if let Verdict::Flow(part, family) = verdict {
-        // SAFETY: as above.
-        unsafe { PARTS.tail_call(ctx, part.program(family)) };
-        xdp.count_passed(Passed::NoFlow);
-    }
-    if log::is_on() {
-        let bench: Option<&mut Bench<N>> = xdp.bench();
-        if let Some(bench) = bench {
-            log::verdict(ctx, &Flow::between(&bench.packet.key), verdict);
+    xdp.jump(verdict);
+    xdp.log(verdict);
+    action(verdict)
+}
+
+#[inline(always)]
+fn run_detour(ctx: &XdpContext, direction: Direction) -> u32 {
+    let xdp = Xdp { ctx, noted: Cell::new(false) };
+    match detour::handle(&xdp, direction, frame(ctx)) {
+        Outcome::Done(verdict) => {
+            xdp.log(verdict);
+            action(verdict)
+        }
+        Outcome::Answer(reason, answer) => {
+            xdp.log(Verdict::Drop(reason));
+            send(ctx, &answer)
         }
     }
-    action(verdict)
 }
 
 #[inline(always)]
@@ -205,19 +231,68 @@ fn frame(ctx: &XdpContext) -> Frame<'_> {
 fn action(verdict: Verdict) -> u32 {
     match verdict {
         Verdict::Redirect(device) => DEVICES.redirect(device, 0).unwrap_or(xdp_action::XDP_DROP),
-        Verdict::Stack(_) | Verdict::Pass(_) | Verdict::Flow(..) => xdp_action::XDP_PASS,
+        Verdict::Stack(_)
+        | Verdict::Pass(_)
+        | Verdict::ForwardDetour(_)
+        | Verdict::ReplyDetour(_)
+        | Verdict::Flow(..) => xdp_action::XDP_PASS,
         Verdict::Drop(_) => xdp_action::XDP_DROP,
     }
 }
 
-/// `NOTES`: it notes packets for the log. For those of flows, what is on the bench is enough, and the
-/// stack has no room for more.
-struct Xdp<'a, const NOTES: bool> {
-    ctx: &'a XdpContext,
-    noted: Cell<Option<Flow>>,
+/// Sends an answer in the frame of the packet that it is about.
+#[inline(always)]
+fn send(ctx: &XdpContext, answer: &Answer) -> u32 {
+    let xdp = ctx.ctx;
+    // SAFETY: the context is this run's. What was read from the frame before is not used any more.
+    let resized = unsafe {
+        bpf_xdp_adjust_head(xdp, -(answer.growth() as i32)) == 0
+            && bpf_xdp_adjust_tail(xdp, -(answer.cut as i32)) == 0
+    };
+    if resized && answer.write(frame(ctx)).is_some() {
+        DEVICES.redirect(answer.device, 0).unwrap_or(xdp_action::XDP_DROP)
+    } else {
+        xdp_action::XDP_DROP
+    }
 }
 
-impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
+struct Xdp<'a> {
+    ctx: &'a XdpContext,
+    /// Whether there is something in `NOTED`.
+    noted: Cell<bool>,
+}
+
+impl Xdp<'_> {
+    /// Jumps to the program that decides, if the verdict is that another does. Where there is no such
+    /// program, the packet passes.
+    #[inline(always)]
+    fn jump(&self, verdict: Verdict) {
+        let (programs, number, reason) = match verdict {
+            Verdict::ForwardDetour(reason) => (&DETOURS, Direction::Forward as u32, reason),
+            Verdict::ReplyDetour(reason) => (&DETOURS, Direction::Reply as u32, reason),
+            Verdict::Flow(part, family) => (&PARTS, part.program(family), Passed::NoFlow),
+            _ => return,
+        };
+        // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
+        unsafe { programs.tail_call(self.ctx, number) };
+        self.count_passed(reason);
+    }
+
+    /// Here, where all paths have met again, and not on each of them: the verifier follows it that
+    /// often.
+    #[inline(always)]
+    fn log(&self, verdict: Verdict) {
+        if log::is_on()
+            && self.noted.get()
+            && let Some(flow) = NOTED.get_ptr(0)
+        {
+            // SAFETY: this CPU's own.
+            log::verdict(self.ctx, unsafe { &*flow }, verdict);
+        }
+    }
+}
+
+impl Kernel for Xdp<'_> {
     #[inline(always)]
     fn generation(&self) -> u32 {
         // SAFETY: the row always exists; the control plane writes this word while packets read it.
@@ -311,7 +386,7 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
     }
 
     #[inline(always)]
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, bool) {
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>) {
         // SAFETY: all integers and arrays of them.
         let mut aligned: Aligned<fib_lookup> = unsafe { core::mem::zeroed() };
         let fib = &mut aligned.0;
@@ -332,9 +407,11 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
             u32::try_from(result).unwrap_or(u32::MAX)
         };
         let mut result = lookup(fib);
-        let fits = result != BPF_FIB_LKUP_RET_FRAG_NEEDED;
-        if !fits {
+        let mut narrow = None;
+        if result == BPF_FIB_LKUP_RET_FRAG_NEEDED {
             // Told before the egress is known: ask again without a length. Nothing else was written.
+            // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
+            narrow = Some(u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }));
             fib.__bindgen_anon_1.tot_len = 0;
             result = lookup(fib);
         }
@@ -349,7 +426,7 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
             }
             BPF_FIB_LKUP_RET_SUCCESS => Route::Via {
                 interface: fib.ifindex,
-                // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
+                // SAFETY: as above.
                 mtu: u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }),
                 link: link_addresses(fib),
             },
@@ -361,7 +438,7 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingOff,
             _ => Route::NotForwarded,
         };
-        (route, fits)
+        (route, narrow)
     }
 
     #[inline(always)]
@@ -373,21 +450,19 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
         let tuple = &mut aligned.0;
         let source_port = u16::from_ne_bytes(flow.source_port.0);
         let destination_port = u16::from_ne_bytes(flow.destination_port.0);
-        let source = words(flow.source);
-        let destination = words(flow.destination);
         // SAFETY: writes to one member of a union of plain integers; the size says which it is.
         let size = unsafe {
             if flow.family == INET {
                 let ipv4 = &mut tuple.__bindgen_anon_1.ipv4;
-                ipv4.saddr = source[0];
-                ipv4.daddr = destination[0];
+                ipv4.saddr = words(flow.source)[0];
+                ipv4.daddr = words(flow.destination)[0];
                 ipv4.sport = source_port;
                 ipv4.dport = destination_port;
                 size_of_val(ipv4)
             } else {
                 let ipv6 = &mut tuple.__bindgen_anon_1.ipv6;
-                ipv6.saddr = source;
-                ipv6.daddr = destination;
+                put(&raw mut ipv6.saddr, flow.source);
+                put(&raw mut ipv6.daddr, flow.destination);
                 ipv6.sport = source_port;
                 ipv6.dport = destination_port;
                 size_of_val(ipv6)
@@ -459,6 +534,24 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
     }
 
     #[inline(always)]
+    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment> {
+        // SAFETY: copied out; a value that another CPU replaces meanwhile is a fragment lost.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
+        // What has no room is as if it was evicted.
+        let _: Result<(), i32> = FRAGMENTS.insert(key, first, 0);
+    }
+
+    #[inline(always)]
+    fn bucket<R>(&self, look: impl FnOnce(&mut Bucket) -> R) -> Option<R> {
+        // SAFETY: this CPU's own.
+        ANSWERS.get_ptr_mut(0).map(|bucket| look(unsafe { &mut *bucket }))
+    }
+
+    #[inline(always)]
     fn count(&self, counter: u32, change: impl FnOnce(&mut Counter)) {
         if let Some(counter) = COUNTERS.get_ptr_mut(counter) {
             // SAFETY: this CPU's own row.
@@ -480,18 +573,34 @@ impl<const NOTES: bool> Kernel for Xdp<'_, NOTES> {
         Jiffies(unsafe { bpf_jiffies64() })
     }
 
+    #[inline(always)]
+    fn second(&self) -> u64 {
+        // SAFETY: a constant of the loaded program.
+        u64::from(unsafe { (&raw const SECOND).read_volatile() })
+    }
+
+    #[inline(always)]
+    fn nothing(&self) -> u32 {
+        // SAFETY: nobody writes to it.
+        unsafe { (&raw const NOTHING).read_volatile() }
+    }
+
     // The level is a constant of the loaded program: what is off, the verifier removes.
     #[inline(always)]
     fn note(&self, flow: impl FnOnce() -> Flow) {
-        if NOTES && log::is_on() {
-            self.noted.set(Some(flow()));
+        if log::is_on()
+            && let Some(noted) = NOTED.get_ptr_mut(0)
+        {
+            // SAFETY: this CPU's own.
+            unsafe { *noted = flow() };
+            self.noted.set(true);
         }
     }
 }
 
 macro_rules! flows {
     ($size:literal, $flows:ident, $probation:ident, $bench:ident) => {
-        impl<const NOTES: bool> Flows<$size> for Xdp<'_, NOTES> {
+        impl Flows<$size> for Xdp<'_> {
             #[inline(always)]
             fn flow<R>(
                 &self,
@@ -616,6 +725,23 @@ fn link_addresses(fib: &fib_lookup) -> LinkAddresses {
     LinkAddresses::from_bytes(unsafe { core::mem::transmute([d, e, f, a, b, c]) })
 }
 
+/// Writes an address half by half: the compiler would join others of its words, and what it joins is not
+/// aligned, as anything on the stack must be.
+///
+/// # Safety
+///
+/// `to` must be valid, and aligned to eight bytes.
+#[inline(always)]
+unsafe fn put(to: *mut [u32; 4], address: AnyAddress) {
+    // SAFETY: the same sixteen bytes; the rest is the caller's.
+    unsafe {
+        let [first, second] = core::mem::transmute::<[u8; 16], [u64; 2]>(address.0);
+        let halves = to.cast::<u64>();
+        halves.write_volatile(first);
+        halves.add(1).write_volatile(second);
+    }
+}
+
 /// An address in the words of the kernel's structs, which are in network order too.
 #[inline(always)]
 fn words(address: AnyAddress) -> [u32; 4] {
@@ -643,7 +769,9 @@ mod log {
         let (what, how): (&str, &str) = match verdict {
             Verdict::Redirect(_) => ("redirected", ""),
             Verdict::Stack(reason) => ("to the stack: ", reason.name()),
-            Verdict::Pass(reason) => ("passed: ", reason.name()),
+            Verdict::Pass(reason)
+            | Verdict::ForwardDetour(reason)
+            | Verdict::ReplyDetour(reason) => ("passed: ", reason.name()),
             Verdict::Drop(reason) => ("dropped: ", reason.name()),
             Verdict::Flow(..) => ("passed: ", Passed::NoFlow.name()),
         };

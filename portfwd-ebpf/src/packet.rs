@@ -22,7 +22,7 @@ use crate::table::{
 /// # Safety
 ///
 /// Any bytes must be a valid value, and the alignment must be 1.
-pub unsafe trait Header: Sized + 'static {
+pub unsafe trait Header: Copy + 'static {
     /// Fails to compile for a type that is aligned to more than a byte.
     const UNALIGNED: () = assert!(align_of::<Self>() == 1);
 }
@@ -39,6 +39,8 @@ unsafe impl Header for TcpHdr {}
 unsafe impl Header for UdpHdr {}
 // SAFETY: as above.
 unsafe impl Header for ExtensionHdr {}
+// SAFETY: bytes.
+unsafe impl<const N: usize> Header for [u8; N] {}
 
 /// What is left to read of a frame. Each byte is handed out once, so the headers that were taken can
 /// all be held, and written, at the same time.
@@ -80,9 +82,15 @@ impl<'a> Frame<'a> {
         Some(unsafe { &mut *header.cast::<T>() })
     }
 
+    /// The same, to look ahead: what is taken from it is taken again later.
+    #[inline(always)]
+    pub fn ahead(&mut self) -> Frame<'_> {
+        Frame { next: self.next, end: self.end, bytes: PhantomData }
+    }
+
     /// The header that stands `offset` bytes from here, which is not taken.
     #[inline(always)]
-    fn peek<T: Header + Copy>(&self, offset: usize) -> Option<T> {
+    pub fn peek<T: Header>(&self, offset: usize) -> Option<T> {
         let () = T::UNALIGNED;
         let header = self.next.wrapping_add(offset);
         // SAFETY: in bounds, valid for any bytes; what was handed out lies before it.
@@ -92,7 +100,7 @@ impl<'a> Frame<'a> {
 
     /// Leaves out `len` bytes. What follows is checked when it is taken.
     #[inline(always)]
-    fn skip(&mut self, len: usize) {
+    pub fn skip(&mut self, len: usize) {
         self.next = self.next.wrapping_add(len);
     }
 
@@ -145,6 +153,18 @@ impl Ethernet {
     #[inline(always)]
     pub fn set_link(&mut self, link: &LinkAddresses) {
         self.link = link.bytes();
+    }
+
+    /// The link addresses of a frame back to where this one came from.
+    #[inline(always)]
+    pub fn back(&self) -> LinkAddresses {
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = self.link;
+        LinkAddresses::from_bytes([g, h, i, j, k, l, a, b, c, d, e, f])
+    }
+
+    #[inline(always)]
+    pub fn set_ether_type(&mut self, ether_type: EtherType) {
+        self.ether_type = ether_type.0.to_ne_bytes();
     }
 }
 
@@ -266,8 +286,78 @@ impl<'a> Transport<'a> {
 pub const TCP: u8 = 6;
 /// UDP's.
 pub const UDP: u8 = 17;
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
+
+/// Which packets are read; a constant wherever it is used.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// No fragments.
+    Whole,
+    All,
+    /// What an ICMP error quotes.
+    Quoted,
+}
+
+impl Reads {
+    /// How many are read.
+    #[inline(always)]
+    const fn extension_headers(self) -> usize {
+        match self {
+            // Each kind once in RFC 8200's order, destination options twice, and one to spare.
+            Self::Whole | Self::All => 5,
+            // The verifier follows each number of them for each number of the error's own.
+            Self::Quoted => 2,
+        }
+    }
+}
+
+/// What an IP packet carries, behind options and extension headers.
+#[derive(Clone, Copy)]
+pub struct Payload {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Bytes between the fixed IP header and it.
+    pub offset: usize,
+    /// Bytes of it that are there.
+    pub len: usize,
+    pub fragment: Fragment,
+}
+
+impl Payload {
+    /// The same, of which the verifier knows nothing any more: what follows is verified once, and not
+    /// for each way here. `nothing` is zero, which it does not know either.
+    #[inline(always)]
+    pub fn forgotten(self, nothing: u32) -> Result<Self, Passed> {
+        let Self { protocol, offset, len, fragment } = self;
+        let offset = offset ^ nothing as usize;
+        if offset > LONGEST_EXTENSIONS {
+            return Err(Passed::Extension);
+        }
+        let fragment = Fragment {
+            offset: fragment.offset ^ nothing as u16,
+            more: u32::from(fragment.more) ^ nothing == 1,
+            identification: fragment.identification,
+        };
+        Ok(Self {
+            protocol: protocol ^ nothing as u8,
+            offset,
+            len: len ^ nothing as usize,
+            fragment,
+        })
+    }
+}
+
+/// Where a fragment belongs. A whole packet is one that nothing precedes or follows.
+// Not an option: the verifier minds what is undefined in one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Fragment {
+    pub identification: [u8; 4],
+    /// In bytes, of the payload.
+    pub offset: u16,
+    /// Others follow it.
+    pub more: bool,
+}
 
 /// An IP header with addresses of `N` bytes.
 pub trait Ip<const N: usize>: Header {
@@ -298,6 +388,8 @@ pub trait Ip<const N: usize>: Header {
     fn ttl(&self) -> u8;
     /// Whether a router has to refuse it rather than cut it up.
     fn must_not_fragment(&self) -> bool;
+    /// Whether it may carry ICMP of its family, as far as this header tells.
+    fn may_carry_icmp(&self) -> bool;
     /// What routing may look at beside addresses and ports, as `struct bpf_fib_lookup` wants it: the
     /// IPv4 TOS byte first, or IPv6 traffic class and flow label.
     fn class(&self) -> [u8; 4];
@@ -323,13 +415,27 @@ pub trait Ip<const N: usize>: Header {
         look: impl FnOnce(&mut RouteSet<N>) -> R,
     ) -> Option<R>;
 
+    /// Bytes of the whole packet, of which the frame held `available` from the start of this header
+    /// on: the frame may have more, but not less.
+    fn whole(&self, available: usize) -> Result<usize, Passed>;
+
+    /// What the packet carries of which this header, which was just taken from `frame`, and what
+    /// follows are `len` bytes.
+    fn payload(&self, frame: &Frame<'_>, len: usize, reads: Reads) -> Result<Payload, Passed>;
+
     /// Goes on from this header, which was just taken from `frame`, to the transport header.
     /// `available` is what the frame held from the start of this header on.
+    #[inline(always)]
     fn transport<'a>(
         &self,
         frame: &mut Frame<'a>,
         available: usize,
-    ) -> Result<Transport<'a>, Passed>;
+    ) -> Result<Transport<'a>, Passed> {
+        let Payload { protocol, offset, len, .. } =
+            self.payload(frame, self.whole(available)?, Reads::Whole)?;
+        frame.skip(offset);
+        Transport::take(frame, protocol, len)
+    }
 
     /// Sets the address that `direction` translates, takes `hops` (less than [`ttl`](Self::ttl)) off,
     /// and repairs the header's own checksum. Returns what changed for the pseudo header.
@@ -362,6 +468,11 @@ impl Ip<4> for Ipv4Hdr {
     #[inline(always)]
     fn must_not_fragment(&self) -> bool {
         self.frags[0] & 0x40 != 0
+    }
+
+    #[inline(always)]
+    fn may_carry_icmp(&self) -> bool {
+        self.proto == ICMP
     }
 
     #[inline(always)]
@@ -399,22 +510,30 @@ impl Ip<4> for Ipv4Hdr {
     }
 
     #[inline(always)]
-    fn transport<'a>(
-        &self,
-        frame: &mut Frame<'a>,
-        available: usize,
-    ) -> Result<Transport<'a>, Passed> {
-        let header = usize::from(self.vihl & 0xf) * 4;
+    fn whole(&self, available: usize) -> Result<usize, Passed> {
         let length = usize::from(self.tot_len());
-        if self.vihl >> 4 != 4 || header < Self::LEN || header > length || length > available {
+        if length > available { Err(Passed::Malformed) } else { Ok(length) }
+    }
+
+    #[inline(always)]
+    fn payload(&self, _frame: &Frame<'_>, len: usize, reads: Reads) -> Result<Payload, Passed> {
+        let header = usize::from(self.vihl & 0xf) * 4;
+        if self.vihl >> 4 != 4 || header < Self::LEN || header > len {
             return Err(Passed::Malformed);
         }
         // More fragments, or an offset (RFC 791).
-        if self.frags[0] & 0x3f != 0 || self.frags[1] != 0 {
+        let [high, low] = self.frags;
+        let is_fragment = high & 0x3f != 0 || low != 0;
+        if is_fragment && reads == Reads::Whole {
             return Err(Passed::Fragment);
         }
-        frame.skip(header - Self::LEN);
-        Transport::take(frame, self.proto, length - header)
+        let fragment = Fragment {
+            identification: [0, 0, self.id[0], self.id[1]],
+            offset: u16::from_be_bytes([high & 0x1f, low]) << 3,
+            more: high & 0x20 != 0,
+        };
+        let (offset, len) = (header - Self::LEN, len - header);
+        Ok(Payload { protocol: self.proto, offset, len, fragment })
     }
 
     #[inline(always)]
@@ -445,9 +564,6 @@ struct ExtensionHdr {
     rest: [u8; 4],
 }
 
-/// How many extension headers are read: each kind once in RFC 8200's order, destination options
-/// twice, and one to spare.
-const EXTENSION_HEADERS: usize = 5;
 /// Bytes of extension headers that are read past: a page, which no frame in XDP is longer than.
 const LONGEST_EXTENSIONS: usize = 4096;
 
@@ -477,6 +593,11 @@ impl Ip<16> for Ipv6Hdr {
     #[inline(always)]
     fn must_not_fragment(&self) -> bool {
         true
+    }
+
+    #[inline(always)]
+    fn may_carry_icmp(&self) -> bool {
+        !matches!(self.next_hdr, TCP | UDP)
     }
 
     #[inline(always)]
@@ -515,36 +636,41 @@ impl Ip<16> for Ipv6Hdr {
     }
 
     #[inline(always)]
-    fn transport<'a>(
-        &self,
-        frame: &mut Frame<'a>,
-        available: usize,
-    ) -> Result<Transport<'a>, Passed> {
+    fn whole(&self, available: usize) -> Result<usize, Passed> {
+        let length = usize::from(self.payload_len()) + Self::LEN;
+        if length > available { Err(Passed::Malformed) } else { Ok(length) }
+    }
+
+    #[inline(always)]
+    fn payload(&self, frame: &Frame<'_>, len: usize, reads: Reads) -> Result<Payload, Passed> {
         const HOP_BY_HOP: u8 = 0;
         const ROUTING: u8 = 43;
         const FRAGMENT: u8 = 44;
         const AUTHENTICATION: u8 = 51;
         const DESTINATION: u8 = 60;
 
-        let mut len = usize::from(self.payload_len());
-        if self.vcf[0] >> 4 != 6 || len + Self::LEN > available {
+        if self.vcf[0] >> 4 != 6 {
             return Err(Passed::Malformed);
         }
+        let mut len = len.checked_sub(Self::LEN).ok_or(Passed::Malformed)?;
         let mut protocol = self.next_hdr;
         let mut offset = 0;
-        for _ in 0..=EXTENSION_HEADERS {
+        let (mut fragment, mut is_fragment) = (Fragment::default(), false);
+        for _ in 0..=reads.extension_headers() {
+            // What a later fragment has is the rest of something.
+            let starts = fragment.offset == 0;
             match protocol {
-                HOP_BY_HOP | ROUTING | DESTINATION => {}
-                FRAGMENT => return Err(Passed::Fragment),
-                AUTHENTICATION => return Err(Passed::Extension),
+                HOP_BY_HOP | ROUTING | DESTINATION if starts => {}
+                FRAGMENT if reads == Reads::Whole => return Err(Passed::Fragment),
+                FRAGMENT if starts && !is_fragment => {}
+                FRAGMENT | AUTHENTICATION if starts => return Err(Passed::Extension),
                 _ => {
                     // To the verifier all numbers of headers are alike then, and what follows is
                     // looked at once.
                     if offset > LONGEST_EXTENSIONS {
                         return Err(Passed::Extension);
                     }
-                    frame.skip(offset);
-                    return Transport::take(frame, protocol, len);
+                    return Ok(Payload { protocol, offset, len, fragment });
                 }
             }
             let extension: ExtensionHdr = frame.peek(offset).ok_or(Passed::Malformed)?;
@@ -552,7 +678,18 @@ impl Ip<16> for Ipv6Hdr {
             if protocol == ROUTING && extension.segments_left != 0 {
                 return Err(Passed::Extension);
             }
-            let size = size_of::<ExtensionHdr>() + usize::from(extension.len) * 8;
+            let mut size = size_of::<ExtensionHdr>() + usize::from(extension.len) * 8;
+            if protocol == FRAGMENT {
+                // RFC 8200, section 4.5: of 16 bits the upper 13 are the offset in units of eight.
+                let place = u16::from_be_bytes([extension.kind, extension.segments_left]);
+                size = size_of::<ExtensionHdr>();
+                is_fragment = true;
+                fragment = Fragment {
+                    identification: extension.rest,
+                    offset: place & !7,
+                    more: place & 1 != 0,
+                };
+            }
             protocol = extension.next;
             offset += size;
             len = len.checked_sub(size).ok_or(Passed::Malformed)?;

@@ -6,11 +6,13 @@
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::flow::{self, Added, Bench, Flows, Refused};
+use crate::icmp::Icmp;
 use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport};
 use crate::table::{
-    Address, AnyAddress, ArrivalKey, Claims, ClientKey, Counter, Direction, Dropped, Endpoint,
-    FlowKey, Hop, Interface, Jiffies, LinkAddresses, Mapping, MappingKey, Page, Passed, Port,
-    Ports, RememberedHop, RouteSet, Tag, ToStack, Translation, Trust,
+    Address, AnyAddress, ArrivalKey, Bucket, Claims, ClientKey, Counter, Direction, Dropped,
+    Endpoint, FirstFragment, FlowKey, FragmentKey, Hop, Interface, Jiffies, LinkAddresses, Mapping,
+    MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Tag, ToStack, Translation,
+    Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -35,8 +37,23 @@ pub enum Verdict {
     Pass(Passed),
     /// Nothing more.
     Drop(Dropped),
+    /// The [detour](crate::detour) of the direction decides, which is another program; without it the
+    /// packet passes.
+    // Not one with the direction in it: with one number in all variants no byte is ever undefined.
+    ForwardDetour(Passed),
+    ReplyDetour(Passed),
     /// A flow decides, for which there is another program: [`handle_flow`].
     Flow(Part, Family),
+}
+
+impl Verdict {
+    #[inline(always)]
+    pub const fn detour(direction: Direction, reason: Passed) -> Self {
+        match direction {
+            Direction::Forward => Self::ForwardDetour(reason),
+            Direction::Reply => Self::ReplyDetour(reason),
+        }
+    }
 }
 
 /// The families of addresses.
@@ -88,12 +105,47 @@ impl Flow {
     /// Of a packet with these headers. Made where it is needed: most packets need none.
     #[inline(always)]
     fn of<const N: usize, I: Ip<N>>(ip: &I, transport: &Transport<'_>) -> Self {
-        Self::between(&ip.key(transport, Direction::Forward))
+        Self::between(ip, transport.protocol(), transport.ports())
     }
 
-    /// Of a packet with these ends.
+    /// As [`of`](Self::of), of any protocol; the ports are source and destination.
     #[inline(always)]
-    pub fn between<const N: usize>(ends: &FlowKey<N>) -> Self {
+    pub fn between<const N: usize, I: Ip<N>>(
+        ip: &I,
+        protocol: u8,
+        (source_port, destination_port): (Port, Port),
+    ) -> Self {
+        Self {
+            family: I::FAMILY,
+            protocol,
+            source_port,
+            destination_port,
+            source: ip.source().widen(),
+            destination: ip.destination().widen(),
+        }
+    }
+
+    /// The end that a direction translates.
+    #[inline(always)]
+    pub(crate) fn end(&self, direction: Direction) -> (AnyAddress, Port) {
+        match direction {
+            Direction::Forward => (self.destination, self.destination_port),
+            Direction::Reply => (self.source, self.source_port),
+        }
+    }
+
+    /// This flow with one end translated.
+    #[inline(always)]
+    pub(crate) fn translated(self, direction: Direction, address: AnyAddress, port: Port) -> Self {
+        match direction {
+            Direction::Forward => Self { destination: address, destination_port: port, ..self },
+            Direction::Reply => Self { source: address, source_port: port, ..self },
+        }
+    }
+
+    /// Of packets with this key.
+    #[inline(always)]
+    pub fn of_key<const N: usize>(ends: &FlowKey<N>) -> Self {
         Self {
             family: if N == 4 { Ipv4Hdr::FAMILY } else { Ipv6Hdr::FAMILY },
             protocol: ends.protocol,
@@ -106,7 +158,7 @@ impl Flow {
 
     /// The key of ARRIVALS, for a flow from client to backend.
     #[inline(always)]
-    fn arrival(&self) -> ArrivalKey {
+    pub(crate) fn arrival(&self) -> ArrivalKey {
         ArrivalKey {
             client: self.source,
             backend: self.destination,
@@ -119,7 +171,7 @@ impl Flow {
 
     /// The same flow, seen from its other end.
     #[inline(always)]
-    fn reversed(self) -> Self {
+    pub(crate) fn reversed(self) -> Self {
         Self {
             source: self.destination,
             source_port: self.destination_port,
@@ -183,9 +235,9 @@ pub trait Kernel: Flows<4> + Flows<16> {
     fn interface(&self, index: u32) -> Option<Interface>;
     /// The interface that the packet came by.
     fn ingress(&self) -> Option<Interface>;
-    /// The route of a translated packet, `class` as [`Ip::class`], and whether its MTU lets `length`
-    /// bytes through.
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, bool);
+    /// The route of a translated packet, `class` as [`Ip::class`], and its MTU if that does not let
+    /// `length` bytes through.
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>);
     /// Whether a socket of this box is open for the packet.
     fn has_socket(&self, flow: &Flow) -> bool;
     /// By which address a client came, if it was not the first.
@@ -200,11 +252,21 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// The port that a client has.
     fn client_port(&self, key: &ClientKey) -> Option<Port>;
     fn set_client_port(&self, key: &ClientKey, port: Port);
+    /// What became of the first fragment of a packet.
+    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment>;
+    /// Remembers it.
+    fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment);
+    /// This CPU's bucket of answers.
+    fn bucket<R>(&self, look: impl FnOnce(&mut Bucket) -> R) -> Option<R>;
     /// Changes a rule's counter.
     fn count(&self, counter: u32, change: impl FnOnce(&mut Counter));
     /// Counts a packet that passes.
     fn count_passed(&self, reason: Passed);
     fn now(&self) -> Jiffies;
+    /// Ticks of [`now`](Self::now) in a second.
+    fn second(&self) -> u64;
+    /// Zero, which the verifier does not know.
+    fn nothing(&self) -> u32;
     /// Notes the packet, as it came in, for whoever wants to see what becomes of those that rules
     /// claim.
     fn note(&self, flow: impl FnOnce() -> Flow);
@@ -213,7 +275,7 @@ pub trait Kernel: Flows<4> + Flows<16> {
 /// Decides and does what becomes of `frame`.
 #[inline(always)]
 pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdict {
-    match ethernet(kernel, role, &mut frame) {
+    match ethernet(kernel, Common(role), &mut frame) {
         Ok(verdict) => verdict,
         Err(reason) => {
             kernel.count_passed(reason);
@@ -222,18 +284,63 @@ pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdic
     }
 }
 
+/// What goes on behind the Ethernet header.
+pub(crate) trait Way {
+    type End;
+
+    fn ip<'a, const N: usize, I: Icmp<N>, K: Kernel>(
+        self,
+        kernel: &K,
+        ethernet: &'a mut Ethernet,
+        frame: &mut Frame<'a>,
+    ) -> Result<Self::End, Passed>;
+}
+
+/// The way of whole TCP and UDP packets.
+struct Common(Role);
+
+impl Way for Common {
+    type End = Verdict;
+
+    #[inline(always)]
+    fn ip<'a, const N: usize, I: Icmp<N>, K: Kernel>(
+        self,
+        kernel: &K,
+        ethernet: &'a mut Ethernet,
+        frame: &mut Frame<'a>,
+    ) -> Result<Verdict, Passed> {
+        ip::<N, I, K>(kernel, self.0, ethernet, frame)
+    }
+}
+
 #[inline(always)]
-fn ethernet<K: Kernel>(kernel: &K, role: Role, frame: &mut Frame<'_>) -> Result<Verdict, Passed> {
+pub(crate) fn ethernet<W: Way, K: Kernel>(
+    kernel: &K,
+    way: W,
+    frame: &mut Frame<'_>,
+) -> Result<W::End, Passed> {
     let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
     if ethernet.is_group() {
         return Err(Passed::Group);
     }
     match ethernet.ether_type() {
-        EtherType::IPV4 => ip::<4, Ipv4Hdr, K>(kernel, role, ethernet, frame),
-        EtherType::IPV6 => ip::<16, Ipv6Hdr, K>(kernel, role, ethernet, frame),
+        EtherType::IPV4 => way.ip::<4, Ipv4Hdr, K>(kernel, ethernet, frame),
+        EtherType::IPV6 => way.ip::<16, Ipv6Hdr, K>(kernel, ethernet, frame),
         EtherType::VLAN | EtherType::SERVICE_VLAN => Err(Passed::Vlan),
         _ => Err(Passed::NotIp),
     }
+}
+
+/// What the live rules claim at an address.
+#[inline(always)]
+pub(crate) fn claims<'k, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &'k K,
+    direction: Direction,
+    address: &Address<N>,
+) -> Option<&'k Claims> {
+    let endpoint = I::endpoint(kernel, direction, address)?;
+    let [even, odd] = &endpoint.generations;
+    Some(if kernel.generation() == 0 { even } else { odd })
 }
 
 #[inline(always)]
@@ -251,21 +358,31 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
             Direction::Forward => &destination,
             Direction::Reply => &source,
         };
-        claims::<N, I, K>(kernel, direction, end)
+        claims::<N, I, K>(kernel, direction, end).ok_or(Passed::NoRule)
     };
     // Each direction has code of its own, in which it is a constant.
     match role {
         Role::External => {
             let forward = claims(Direction::Forward)?;
-            let mut packet = Packet::take(ethernet, ip, frame, available)?;
+            let mut packet = match Packet::take(ethernet, ip, frame, available) {
+                Ok(packet) => packet,
+                Err(reason) => return detour(Direction::Forward, reason),
+            };
             translate(kernel, Direction::Forward, forward, &mut packet)
         }
         Role::Internal => {
             let Ok(reply) = claims(Direction::Reply) else {
+                // Any router inside may have something to say about a packet to a backend.
+                if ip.may_carry_icmp() {
+                    return Ok(Verdict::ReplyDetour(Passed::Icmp));
+                }
                 claims(Direction::Forward)?;
                 return Ok(Verdict::Flow(Part::Hairpin, family::<N>()));
             };
-            let mut packet = Packet::take(ethernet, ip, frame, available)?;
+            let mut packet = match Packet::take(ethernet, ip, frame, available) {
+                Ok(packet) => packet,
+                Err(reason) => return detour(Direction::Reply, reason),
+            };
             match translate(kernel, Direction::Reply, reply, &mut packet) {
                 // To no client outside.
                 Err(Passed::NoRule | Passed::Inside) => {
@@ -276,8 +393,21 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
         }
         Role::Both => {
             let forward = claims(Direction::Forward);
-            let reply = if forward.is_err() { Some(claims(Direction::Reply)?) } else { None };
-            let mut packet = Packet::take(ethernet, ip, frame, available)?;
+            let reply = match forward {
+                Ok(_) => None,
+                Err(_) => match claims(Direction::Reply) {
+                    Ok(reply) => Some(reply),
+                    Err(_) if ip.may_carry_icmp() => {
+                        return Ok(Verdict::ReplyDetour(Passed::Icmp));
+                    }
+                    Err(reason) => return Err(reason),
+                },
+            };
+            let mut packet = match Packet::take(ethernet, ip, frame, available) {
+                Ok(packet) => packet,
+                Err(reason) if forward.is_ok() => return detour(Direction::Forward, reason),
+                Err(reason) => return detour(Direction::Reply, reason),
+            };
             if let Ok(forward) = forward {
                 match translate(kernel, Direction::Forward, forward, &mut packet) {
                     // What answers a masqueraded client comes to an address of this box too.
@@ -291,6 +421,17 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
             };
             translate(kernel, Direction::Reply, reply, &mut packet)
         }
+    }
+}
+
+/// What becomes of a packet that is no whole TCP or UDP packet, to or from an address of a rule.
+#[inline(always)]
+fn detour(direction: Direction, reason: Passed) -> Result<Verdict, Passed> {
+    match reason {
+        Passed::Icmp | Passed::Fragment | Passed::Protocol => {
+            Ok(Verdict::detour(direction, reason))
+        }
+        _ => Err(reason),
     }
 }
 
@@ -326,7 +467,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
             Direction::Forward => packet.ip.destination(),
             Direction::Reply => packet.ip.source(),
         };
-        let claims = claims::<N, I, K>(kernel, direction, &end)?;
+        let claims = claims::<N, I, K>(kernel, direction, &end).ok_or(Passed::NoRule)?;
         claimed(kernel, direction, claims, packet)
     };
     if part == Part::Reply {
@@ -363,18 +504,6 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
 /// Of addresses of `N` bytes.
 const fn family<const N: usize>() -> Family {
     if N == 4 { Family::V4 } else { Family::V6 }
-}
-
-/// What rules claim at one end of a packet.
-#[inline(always)]
-fn claims<'k, const N: usize, I: Ip<N>, K: Kernel>(
-    kernel: &'k K,
-    direction: Direction,
-    end: &Address<N>,
-) -> Result<&'k Claims, Passed> {
-    let endpoint = I::endpoint(kernel, direction, end).ok_or(Passed::NoRule)?;
-    let [even, odd] = &endpoint.generations;
-    Ok(if kernel.generation() == 0 { even } else { odd })
 }
 
 /// The headers of a packet that may be a rule's.
@@ -439,7 +568,14 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     claims: &Claims,
     packet: &mut Packet<'_, I>,
 ) -> Result<Verdict, Passed> {
-    let translation = claimed(kernel, direction, claims, packet)?;
+    let translation = match claimed(kernel, direction, claims, packet) {
+        Ok(translation) => translation,
+        // Whoever sent it is told, by the detour; of a reply, by the stack.
+        Err(Passed::Ttl) if direction == Direction::Forward => {
+            return Ok(Verdict::ForwardDetour(Passed::Ttl));
+        }
+        Err(reason) => return Err(reason),
+    };
     if translation.has(Translation::STATEFUL) {
         let part = match direction {
             Direction::Forward => Part::Forward,
@@ -571,8 +707,14 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
             (Verdict::Redirect(hop.device), Some(hop.link))
         }
         _ => {
-            let asked = Flow::between(ends);
-            let (verdict, hop) = ask(kernel, direction, hairpin, *ip, &asked)?;
+            let asked = Flow::of_key(ends);
+            let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, &asked)?;
+            let verdict = match verdict {
+                // The detour does not know of flows.
+                Verdict::ForwardDetour(_) if both => Verdict::Stack(ToStack::TooBig),
+                Verdict::ForwardDetour(_) => return Ok(verdict),
+                verdict => verdict,
+            };
             if let (Some(tag), Some(hop)) = (tag, hop)
                 && let row = hop.row::<N>(direction)
                 && kernel.hop(row, |row| row.claim(tag, &hop)) == Some(true)
@@ -591,7 +733,8 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     }
     if direction == Direction::Forward && flags & Translation::MANY_ADDRESSES != 0 {
         let came = Flow::of(*ip, transport);
-        remember_arrival(kernel, flags, &came, &Flow::between(ends));
+        let first = flags & Translation::FIRST_ADDRESS != 0;
+        remember_arrival(kernel, first, &came, &Flow::of_key(ends));
     }
     // The stack takes a hop off and writes the link addresses itself.
     let mut hops = 0;
@@ -610,6 +753,20 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     }
     let addresses = ip.rewrite(direction, end.0, hops);
     transport.rewrite(direction, end.1, addresses);
+    count(kernel, counter, direction, length, now, verdict);
+    Ok(verdict)
+}
+
+/// Counts a translated packet of `length` bytes.
+#[inline(always)]
+pub(crate) fn count<K: Kernel>(
+    kernel: &K,
+    counter: u32,
+    direction: Direction,
+    length: u16,
+    now: Jiffies,
+    verdict: Verdict,
+) {
     kernel.count(counter, |counter| {
         counter.translated[direction as usize].add(length);
         counter.last = now;
@@ -617,12 +774,11 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
             counter.to_stack[reason as usize] += 1;
         }
     });
-    Ok(verdict)
 }
 
 /// The translation of a port: a comparison, or two array loads.
 #[inline(always)]
-fn translation<K: Kernel>(kernel: &K, ports: Ports, port: Port) -> Option<&Translation> {
+pub(crate) fn translation<K: Kernel>(kernel: &K, ports: Ports, port: Port) -> Option<&Translation> {
     let row = if ports.first <= ports.last {
         let number = port.number();
         (ports.first <= number && number <= ports.last).then_some(ports.row)
@@ -670,19 +826,28 @@ fn remembered<const N: usize, I: Ip<N>, K: Kernel>(
     kernel.hop(row, |row| row.hop)
 }
 
-/// Asks the FIB. With the way if it is one by which packets can be redirected at once.
+/// What the FIB said.
+pub(crate) struct Asked {
+    pub verdict: Verdict,
+    /// The way if it is one by which packets can be redirected at once.
+    pub hop: Option<Hop>,
+    /// The MTU that the packet is larger than.
+    pub narrow: Option<u32>,
+}
+
+/// Asks the FIB.
 #[inline(always)]
-fn ask<const N: usize, I: Ip<N>, K: Kernel>(
+pub(crate) fn ask<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     hairpin: bool,
     ip: &I,
     goes: &Flow,
-) -> Result<(Verdict, Option<Hop>), Passed> {
+) -> Result<Asked, Passed> {
     let length = ip.length();
-    let (route, fits) = kernel.route(goes, length, ip.class());
+    let (route, narrow) = kernel.route(goes, length, ip.class());
     let merged = || kernel.ingress().is_some_and(|ingress| u32::from(length) > ingress.mtu);
-    let size = if fits {
+    let size = if narrow.is_none() {
         Size::Fits
     } else if merged() {
         Size::Merged
@@ -695,12 +860,13 @@ fn ask<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => forward(kernel, route, size),
         Direction::Reply => reply(kernel, route, size, hairpin)?,
     };
-    Ok(match (verdict, route) {
+    let hop = match (verdict, route) {
         (Verdict::Redirect(device), Route::Via { mtu, link, .. }) => {
-            (verdict, Some(Hop { device, mtu, link, padding: 0 }))
+            Some(Hop { device, mtu, link, padding: 0 })
         }
-        _ => (verdict, None),
-    })
+        _ => None,
+    };
+    Ok(Asked { verdict, hop, narrow })
 }
 
 /// How a packet's length and its route's MTU go together.
@@ -709,7 +875,7 @@ enum Size {
     Fits,
     /// The stack cuts it up.
     TooBig,
-    /// The stack tells the sender.
+    /// The sender is told.
     TooBigToSplit,
     /// Longer than any packet on the wire that it came by: several, merged by the stack or a driver
     /// before this program saw them.
@@ -727,7 +893,8 @@ fn forward<K: Kernel>(kernel: &K, route: Route, size: Size) -> Verdict {
             match (internal(index), size) {
                 (None, _) => Verdict::Drop(Dropped::NotInternal),
                 (Some(_), Size::Merged) => Verdict::Drop(Dropped::Merged),
-                (Some(_), Size::TooBig | Size::TooBigToSplit) => Verdict::Stack(ToStack::TooBig),
+                (Some(_), Size::TooBig) => Verdict::Stack(ToStack::TooBig),
+                (Some(_), Size::TooBigToSplit) => Verdict::ForwardDetour(Passed::TooBig),
                 (Some(interface), Size::Fits) => leave(interface, route),
             }
         }
@@ -780,10 +947,10 @@ fn leave(interface: Interface, route: Route) -> Verdict {
 /// The reply to a client that came by another address than the first must leave with that one. Only
 /// those are remembered.
 #[inline(always)]
-fn remember_arrival<K: Kernel>(kernel: &K, flags: u32, came: &Flow, goes: &Flow) {
+pub(crate) fn remember_arrival<K: Kernel>(kernel: &K, first: bool, came: &Flow, goes: &Flow) {
     let key = goes.arrival();
     let known = kernel.arrival(&key);
-    if flags & Translation::FIRST_ADDRESS != 0 {
+    if first {
         if known.is_some() {
             kernel.set_arrival(&key, None);
         }

@@ -16,6 +16,9 @@ pub const LAYOUT: u32 = 3;
 pub struct Port(pub [u8; 2]);
 
 impl Port {
+    /// Of what has no ports.
+    pub const NONE: Self = Self([0; 2]);
+
     /// The port with this number.
     pub const fn new(number: u16) -> Self {
         Self(number.to_be_bytes())
@@ -108,6 +111,7 @@ pub enum Direction {
 }
 
 impl Direction {
+    /// The other one.
     #[inline(always)]
     pub const fn opposite(self) -> Self {
         match self {
@@ -126,12 +130,14 @@ pub struct Endpoint {
     pub generations: [Claims; 2],
 }
 
-/// The ports that rules claim at an address.
+/// What rules claim at an address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct Claims {
     pub tcp: Ports,
     pub udp: Ports,
+    /// Of all other protocols, by protocol number in place of a port.
+    pub other: Ports,
 }
 
 /// From port to row of `TRANSLATIONS`, for one address and protocol.
@@ -425,6 +431,63 @@ pub struct ArrivalKey {
     pub padding: [u8; 3],
 }
 
+/// Key of `FRAGMENTS`: what the fragments of one packet have in common.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(C)]
+pub struct FragmentKey {
+    pub source: AnyAddress,
+    pub destination: AnyAddress,
+    /// IPv4's in the last two bytes.
+    pub identification: [u8; 4],
+    /// AF_INET or AF_INET6.
+    pub family: u8,
+    /// IP protocol number of IPv4; IPv6 does not tell packets apart by it.
+    pub protocol: u8,
+    pub direction: Direction,
+    pub padding: u8,
+}
+
+/// Value of `FRAGMENTS`: what became of the first fragment, which alone has the ports.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct FirstFragment {
+    /// The new address of the end that is translated.
+    pub address: AnyAddress,
+    /// From then on it is another packet that has the identification.
+    pub until: Jiffies,
+    /// The rule's row in `COUNTERS`.
+    pub counter: u32,
+    pub padding: u32,
+}
+
+/// Value of the single row of `ANSWERS`, per CPU: how many ICMP errors may be sent. A token bucket.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Bucket {
+    /// Answers, times ticks of a second.
+    level: u64,
+    filled: Jiffies,
+}
+
+impl Bucket {
+    /// Answers in a second, and at once after a pause.
+    pub const RATE: u64 = 1000;
+    pub const BURST: u64 = 100;
+
+    /// Takes an answer out, if there is one, of a clock that has `second` ticks in a second.
+    #[inline(always)]
+    pub fn take(&mut self, now: Jiffies, second: u64) -> bool {
+        let ticks = now.0.wrapping_sub(self.filled.0).min(second);
+        self.filled = now;
+        self.level = (self.level + ticks * Self::RATE).min(Self::BURST * second);
+        if self.level < second {
+            return false;
+        }
+        self.level -= second;
+        true
+    }
+}
+
 /// Value of `INTERFACES`, by interface index.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
@@ -513,6 +576,12 @@ impl LinkAddresses {
     #[inline(always)]
     pub const fn bytes(&self) -> [u8; 12] {
         self.0
+    }
+
+    /// Whether the destination is a group: the first bit on the wire.
+    #[inline(always)]
+    pub const fn is_group(&self) -> bool {
+        self.0[0] & 1 == 1
     }
 }
 
@@ -722,6 +791,8 @@ pub struct Counter {
     pub flows: u64,
     /// Packets of flows that could not be established, as the table is full. They were translated.
     pub crowded: u64,
+    /// Of the dropped, how many were answered with an ICMP error.
+    pub answered: u64,
 }
 
 /// Declares the reasons of a verdict once: their numbers in the maps, their names for users, and
@@ -765,17 +836,17 @@ reasons! {
         Vlan = "vlan",
         /// Lengths that contradict each other or the frame.
         Malformed = "malformed",
-        /// A fragment; fragments are not translated yet.
+        /// A fragment whose first was not translated, or came later; or a first one without the ports.
         Fragment = "fragment",
-        /// ICMP to an address of a rule; ICMP is not translated yet.
+        /// ICMP to an address of a rule, but not about its packets.
         Icmp = "icmp",
-        /// Neither TCP nor UDP.
+        /// Neither TCP nor UDP, and no DMZ host has it.
         Protocol = "protocol",
         /// IPv6 extension headers that hide the ports: too many, authentication, or a source route.
         Extension = "extension_header",
         /// A socket of this box is open for it.
         Own = "own_socket",
-        /// Its time to live ends here.
+        /// A reply whose time to live ends here: the stack tells the backend.
         Ttl = "ttl_expired",
         /// From a backend, but not to a client: it does not leave by an external interface.
         Inside = "not_external",
@@ -793,7 +864,7 @@ reasons! {
         NoNeighbour = "no_neighbour",
         /// The egress interface cannot transmit XDP frames.
         NoTransmit = "no_xdp_transmit",
-        /// Larger than its route's MTU; the stack fragments it or answers.
+        /// Larger than its route's MTU; the stack fragments it.
         TooBig = "too_big",
         /// The route encapsulates.
         Encapsulated = "encapsulated",
@@ -823,13 +894,17 @@ reasons! {
         NoAddress = "no_address",
         /// The kernel had no memory for the flow.
         NoRoom = "no_room",
+        /// Its time to live ended here; the client is told.
+        TtlExpired = "ttl_expired",
+        /// Larger than its route's MTU, and not to be fragmented; the client is told.
+        TooBig = "too_big",
     }
 }
 
 // No hidden padding, and the sizes that the maps are made with.
 const _: () = {
     assert!(size_of::<Address<4>>() == 4 && size_of::<Address<16>>() == 16);
-    assert!(size_of::<Endpoint>() == 32 && align_of::<Endpoint>() == 4);
+    assert!(size_of::<Endpoint>() == 48 && align_of::<Endpoint>() == 4);
     assert!(size_of::<Page>() == 1024);
     assert!(size_of::<Translation>() == 32);
     assert!(size_of::<ArrivalKey>() == 40);
@@ -842,7 +917,9 @@ const _: () = {
     assert!(size_of::<ClientKey>() == 40);
     assert!(size_of::<RememberedHop>() == 32);
     assert!(size_of::<RouteSet<4>>() == 24 && size_of::<RouteSet<16>>() == 48);
-    assert!(size_of::<Counter>() == 56 + 8 * (ToStack::COUNT + Dropped::COUNT));
+    assert!(size_of::<FragmentKey>() == 40 && size_of::<FirstFragment>() == 32);
+    assert!(size_of::<Bucket>() == 16);
+    assert!(size_of::<Counter>() == 64 + 8 * (ToStack::COUNT + Dropped::COUNT));
 };
 
 #[cfg(test)]
@@ -855,6 +932,22 @@ mod tests {
             let shift = Shift::between(from, to);
             assert_eq!(Port::new(from).shifted(shift), Port::new(to));
             assert_eq!(Port::new(to).shifted(shift.inverse()), Port::new(from));
+        }
+    }
+
+    #[test]
+    fn answers_are_as_many_as_the_rate_allows() {
+        for second in [100, 250, 300, 1000] {
+            let mut bucket = Bucket::default();
+            let mut taken = |from: u64, ticks: u64| {
+                let ticks = from..from + ticks;
+                ticks.map(|now| (0..50).filter(|_| bucket.take(Jiffies(now), second)).count()).sum()
+            };
+            // What a pause saved, and then as much as comes.
+            let first: usize = taken(1 << 32, second);
+            assert!((1090..=1100).contains(&first), "{second}: {first}");
+            let next: usize = taken((1 << 32) + second, second);
+            assert!((990..=1001).contains(&next), "{second}: {next}");
         }
     }
 

@@ -112,6 +112,8 @@ pub struct RuleStats {
     /// Of the translated packets, those that went out through the stack, by reason.
     pub to_stack: BTreeMap<String, u64>,
     pub dropped: BTreeMap<String, u64>,
+    /// Of the dropped, how many were answered with an ICMP error.
+    pub answered: u64,
     pub flows: Flows,
     /// RFC 3339, UTC.
     pub last_packet: Option<String>,

@@ -61,6 +61,8 @@ pub struct Leg {
     pub ports: Ports,
     pub tcp: bool,
     pub udp: bool,
+    /// All other protocols.
+    pub other: bool,
     pub backend: IpAddr,
     /// From the listened port to the backend's.
     pub becomes: Becomes,
@@ -116,9 +118,11 @@ impl Leg {
         self.place == 0
     }
 
-    /// The IP protocols it forwards.
+    /// The IP protocols that it forwards, [`OTHER`] among them.
     fn protocols(&self) -> impl Iterator<Item = u8> {
-        [(self.tcp, TCP), (self.udp, UDP)]
+        // Flows are of TCP and UDP.
+        let other = self.other && !self.is_stateful();
+        [(self.tcp, TCP), (self.udp, UDP), (other, OTHER)]
             .into_iter()
             .filter_map(|(has, number)| has.then_some(number))
     }
@@ -126,7 +130,7 @@ impl Leg {
     /// Whether some reply of a backend could be of this leg and of the other, and would have to leave
     /// differently.
     fn clashes(&self, other: &Self) -> bool {
-        let shares = self.tcp && other.tcp || self.udp && other.udp;
+        let shares = self.tcp && other.tcp || self.udp && other.udp || self.other && other.other;
         let ((first, last), (from, to)) = (self.backend_ports(), other.backend_ports());
         self.backend == other.backend
             && shares
@@ -267,6 +271,7 @@ impl Plan {
                     ports: rule.listen.ports,
                     tcp: rule.protocol.tcp(),
                     udp: rule.protocol.udp(),
+                    other: rule.protocol.other(),
                     backend,
                     becomes,
                     state: State::Stateless,
@@ -624,6 +629,8 @@ pub struct Compiler {
     unsettled: Vec<EndpointKey>,
     generation: u32,
     pending: Option<Pending>,
+    /// Protocols beside TCP and UDP that the box itself speaks.
+    own: BTreeSet<u8>,
 }
 
 /// A leg with its rows.
@@ -664,14 +671,26 @@ struct EndpointRow {
 /// One protocol at an endpoint.
 type Table = (EndpointKey, u8);
 
+/// Stands for all protocols but TCP and UDP: a number that none of them has.
+const OTHER: u8 = 255;
+
 fn table_of(claims: &mut Claims, protocol: u8) -> &mut PortTable {
-    if protocol == TCP { &mut claims.tcp } else { &mut claims.udp }
+    match protocol {
+        TCP => &mut claims.tcp,
+        UDP => &mut claims.udp,
+        _ => &mut claims.other,
+    }
 }
 
 impl Compiler {
     /// The counter of a rule's name.
     pub fn counter(&self, name: &str) -> Option<u32> {
         self.names.find(name)
+    }
+
+    /// From the next [`compile`](Self::compile) on, no rule claims these protocols.
+    pub fn leave(&mut self, own: &BTreeSet<u8>) {
+        self.own.clone_from(own);
     }
 
     /// Works out what to write for `plan` of `rules`. Nothing is live until it is written and
@@ -689,7 +708,7 @@ impl Compiler {
         ports: &BoxPorts,
     ) -> Update {
         self.forget();
-        let world = World::new(externals, ports, plan.masquerades());
+        let world = World::new(externals, ports, plan.masquerades(), &self.own);
         let mut touched = Touched::default();
         let (pending, translations) = self.place(rules, plan, world, &mut touched);
         for (_, live, painted) in &mut touched.tables {
@@ -789,7 +808,7 @@ impl Compiler {
         }
         // An address that came or went.
         for address in before.differing(&world) {
-            for protocol in [TCP, UDP] {
+            for protocol in [TCP, UDP, OTHER] {
                 touched.table(((Direction::Forward, address), protocol), EVERYWHERE, live_table);
             }
         }
@@ -926,14 +945,18 @@ fn fill_pools(
     found
 }
 
-/// What rules mean depends on: the external addresses, the ephemeral ports, and the ports of masquerade
-/// if some rule does that, each first and last.
+/// What rules mean depends on.
 #[derive(Default)]
 struct World {
+    /// External addresses.
     v4: Vec<IpAddr>,
     v6: Vec<IpAddr>,
+    /// First and last.
     ephemeral: (u16, u16),
+    /// The ports of masquerade, if some rule does that, first and last.
     masquerade: Option<(u16, u16)>,
+    /// Protocols other than TCP and UDP that rules may claim, as the ports of [`OTHER`].
+    protocols: Vec<(u16, u16)>,
 }
 
 /// A leg has at most so many translations: the reply's, then for its first address and for the
@@ -944,13 +967,19 @@ const VARIANTS: usize = 5;
 const POOLED: usize = 3;
 
 impl World {
-    fn new(externals: &Externals, ports: &BoxPorts, masquerades: bool) -> Self {
+    fn new(externals: &Externals, ports: &BoxPorts, masquerades: bool, own: &BTreeSet<u8>) -> Self {
         let BoxPorts { ephemeral, masquerade } = ports;
+        let claimed: Vec<u16> = (0..OTHER)
+            .filter(|number| !NEVER_CLAIMED.contains(number) && !own.contains(number))
+            .map(u16::from)
+            .collect();
+        let pieces = claimed.chunk_by(|one, next| one + 1 == *next);
         Self {
             v4: externals.v4.iter().copied().map(IpAddr::V4).collect(),
             v6: externals.v6.iter().copied().map(IpAddr::V6).collect(),
             ephemeral: (*ephemeral.start(), *ephemeral.end()),
             masquerade: masquerades.then_some((*masquerade.start(), *masquerade.end())),
+            protocols: pieces.map(|piece| (piece[0], piece[piece.len() - 1])).collect(),
         }
     }
 
@@ -974,6 +1003,7 @@ impl World {
         let (v4, v6) = (same(&self.v4, &other.v4), same(&self.v6, &other.v6));
         let ranges = self.ephemeral == other.ephemeral;
         let all = self.masquerade == other.masquerade;
+        let protocols = self.protocols == other.protocols;
         move |leg| {
             let family = if leg.backend.is_ipv4() { v4 } else { v6 };
             let ports = match leg.ports {
@@ -981,7 +1011,7 @@ impl World {
                 Ports::Range { .. } => ranges,
                 Ports::All => all,
             };
-            (leg.listen.is_some() || family) && ports
+            (leg.listen.is_some() || family) && ports && (protocols || !leg.other)
         }
     }
 
@@ -1088,9 +1118,12 @@ impl Touched {
 
     /// All that a leg is painted on in this world.
     fn leg(&mut self, leg: &Leg, world: &World, live: impl Fn(Table) -> PortTable + Copy) {
-        let highs = |(first, last): (u16, u16)| first.to_be_bytes()[0]..=last.to_be_bytes()[0];
         let addresses = world.listened(leg);
         for protocol in leg.protocols() {
+            let highs = |(first, last): (u16, u16)| match protocol {
+                OTHER => 0..=0,
+                _ => first.to_be_bytes()[0]..=last.to_be_bytes()[0],
+            };
             for address in addresses {
                 let area = highs((leg.ports.first(), leg.ports.last()));
                 self.table(((Direction::Forward, *address), protocol), area, live);
@@ -1127,7 +1160,8 @@ fn strokes<'a>(
         };
         addresses.iter().enumerate().filter_map(table).collect()
     };
-    let every = [&world.v4, &world.v6].map(|addresses| [TCP, UDP].map(|it| every(addresses, it)));
+    let every =
+        [&world.v4, &world.v6].map(|addresses| [TCP, UDP, OTHER].map(|it| every(addresses, it)));
     // Also of replies: what a backend sends from a port that nobody listens on is its own.
     let all_tcp = without(&[(0, u16::MAX)], world.masquerade);
     let all_udp = without(&ALL_BUT_DHCP, world.masquerade);
@@ -1141,9 +1175,13 @@ fn strokes<'a>(
         for protocol in leg.protocols() {
             let mut paint = |table: u32, ports: (u16, u16), row: u32| {
                 let (.., area) = &touched.tables[table as usize];
-                let whole = std::slice::from_ref(&ports);
-                let all = if protocol == UDP { &all_udp } else { &all_tcp };
-                for ports in if ports == (0, u16::MAX) { all } else { whole } {
+                let pieces = match protocol {
+                    OTHER => world.protocols.as_slice(),
+                    UDP if ports == (0, u16::MAX) => &all_udp,
+                    TCP if ports == (0, u16::MAX) => &all_tcp,
+                    _ => std::slice::from_ref(&ports),
+                };
+                for ports in pieces {
                     let [first, last] = [ports.0, ports.1].map(|port| port.to_be_bytes()[0]);
                     if first <= *area.end() && *area.start() <= last {
                         let precedence = leg.precedence;
@@ -1167,8 +1205,12 @@ fn strokes<'a>(
                 }
                 None => {
                     let [v4, v6] = &every;
-                    let [tcp, udp] = if leg.backend.is_ipv4() { v4 } else { v6 };
-                    let tables = if protocol == TCP { tcp } else { udp };
+                    let [tcp, udp, other] = if leg.backend.is_ipv4() { v4 } else { v6 };
+                    let tables = match protocol {
+                        TCP => tcp,
+                        UDP => udp,
+                        _ => other,
+                    };
                     tables.iter().for_each(|(place, table)| forward(*place, *table));
                 }
             }
@@ -1184,6 +1226,10 @@ fn strokes<'a>(
 /// The UDP ports of `*`. DHCPv4 and DHCPv6 clients (68, 546) read replies from raw sockets, which no
 /// lookup finds: their ports are left alone.
 const ALL_BUT_DHCP: [(u16, u16); 3] = [(0, 67), (69, 545), (547, u16::MAX)];
+
+/// Protocols that are not among the others: TCP and UDP, which have tables of their own, IGMP, which
+/// is about the box's own link, and the authentication header, whose sums are over the addresses.
+const NEVER_CLAIMED: [u8; 4] = [TCP, UDP, 2, 51];
 
 /// These ports without those of masquerade.
 fn without(ports: &[(u16, u16)], masquerade: Option<(u16, u16)>) -> Vec<(u16, u16)> {

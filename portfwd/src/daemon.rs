@@ -31,6 +31,7 @@ use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
 
 mod hints;
+mod protocols;
 mod routes;
 mod survey;
 mod sweep;
@@ -105,6 +106,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let capacity = Capacity::for_plan(&config.rules, &plan, &ports, config.flows.size);
     let mut datapath = Datapath::load(capacity, &ports, log_packets)?;
     let mut compiler = Compiler::default();
+    compiler.leave(&survey.own);
     let update = compiler.compile(&config.rules, &plan, &survey.externals, &ports);
     datapath.apply(&update)?;
     compiler.commit(&update);
@@ -119,7 +121,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         network,
         resolved,
         plan,
-        loaded: survey.externals.clone(),
+        loaded: (survey.externals.clone(), survey.own.clone()),
         survey,
         compiler,
         datapath,
@@ -255,8 +257,8 @@ struct Daemon {
     resolved: Resolved,
     plan: Plan,
     survey: Survey,
-    /// The external addresses that the tables have.
-    loaded: Externals,
+    /// The external addresses that the tables have, and the protocols that they leave to the box.
+    loaded: (Externals, BTreeSet<u8>),
     compiler: Compiler,
     datapath: Datapath,
     /// By interface index.
@@ -380,10 +382,11 @@ impl Daemon {
             Ok((snapshot, survey)) => {
                 self.survey = survey;
                 let mut problems = self.survey.problems.clone();
-                if self.loaded != self.survey.externals {
+                let moved = self.loaded.0 != self.survey.externals;
+                if moved || self.loaded.1 != self.survey.own {
                     let problem = self.load();
-                    if problem.is_none() {
-                        info!("external addresses: {}", Addresses(&self.loaded));
+                    if moved && problem.is_none() {
+                        info!("external addresses: {}", Addresses(&self.loaded.0));
                     }
                     problems.extend(problem);
                 }
@@ -410,6 +413,7 @@ impl Daemon {
     /// Loads the plan with the addresses there are. Returns what kept it from that.
     fn load(&mut self) -> Option<String> {
         let Self { config, plan, survey, loaded, compiler, datapath, sweeper, ports, .. } = self;
+        compiler.leave(&survey.own);
         let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
         if !datapath.capacity().holds(&update) {
             return Some(
@@ -421,7 +425,7 @@ impl Daemon {
         match datapath.apply(&update) {
             Ok(()) => {
                 compiler.commit(&update);
-                loaded.clone_from(&survey.externals);
+                *loaded = (survey.externals.clone(), survey.own.clone());
                 sweeper.set(living(config, plan, compiler));
                 None
             }

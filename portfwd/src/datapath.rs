@@ -163,10 +163,13 @@ pub struct Clock {
 impl Clock {
     /// From a reading.
     pub(crate) fn new(read: Jiffies, when: Instant) -> Self {
+        Self { read, when, tick: Self::tick() }
+    }
+
+    fn tick() -> Duration {
         // The coarse clock is as fine as the ticks are; the kernel says so in nanoseconds.
         let tick = rustix::time::clock_getres(rustix::time::ClockId::MonotonicCoarse);
-        let tick = Duration::try_from(tick).unwrap_or_default();
-        Self { read, when, tick: tick.max(Duration::from_micros(1)) }
+        Duration::try_from(tick).unwrap_or_default().max(Duration::from_micros(1))
     }
 
     /// What it shows at some time, not before it was read.
@@ -216,6 +219,8 @@ pub struct Counts {
     pub flows: u64,
     /// Packets of flows that could not be established.
     pub crowded: u64,
+    /// Of the dropped, how many were answered with an ICMP error.
+    pub answered: u64,
 }
 
 /// What the verifier said of a program.
@@ -269,6 +274,8 @@ pub struct Datapath {
     devices: BTreeMap<u32, u32>,
     next_device: u32,
     routes: Routes,
+    /// Empty once nobody holds it.
+    _detours: ProgramArray<MapData>,
 }
 
 impl Datapath {
@@ -281,10 +288,12 @@ impl Datapath {
     pub fn load(capacity: Capacity, ports: &BoxPorts, log: bool) -> Result<Self, DatapathError> {
         let cpus = nr_cpus().map_or(1, |cpus| cpus as u32);
         let bits = route_set_bits(cpus);
+        let second = (Duration::from_secs(1).as_nanos() / Clock::tick().as_nanos()) as u32;
         let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
         let mut ebpf = EbpfLoader::new()
             .override_global(aya_log::LEVEL, &level, true)
             .override_global("ROUTE_SET_BITS", &bits, true)
+            .override_global("SECOND", &second, true)
             .map_max_entries("ROUTES_V4", (2 * cpus) << bits)
             .map_max_entries("ROUTES_V6", (2 * cpus) << bits)
             .map_max_entries("HOPS", cpus << HOP_BITS)
@@ -309,11 +318,11 @@ impl Datapath {
         clock.load().map_err(|error| verifier_error(CLOCK, error))?;
         let (read, when) = read_clock(clock)?;
         let clock = Clock::new(read, when);
-        let roles = [Role::External, Role::Internal, Role::Both].map(program_name);
+        let common = ROLES.map(program_name).into_iter().chain(DIRECTIONS.map(detour_name));
         // Those of a family that no rule has would only take their time to be verified.
         let FlowRoom { v4, v6 } = capacity.flows;
         let is_needed = |part: &&&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
-        for program in roles.into_iter().chain(PARTS.iter().filter(is_needed).copied()) {
+        for program in common.chain(PARTS.iter().filter(is_needed).copied()) {
             let xdp = xdp_mut(&mut ebpf, program);
             let start = Instant::now();
             xdp.load().map_err(|error| verifier_error(program, error))?;
@@ -325,17 +334,22 @@ impl Datapath {
                 time: start.elapsed(),
             });
         }
-        let mut parts =
-            ProgramArray::try_from(ebpf.take_map("PARTS").unwrap_or_else(|| missing("PARTS")))
-                .map_err(map_error("PARTS"))?;
-        for (number, program) in PARTS.iter().enumerate().filter(|(_, it)| is_needed(it)) {
-            let fd =
-                xdp_mut(&mut ebpf, program).fd().map_err(|error| verifier_error(program, error))?;
-            parts.set(number as u32, fd, 0).map_err(map_error("PARTS"))?;
-        }
         let mut take = |name| ebpf.take_map(name).unwrap_or_else(|| missing(name));
+        let mut parts = ProgramArray::try_from(take("PARTS")).map_err(map_error("PARTS"))?;
+        let mut detours = ProgramArray::try_from(take("DETOURS")).map_err(map_error("DETOURS"))?;
         let flows = Arc::new(FlowTables::new(clock, &mut take)?);
         let trust = Array::try_from(take("TRUST")).map_err(map_error("TRUST"))?;
+        for (number, program) in PARTS.iter().enumerate().filter(|(_, it)| is_needed(it)) {
+            let fd = xdp_mut(&mut ebpf, program).fd();
+            let fd = fd.map_err(|error| verifier_error(program, error))?;
+            parts.set(number as u32, fd, 0).map_err(map_error("PARTS"))?;
+        }
+        for direction in DIRECTIONS {
+            let program = detour_name(direction);
+            let fd = xdp_mut(&mut ebpf, program).fd();
+            let fd = fd.map_err(|error| verifier_error(program, error))?;
+            detours.set(direction as u32, fd, 0).map_err(map_error("DETOURS"))?;
+        }
         let routes =
             Routes(Arc::new(Mutex::new(Trusted { clock, map: trust, now: Default::default() })));
         let mut datapath = Self {
@@ -356,6 +370,7 @@ impl Datapath {
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
+            _detours: detours,
         };
         datapath.write_settings()?;
         Ok(datapath)
@@ -698,10 +713,18 @@ impl Datapath {
             dropped: [0; Dropped::COUNT],
             flows: 0,
             crowded: 0,
+            answered: 0,
         };
         for Plain(counter) in cpus.iter() {
-            let Counter { translated: [forward, reply], last, to_stack, dropped, flows, crowded } =
-                counter;
+            let Counter {
+                translated: [forward, reply],
+                last,
+                to_stack,
+                dropped,
+                flows,
+                crowded,
+                answered,
+            } = counter;
             sum.flows += flows;
             sum.crowded += crowded;
             sum.forward.packets += forward.packets;
@@ -709,6 +732,7 @@ impl Datapath {
             sum.reply.packets += reply.packets;
             sum.reply.bytes += reply.bytes;
             sum.last = sum.last.max(*last);
+            sum.answered += answered;
             for (sum, count) in sum.to_stack.iter_mut().zip(to_stack) {
                 *sum += count;
             }
@@ -795,11 +819,22 @@ fn read_clock(clock: &Xdp) -> Result<(Jiffies, Instant), DatapathError> {
 const PARTS: [&str; Part::PROGRAMS as usize] =
     ["forward_v4", "forward_v6", "reply_v4", "reply_v6", "hairpin_v4", "hairpin_v6"];
 
+const ROLES: [Role; 3] = [Role::External, Role::Internal, Role::Both];
+const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reply];
+
 fn program_name(role: Role) -> &'static str {
     match role {
         Role::External => "external",
         Role::Internal => "internal",
         Role::Both => "both",
+    }
+}
+
+/// The program to which others jump with the few packets of a direction.
+fn detour_name(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Forward => "forward_detour",
+        Direction::Reply => "reply_detour",
     }
 }
 

@@ -105,6 +105,10 @@ impl Collector for Figures {
                 })
             })
         })?;
+        counters("answered", "Dropped packets whose sender was told by ICMP", &|rows| {
+            self.by_rule()
+                .try_for_each(|(rule, counts)| rows.row(&[("rule", rule)], counts.answered))
+        })?;
         counters("to_stack", "Translated packets that went out through the stack", &|rows| {
             self.by_rule().try_for_each(|(rule, counts)| {
                 ToStack::ALL.iter().zip(counts.to_stack).try_for_each(|(reason, count)| {
@@ -152,6 +156,7 @@ mod tests {
             "portfwd_packets_total{rule=\"80/tcp\",direction=\"reply\"} 0",
             "portfwd_packets_total{rule=\"81/tcp\",direction=\"forward\"} 0",
             &format!("portfwd_dropped_total{{rule=\"80/tcp\",reason=\"{dropped}\"}} 11"),
+            "portfwd_answered_total{rule=\"80/tcp\"} 7",
             &format!("portfwd_to_stack_total{{rule=\"80/tcp\",reason=\"{to_stack}\"}} 1"),
             "portfwd_passed_total{reason=\"no_rule\"} 9",
             "portfwd_flows_created_total{rule=\"80/tcp\"} 5",

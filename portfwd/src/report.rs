@@ -135,6 +135,7 @@ impl Figures {
             to_stack: reasons(ToStack::ALL, ToStack::name, &counts.to_stack),
             dropped: reasons(Dropped::ALL, Dropped::name, &counts.dropped),
             flows: *flows,
+            answered: counts.answered,
             last_packet: (counts.last != Jiffies::default()).then(|| {
                 let when = self.read.1 - self.clock.between(counts.last, self.read.0);
                 humantime::format_rfc3339_millis(when).to_string()
@@ -304,12 +305,14 @@ pub(crate) mod tests {
             dropped: [0; Dropped::COUNT],
             flows: 5,
             crowded: 1,
+            answered: 0,
         };
         let some = Counts {
             forward: Tally { packets: 3, bytes: 180 },
             last: Jiffies(1),
             to_stack: std::array::from_fn(|reason| reason as u64),
             dropped: std::array::from_fn(|reason| 10 + reason as u64),
+            answered: 7,
             ..none
         };
         let interface = InterfaceInfo {

@@ -46,6 +46,8 @@ pub const LAN: Addresses = internal(0, 1);
 pub const SERVER: Addresses = internal(0, 10);
 /// `eth0` of the second server.
 pub const SECOND_SERVER: Addresses = internal(1, 10);
+/// `eth0` of the host behind the server.
+pub const DEEP: Addresses = internal(2, 10);
 /// `eth0` of the client, unless a gateway is in front of it.
 pub const CLIENT: Addresses = external(2);
 /// `wan0` of the gateway, in the network between it and the router.
@@ -67,7 +69,7 @@ const fn distant(host: u8) -> Addresses {
     }
 }
 
-/// 192.168.77.0/24 and fd77::/64 are network 0, 192.168.78.0/24 and fd78::/64 network 1.
+/// 192.168.77.0/24 and fd77::/64 are network 0, 192.168.78.0/24 and fd78::/64 network 1, and so on.
 const fn internal(network: u8, host: u8) -> Addresses {
     Addresses {
         v4: Ipv4Addr::new(192, 168, 77 + network, host),
@@ -88,6 +90,8 @@ pub struct Options<'a> {
     pub external: &'a [&'a str],
     /// A second server: 192.168.78.10 and fd78::10, behind the router's `lan1`.
     pub second_server: bool,
+    /// A host behind the server, which is a router then: 192.168.79.10 and fd79::10.
+    pub deep: bool,
     /// The client is 203.0.113.2 and 2001:db8:2::2 behind a router of its own, `gateway`, whose
     /// `wan0` is 198.51.100.254 and 2001:db8:1::254.
     pub gateway: bool,
@@ -100,6 +104,7 @@ pub struct Rig {
     pub router: Namespace,
     pub server: Namespace,
     pub second_server: Option<Namespace>,
+    pub deep: Option<Namespace>,
     pub gateway: Option<Namespace>,
     /// The programs that pass, at every end but the router's.
     _programs: Vec<OwnedFd>,
@@ -122,6 +127,7 @@ impl Rig {
         let router = host("router")?;
         let server = host("server")?;
         let second_server = options.second_server.then(|| host("server2")).transpose()?;
+        let deep = options.deep.then(|| host("deep")).transpose()?;
         let gateway = options.gateway.then(|| host("gateway")).transpose()?;
         // Forwarding is for the program under test to switch on; the kernel starts a namespace with
         // what the machine has.
@@ -167,7 +173,20 @@ impl Rig {
             server.ip(&format!("route add default via {}", lan.address.v4))?;
             server.ip(&format!("route add default via {}", lan.address.v6))?;
         }
-        Ok(Self { client, router, server, second_server, gateway, _programs: programs })
+        if let Some(deep) = &deep {
+            let deep0 = End { namespace: &server, interface: "deep0", address: internal(2, 1) };
+            let eth0 = End { namespace: deep, interface: "eth0", address: DEEP };
+            connect(&eth0, &deep0)?;
+            programs.extend(eth0.as_on_a_wire()?);
+            programs.extend(deep0.as_on_a_wire()?);
+            server.set_sysctl("net.ipv4.ip_forward", "1")?;
+            server.set_sysctl("net.ipv6.conf.all.forwarding", "1")?;
+            deep.ip(&format!("route add default via {}", deep0.address.v4))?;
+            deep.ip(&format!("route add default via {}", deep0.address.v6))?;
+            router.ip(&format!("route add 192.168.79.0/24 via {}", SERVER.v4))?;
+            router.ip(&format!("route add fd79::/64 via {}", SERVER.v6))?;
+        }
+        Ok(Self { client, router, server, second_server, deep, gateway, _programs: programs })
     }
 
     /// Frames that client and servers sent into a full veth: captures there have seen them, but

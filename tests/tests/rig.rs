@@ -179,6 +179,7 @@ fn options_add_addresses_a_second_server_and_a_gateway() {
         external: &["198.51.100.7/24", "2001:db8:1::7/64"],
         second_server: true,
         gateway: true,
+        ..Options::default()
     })
     .unwrap();
     forward(&rig, rig::SECOND_SERVER);

@@ -23,9 +23,10 @@ const LLVM: u32 = 22;
 const COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
 /// The programs that the lab and the tests start, and the Debian packages that have them.
-const PROGRAMS: [(&str, &str); 10] = [
+const PROGRAMS: [(&str, &str); 11] = [
     ("ip", "iproute2"),
     ("ethtool", "ethtool"),
+    ("ping", "iputils-ping"),
     ("nginx", "nginx-light"),
     ("curl", "curl"),
     ("iperf3", "iperf3"),

@@ -2,6 +2,11 @@
 
 extern crate std;
 
+mod answers;
+mod errors;
+mod fragments;
+mod others;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::vec;
@@ -11,6 +16,7 @@ use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
 
 use super::*;
+use crate::detour::{self, Outcome};
 use crate::packet::{TCP, UDP};
 use crate::table::{Address, Candidate, Dropped, FlowHalf, FlowKey, HOP_BITS, Shift};
 
@@ -26,6 +32,11 @@ const BACKEND6: [u8; 16] = [0xfd, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
 /// The box's addresses inside.
 const LAN: [u8; 4] = [192, 168, 77, 1];
 const LAN6: [u8; 16] = [0xfd, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+/// An address of the box all of whose protocols but TCP and UDP lead to another host.
+const DMZ_BOX: [u8; 4] = [198, 51, 100, 9];
+const DMZ: [u8; 4] = [192, 168, 77, 20];
+const DMZ_BOX6: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9];
+const DMZ6: [u8; 16] = [0xfd, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x20];
 const INSIDE: u32 = 3;
 const OUTSIDE: u32 = 2;
 /// Of the hash that leads to a set of routes.
@@ -43,7 +54,8 @@ const fn via(interface: u32, destination: [u8; 6], source: [u8; 6]) -> Route {
 /// The ports for masquerade.
 const PORTS: [u16; 2] = [40_000, 40_999];
 
-/// A box with one rule, 8080 to port 80 of the backend, for TCP and UDP in both families.
+/// A box with one rule, 8080 to port 80 of the backend, for TCP and UDP in both families, and one for
+/// all other protocols.
 struct Router {
     endpoints4: HashMap<(Direction, Address<4>), Endpoint>,
     endpoints6: HashMap<(Direction, Address<16>), Endpoint>,
@@ -65,8 +77,12 @@ struct Router {
     candidates6: RefCell<HashMap<FlowKey<16>, Candidate<16>>>,
     mappings: RefCell<HashMap<MappingKey, Mapping>>,
     clients: RefCell<HashMap<ClientKey, Port>>,
-    now: Cell<Jiffies>,
     outside_flags: u32,
+    fragments: RefCell<HashMap<FragmentKey, FirstFragment>>,
+    bucket: RefCell<Bucket>,
+    now: Cell<u64>,
+    /// The last ICMP error that was sent.
+    answer: RefCell<Option<Vec<u8>>>,
     route: Route,
     route_mtu: u16,
     ingress_mtu: u32,
@@ -110,21 +126,33 @@ impl Router {
             row(Address(BACKEND6).widen(), 8080, 80, Translation::ASK_SOCKETS),
             row(Address(BOX6).widen(), 80, 8080, 0),
             row(Address(BACKEND).widen(), 8080, 80, many),
+            row(Address(DMZ).widen(), 0, 0, Translation::ASK_SOCKETS),
+            row(Address(DMZ_BOX).widen(), 0, 0, 0),
+            row(Address(DMZ6).widen(), 0, 0, Translation::ASK_SOCKETS),
+            row(Address(DMZ_BOX6).widen(), 0, 0, 0),
         ];
         let mut page = HashMap::new();
         let endpoint = |ports| {
-            let live = Claims { tcp: ports, udp: ports };
+            let live = Claims { tcp: ports, udp: ports, other: Ports::NONE };
             Endpoint { generations: [live, Claims::default()] }
         };
         let single = |port, row| endpoint(Ports::range(port, port, row));
+        let others = |row| {
+            let live = Claims { other: Ports::range(0, 254, row), ..Claims::default() };
+            Endpoint { generations: [live, Claims::default()] }
+        };
         let endpoints4 = HashMap::from([
             ((Direction::Forward, Address(BOX)), endpoint(paged(8080, 1, &mut page))),
             ((Direction::Forward, Address(SECOND)), single(8080, 5)),
             ((Direction::Reply, Address(BACKEND)), single(80, 2)),
+            ((Direction::Forward, Address(DMZ_BOX)), others(6)),
+            ((Direction::Reply, Address(DMZ)), others(7)),
         ]);
         let endpoints6 = HashMap::from([
             ((Direction::Forward, Address(BOX6)), single(8080, 3)),
             ((Direction::Reply, Address(BACKEND6)), endpoint(paged(80, 4, &mut page))),
+            ((Direction::Forward, Address(DMZ_BOX6)), others(8)),
+            ((Direction::Reply, Address(DMZ6)), others(9)),
         ]);
         Self {
             endpoints4,
@@ -144,8 +172,11 @@ impl Router {
             candidates6: RefCell::default(),
             mappings: RefCell::default(),
             clients: RefCell::default(),
-            now: Cell::new(Jiffies(1)),
             outside_flags: Interface::EXTERNAL | Interface::TRANSMITS,
+            fragments: RefCell::default(),
+            bucket: RefCell::default(),
+            now: Cell::new(1),
+            answer: RefCell::default(),
             route,
             route_mtu: 1500,
             ingress_mtu: 1500,
@@ -159,11 +190,13 @@ impl Router {
                 dropped: Default::default(),
                 flows: 0,
                 crowded: 0,
+                answered: 0,
             }),
             passed: RefCell::default(),
         }
     }
 
+    /// As the programs do. An answer leaves the frame as it is.
     fn handle(&self, role: Role, frame: &mut [u8]) -> Verdict {
         let mut verdict = handle(self, role, Frame::new(frame));
         while let Verdict::Flow(part, family) = verdict {
@@ -173,7 +206,26 @@ impl Router {
                 Family::V6 => handle_flow::<16, Ipv6Hdr, _>(self, part, frame),
             };
         }
-        verdict
+        match verdict {
+            Verdict::ForwardDetour(_) => self.detour(Direction::Forward, frame),
+            Verdict::ReplyDetour(_) => self.detour(Direction::Reply, frame),
+            verdict => verdict,
+        }
+    }
+
+    fn detour(&self, direction: Direction, frame: &mut [u8]) -> Verdict {
+        match detour::handle(self, direction, Frame::new(frame)) {
+            Outcome::Done(verdict) => verdict,
+            Outcome::Answer(reason, answer) => {
+                assert_eq!(answer.device, OUTSIDE_DEVICE);
+                let mut bytes = vec![0xee; answer.growth()];
+                bytes.extend(&*frame);
+                bytes.truncate(bytes.len() - answer.cut as usize);
+                answer.write(Frame::new(&mut bytes)).unwrap();
+                *self.answer.borrow_mut() = Some(bytes);
+                Verdict::Drop(reason)
+            }
+        }
     }
 
     fn looked_up(&self, table: usize) {
@@ -252,12 +304,21 @@ impl Kernel for Router {
         })
     }
     fn ingress(&self) -> Option<Interface> {
-        let (v4, v6) = (Address([0; 4]), Address([0; 16]));
-        Some(Interface { flags: 0, mtu: self.ingress_mtu, device: 0, v4, v6 })
+        let (flags, v4, v6) = (Interface::TRANSMITS, Address([0; 4]), Address([0; 16]));
+        Some(Interface { flags, mtu: self.ingress_mtu, device: OUTSIDE_DEVICE, v4, v6 })
     }
-    fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> (Route, bool) {
+    fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> (Route, Option<u32>) {
         self.fib.set(self.fib.get() + 1);
-        (self.route, length <= self.route_mtu)
+        (self.route, (length > self.route_mtu).then_some(self.route_mtu.into()))
+    }
+    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment> {
+        self.fragments.borrow().get(key).copied()
+    }
+    fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
+        self.fragments.borrow_mut().insert(*key, *first);
+    }
+    fn bucket<R>(&self, look: impl FnOnce(&mut Bucket) -> R) -> Option<R> {
+        Some(look(&mut self.bucket.borrow_mut()))
     }
     fn has_socket(&self, _flow: &Flow) -> bool {
         self.asked.set(true);
@@ -279,7 +340,7 @@ impl Kernel for Router {
         self.passed.borrow_mut().push(reason);
     }
     fn now(&self) -> Jiffies {
-        self.now.get()
+        Jiffies(self.now.get())
     }
     fn masquerade(&self) -> ([u16; 2], u32) {
         (PORTS, 7)
@@ -295,6 +356,12 @@ impl Kernel for Router {
     }
     fn set_client_port(&self, key: &ClientKey, port: Port) {
         self.clients.borrow_mut().insert(*key, port);
+    }
+    fn second(&self) -> u64 {
+        250
+    }
+    fn nothing(&self) -> u32 {
+        0
     }
     fn note(&self, _flow: impl FnOnce() -> Flow) {}
 }
@@ -394,6 +461,10 @@ fn is_valid(frame: &[u8]) -> bool {
                                 )
                                 .is_ok_and(|sum| sum == udp.checksum())
                     }
+                    Some(TransportSlice::Icmpv4(_)) => {
+                        let sum = etherparse::checksum::Sum16BitWords::new().add_slice(payload);
+                        sum.ones_complement() == 0
+                    }
                     _ => true,
                 }
         }
@@ -408,6 +479,7 @@ fn is_valid(frame: &[u8]) -> bool {
                     .to_header()
                     .calc_checksum_ipv6_raw(source, destination, udp.payload())
                     .is_ok_and(|sum| sum == udp.checksum()),
+                Some(TransportSlice::Icmpv6(icmp)) => icmp.is_checksum_valid(source, destination),
                 _ => true,
             }
         }
@@ -519,7 +591,7 @@ fn a_remembered_way_is_not_for_packets_beyond_its_mtu() {
     assert_eq!((verdict, router.fib.get()), (Verdict::Redirect(INSIDE_DEVICE), 1));
     router.ingress_mtu = 9000;
     let verdict = router.handle(Role::External, &mut packet(1501));
-    assert_eq!((verdict, router.fib.get()), (Verdict::Stack(ToStack::TooBig), 2));
+    assert_eq!((verdict, router.fib.get()), (Verdict::Drop(Dropped::TooBig), 3));
 }
 
 #[test]
@@ -746,15 +818,18 @@ fn a_reply_leaves_with_the_address_that_the_client_came_by() {
 
 #[test]
 fn the_last_hop_is_not_taken() {
-    for (ttl, verdict) in [
-        (0, Verdict::Pass(Passed::Ttl)),
-        (1, Verdict::Pass(Passed::Ttl)),
-        (2, Verdict::Redirect(INSIDE_DEVICE)),
+    for (ttl, forward, reply) in [
+        (0, Verdict::Drop(Dropped::TtlExpired), Verdict::Pass(Passed::Ttl)),
+        (1, Verdict::Drop(Dropped::TtlExpired), Verdict::Pass(Passed::Ttl)),
+        (2, Verdict::Redirect(INSIDE_DEVICE), Verdict::Redirect(OUTSIDE_DEVICE)),
     ] {
-        let mut packet = frame(TCP, (&CLIENT6, 5000), (&BOX6, 8080), ttl, b"");
-        assert_eq!(Router::new(HOP).handle(Role::External, &mut packet), verdict);
-        let mut packet = frame(TCP, (&CLIENT, 5000), (&BOX, 8080), ttl, b"");
-        assert_eq!(Router::new(HOP).handle(Role::External, &mut packet), verdict);
+        let families: [[&[u8]; 3]; 2] = [[&CLIENT, &BOX, &BACKEND], [&CLIENT6, &BOX6, &BACKEND6]];
+        for [client, external, backend] in families {
+            let mut packet = frame(TCP, (client, 5000), (external, 8080), ttl, b"");
+            assert_eq!(Router::new(HOP).handle(Role::External, &mut packet), forward);
+            let mut packet = frame(TCP, (backend, 80), (client, 5000), ttl, b"");
+            assert_eq!(Router::new(BACK).handle(Role::Internal, &mut packet), reply);
+        }
     }
 }
 
@@ -811,6 +886,7 @@ proptest! {
         let verdict = rule.handle(Role::Both, &mut bytes);
         let translated = rule.packets(Direction::Forward) + rule.packets(Direction::Reply);
         match verdict {
+            Verdict::ForwardDetour(_) | Verdict::ReplyDetour(_) => prop_assert!(false, "{verdict:?} and nothing more"),
             Verdict::Pass(reason) => {
                 prop_assert_eq!(&bytes, &before);
                 prop_assert_eq!(rule.passed.take(), vec![reason]);

@@ -66,8 +66,8 @@ impl Kernel {
         let mut meaning = BTreeMap::new();
         for (key, number) in &self.addresses {
             let endpoint = self.endpoints.get(number).copied().unwrap_or_default();
-            let Claims { tcp, udp } = endpoint.generations[self.generation as usize];
-            for (protocol, table) in [(TCP, tcp), (UDP, udp)] {
+            let Claims { tcp, udp, other } = endpoint.generations[self.generation as usize];
+            for (protocol, table) in [(TCP, tcp), (UDP, udp), (OTHER, other)] {
                 let mut ranges = vec![(0, None)];
                 for port in (0..1024).chain(65_000..=u16::MAX) {
                     let row = self.row(&table, port);
@@ -107,8 +107,8 @@ impl Kernel {
     fn live(&self) -> (BTreeSet<u32>, BTreeSet<u32>) {
         let (mut rows, mut pages) = (BTreeSet::new(), BTreeSet::new());
         for endpoint in self.addresses.values().filter_map(|number| self.endpoints.get(number)) {
-            let Claims { tcp, udp } = endpoint.generations[self.generation as usize];
-            for table in [tcp, udp] {
+            let Claims { tcp, udp, other } = endpoint.generations[self.generation as usize];
+            for table in [tcp, udp, other] {
                 if table.first <= table.last {
                     rows.insert(table.row);
                 } else if table.row != 0 {
@@ -649,6 +649,36 @@ fn chosen(pool: &[Rule], mask: u16) -> (Vec<Rule>, Plan) {
     (rules, plan)
 }
 
+#[test]
+fn a_dmz_host_gets_all_protocols_but_those_of_the_box() {
+    let rules = rules(&["*:10.0.0.1/any", "*:[fd00::1]/any", "*:10.0.0.2/tcp"]);
+    let mut kernel = Kernel::default();
+    let claimed = |kernel: &Kernel, key: (Direction, &str)| -> BTreeSet<u16> {
+        let number = kernel.addresses[&(key.0, key.1.parse().unwrap())];
+        let other = kernel.endpoints[&number].generations[kernel.generation as usize].other;
+        (0..=u16::MAX).filter(|protocol| kernel.row(&other, *protocol) != 0).collect()
+    };
+    let ends = [
+        (Direction::Forward, "198.51.100.1"),
+        (Direction::Forward, "198.51.100.7"),
+        (Direction::Forward, "2001:db8::1"),
+        (Direction::Reply, "10.0.0.1"),
+        (Direction::Reply, "fd00::1"),
+    ];
+    for own in [BTreeSet::new(), BTreeSet::from([47, 50, 254]), BTreeSet::from([0])] {
+        kernel.compiler.leave(&own);
+        kernel.load(&rules, &externals());
+        let expected: BTreeSet<u16> = (0..=254)
+            .filter(|protocol| ![2, 6, 17, 51].contains(protocol) && !own.contains(protocol))
+            .map(u16::from)
+            .collect();
+        for end in ends {
+            assert_eq!(claimed(&kernel, end), expected, "{end:?}");
+        }
+        assert_eq!(claimed(&kernel, (Direction::Reply, "10.0.0.2")), BTreeSet::new());
+    }
+}
+
 proptest! {
     #[test]
     fn a_plan_grows_and_shrinks_as_if_it_were_made_anew(
@@ -680,16 +710,21 @@ proptest! {
     #[test]
     fn changes_lead_to_the_same_as_starting_anew(
         pool in rules_over_pages(),
-        steps in prop::collection::vec((any::<u16>(), 0u8..6, 0u8..4, prop::bool::weighted(0.7)), 1..8)
+        steps in prop::collection::vec(
+            (any::<u16>(), 0u8..6, 0u8..4, prop::bool::weighted(0.7), prop::bool::weighted(0.2)),
+            1..8,
+        )
     ) {
         let mut kernel = Kernel::default();
-        for (mask, first, count, live) in steps {
+        for (mask, first, count, live, tunnel) in steps {
             let (rules, plan) = chosen(&pool, mask);
             let v4 = (0..count).map(|place| [198, 51, 100, 1 + (first + place) % 4].into()).collect();
             // Sometimes another range of ephemeral ports.
             let ephemeral = if first < 4 { BOX.ephemeral } else { 100..=300 };
             let ports = BoxPorts { ephemeral, ..BOX };
             let externals = Externals { v4, v6: Vec::new() };
+            let own = tunnel.then_some(47).into_iter().collect();
+            kernel.compiler.leave(&own);
             let update = kernel.compiler.compile(&rules, &plan, &externals, &ports);
             kernel.write(&update);
             if !live {
@@ -697,6 +732,7 @@ proptest! {
             }
             kernel.go_live(&update);
             let mut anew = Kernel::default();
+            anew.compiler.leave(&own);
             let update = anew.compiler.compile(&rules, &plan, &externals, &ports);
             anew.write(&update);
             anew.go_live(&update);

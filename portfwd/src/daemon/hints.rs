@@ -62,6 +62,15 @@ impl Daemon {
         if self.config.rules.len() <= HINTED_RULES {
             self.warn_of_addresses_and_ports(snapshot);
         }
+        let dmz = self.plan.legs.iter().find(|leg| leg.other);
+        if let (Some(dmz), false) = (dmz, self.survey.own.is_empty()) {
+            let own: Vec<String> = self.survey.own.iter().map(u8::to_string).collect();
+            info!(
+                "rule \"{}\": this box itself speaks IP protocol {}, which the DMZ host does not get",
+                self.config.rules[dmz.rule].name,
+                own.join(", ")
+            );
+        }
         info!("external addresses: {}", Addresses(&self.survey.externals));
     }
 

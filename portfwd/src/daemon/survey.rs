@@ -1,11 +1,11 @@
 //! What the network and the configuration together ask for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use portfwd_ebpf::path::Role;
 
-use super::Failure;
+use super::{Failure, protocols};
 use crate::compile::Plan;
 use crate::config::{Config, Interface};
 use crate::network::{Externals, Link, Network, NetworkError, NextHop, Route, Snapshot};
@@ -49,6 +49,8 @@ pub struct Survey {
     /// The next hops of the backends.
     pub hops: Vec<NextHop>,
     pub externals: Externals,
+    /// Protocols that the box itself speaks, beside TCP and UDP.
+    pub own: BTreeSet<u8>,
     /// What keeps something from being forwarded, a line each.
     pub problems: Vec<String>,
 }
@@ -164,7 +166,7 @@ impl Survey {
         let mut externals = snapshot.external_addresses(&external);
         keep_order(&mut externals.v4, &before.externals.v4);
         keep_order(&mut externals.v6, &before.externals.v6);
-        Ok(Self { roles, hops, externals, problems })
+        Ok(Self { roles, hops, externals, own: protocols::of_the_box(snapshot), problems })
     }
 }
 

@@ -141,6 +141,11 @@ impl Protocol {
         self != Protocol::Tcp
     }
 
+    /// Whether all others are among them.
+    pub fn other(self) -> bool {
+        self == Protocol::Any
+    }
+
     /// The protocol of both, if they have one.
     pub(super) fn shared(self, other: Protocol) -> Option<Protocol> {
         match (self.tcp() && other.tcp(), self.udp() && other.udp()) {

@@ -1,6 +1,7 @@
 //! Real traffic through portfwd, every frame verified, every packet counted.
 
 mod beside;
+mod few;
 mod modes;
 mod programs;
 mod rules;

@@ -15,6 +15,7 @@ const V4: Applies = |packet| packet.is_v4();
 const V6: Applies = |packet| !packet.is_v4();
 const TCP_ONLY: Applies = |packet| packet.protocol == TCP;
 const UDP_ONLY: Applies = |packet| packet.protocol == UDP;
+const REPLY: Applies = |packet| packet.source.port() == 80;
 const V4_UDP: Applies = |packet| packet.is_v4() && packet.protocol == UDP;
 
 /// Extension headers' numbers.
@@ -35,6 +36,12 @@ fn routing(segments_left: u8) -> (u8, Vec<u8>) {
     let mut bytes = vec![0, 2, 0, segments_left, 0, 0, 0, 0];
     bytes.extend([0xfd; 16]);
     (ROUTING, bytes)
+}
+
+/// A fragment header; the offset is in bytes.
+fn fragment(offset: u16, more: bool) -> (u8, Vec<u8>) {
+    let [high, low] = (offset | u16::from(more)).to_be_bytes();
+    (FRAGMENT, vec![0, 0, high, low, 1, 2, 3, 4])
 }
 
 /// What is translated: a change to the packet that comes, and to the one that leaves.
@@ -77,6 +84,9 @@ const TRANSLATED: &[(&str, Applies, Change)] = &[
     ]),
     ("four", V6, |packet| packet.extensions = vec![extension(DESTINATION, 0); 4]),
     ("five", V6, |packet| packet.extensions = vec![extension(DESTINATION, 0); 5]),
+    ("a fragment that is all", V6, |packet| packet.extensions = vec![fragment(0, false)]),
+    ("the same behind options", V6, |packet| packet.extensions = vec![extension(HOP_BY_HOP, 0), fragment(0, false)]),
+    ("the same before options", V6, |packet| packet.extensions = vec![fragment(0, false), extension(DESTINATION, 2)]),
     ("SYN with options", TCP_ONLY, |packet| packet.tcp = Tcp {
         flags: 2, options: vec![2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7], ..packet.tcp
     }),
@@ -269,19 +279,19 @@ const PASSED: &[(&str, Applies, Make, Passed)] = &[
     ("GRE", ANY, |packet| Packet { protocol: 47, ..packet.clone() }.bytes(), Passed::Protocol),
     ("ESP", ANY, |packet| Packet { protocol: 50, ..packet.clone() }.bytes(), Passed::Protocol),
     ("SCTP", ANY, |packet| Packet { protocol: 132, ..packet.clone() }.bytes(), Passed::Protocol),
-    ("UDP-Lite", ANY, |packet| Packet { protocol: 136, ..packet.clone() }.bytes(), Passed::Protocol),
+    ("UDP-Lite", ANY, |packet| Packet { protocol: 136, payload: vec![7; 16], ..packet.clone() }.bytes(), Passed::Protocol),
     ("no next header", V6, |packet| Packet { protocol: 59, ..packet.clone() }.bytes(), Passed::Protocol),
     ("authentication", V4, |packet| Packet { protocol: 51, ..packet.clone() }.bytes(), Passed::Protocol),
     ("authentication", V6, |packet| Packet { extensions: vec![extension(AUTHENTICATION, 1)], ..packet.clone() }.bytes(), Passed::Extension),
-    ("no hops left", ANY, |packet| Packet { hops: 0, ..packet.clone() }.bytes(), Passed::Ttl),
-    ("the last hop", ANY, |packet| Packet { hops: 1, ..packet.clone() }.bytes(), Passed::Ttl),
-    ("first fragment", V4, |packet| Packet { fragment: 0x2000, ..packet.clone() }.bytes(), Passed::Fragment),
+    ("no hops left", REPLY, |packet| Packet { hops: 0, ..packet.clone() }.bytes(), Passed::Ttl),
+    ("the last hop", REPLY, |packet| Packet { hops: 1, ..packet.clone() }.bytes(), Passed::Ttl),
     ("middle fragment", V4, |packet| Packet { fragment: 0x2000 | 100, ..packet.clone() }.bytes(), Passed::Fragment),
     ("last fragment", V4, |packet| Packet { fragment: 185, ..packet.clone() }.bytes(), Passed::Fragment),
     ("last fragment, far", V4, |packet| Packet { fragment: 0x1f00, ..packet.clone() }.bytes(), Passed::Fragment),
-    ("fragment header", V6, |packet| Packet { extensions: vec![(FRAGMENT, vec![0, 0, 0, 1, 1, 2, 3, 4])], ..packet.clone() }.bytes(), Passed::Fragment),
-    ("atomic fragment", V6, |packet| Packet { extensions: vec![(FRAGMENT, vec![0; 8])], ..packet.clone() }.bytes(), Passed::Fragment),
-    ("fragment behind options", V6, |packet| Packet { extensions: vec![extension(HOP_BY_HOP, 0), (FRAGMENT, vec![0; 8])], ..packet.clone() }.bytes(), Passed::Fragment),
+    ("middle fragment", V6, |packet| Packet { extensions: vec![fragment(800, true)], ..packet.clone() }.bytes(), Passed::Fragment),
+    ("last fragment", V6, |packet| Packet { extensions: vec![fragment(1480, false)], ..packet.clone() }.bytes(), Passed::Fragment),
+    ("last fragment behind options", V6, |packet| Packet { extensions: vec![extension(HOP_BY_HOP, 0), fragment(1480, false)], ..packet.clone() }.bytes(), Passed::Fragment),
+    ("fragment of a fragment", V6, |packet| Packet { extensions: vec![fragment(0, true), fragment(0, true)], ..packet.clone() }.bytes(), Passed::Extension),
     ("routing on its way", V6, |packet| Packet { extensions: vec![routing(1)], ..packet.clone() }.bytes(), Passed::Extension),
     ("routing behind options", V6, |packet| Packet { extensions: vec![extension(DESTINATION, 0), routing(1)], ..packet.clone() }.bytes(), Passed::Extension),
     ("six extension headers", V6, |packet| Packet { extensions: vec![extension(DESTINATION, 0); 6], ..packet.clone() }.bytes(), Passed::Extension),

@@ -1,9 +1,13 @@
 //! The real programs in the kernel, one frame at a time through BPF_PROG_TEST_RUN.
 
+mod answers;
 mod change;
+mod errors;
 mod flows;
+mod fragments;
 mod headers;
 mod hostile;
+mod others;
 mod own;
 mod remembered;
 mod router;

@@ -1,6 +1,7 @@
 //! What the programs make of a packet while they remember what the FIB said. All but the change of a
 //! neighbour that nobody told them of must be as if they asked it each time.
 
+use std::thread;
 use std::time::Duration;
 
 use portfwd::sysctl::Families;
@@ -72,6 +73,7 @@ fn packets(flow: &Flow) -> Vec<Packet> {
         Packet { payload: Vec::new(), padding: vec![0; 6], ..came.clone() },
         Packet { payload: vec![0x5a; 1233], fragment: 0, ..came.clone() },
         Packet { payload: vec![0x5a; 1300], ..came.clone() },
+        Packet { payload: vec![0x5a; 1300], fragment: 0, ..came.clone() },
         Packet { payload: vec![0x5a; 2000], ..came.clone() },
         Packet { source: (came.source.ip(), 5001).into(), ..came.clone() },
     ];
@@ -175,7 +177,14 @@ fn packets_are_treated_as_if_nothing_was_remembered() {
         for round in 0..4 {
             for at in &order {
                 let (flow, frame) = &frames[*at];
-                let seen = router.try_frame(flow.role, flow.link, frame);
+                let mut seen = router.try_frame(flow.role, flow.link, frame);
+                while matches!(asked[*at].outcome, Outcome::Answer(_))
+                    && matches!(seen.outcome, Outcome::Drop(_))
+                {
+                    // There are only so many in a second.
+                    thread::sleep(Duration::from_millis(1));
+                    seen = router.try_frame(flow.role, flow.link, frame);
+                }
                 assert_eq!(seen, asked[*at], "round {round}: {flow:?}");
             }
             order.reverse();
@@ -299,7 +308,7 @@ fn what_is_too_big_is_not_sent_by_a_remembered_way() {
                     destination: version.at(network, host, 5000),
                     ..Flow::reply(version, protocol, (10, 80), 8081)
                 };
-                let big = Outcome::Stack(ToStack::TooBig);
+                let big = Outcome::Answer(Dropped::TooBig);
                 for (narrow, wide, outcome) in [
                     (forward(8080, NARROW_INSIDE, 77), forward(8081, LAN, 10), big),
                     (reply(NARROW_OUTSIDE, 77), reply(DISTANT, 77), Outcome::Pass(Passed::TooBig)),
@@ -316,7 +325,7 @@ fn what_is_too_big_is_not_sent_by_a_remembered_way() {
                     };
                     let too_big = |router: &mut Router, length| {
                         let frame = sized(&narrow, length).bytes();
-                        router.refuses_or_hands_over(&narrow, &frame, outcome);
+                        router.refuses_or_passes(&narrow, &frame, outcome);
                     };
                     // Whichever is the first.
                     for narrow_first in [true, false] {
@@ -340,7 +349,7 @@ fn what_is_too_big_is_not_sent_by_a_remembered_way() {
 
 impl Router {
     /// Asserts what becomes of a frame that is not redirected.
-    fn refuses_or_hands_over(&mut self, flow: &Flow, frame: &[u8], outcome: Outcome) {
+    fn refuses_or_passes(&mut self, flow: &Flow, frame: &[u8], outcome: Outcome) {
         let seen = self.try_frame(flow.role, flow.link, frame);
         assert_eq!(seen.outcome, outcome, "{flow:?}");
     }

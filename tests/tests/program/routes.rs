@@ -124,7 +124,11 @@ fn without_a_neighbour_the_stack_gets_the_translated_packet() {
                 }
                 // A last hop is not the stack's to take off.
                 let last = Packet { hops: 1, ..flow.came() };
-                router.refuses("last hop", &flow, &last.bytes(), Outcome::Pass(Passed::Ttl));
+                let outcome = match flow.direction {
+                    Direction::Forward => Outcome::Answer(Dropped::TtlExpired),
+                    Direction::Reply => Outcome::Pass(Passed::Ttl),
+                };
+                router.refuses("last hop", &flow, &last.bytes(), outcome);
             }
         }
     });
@@ -267,18 +271,21 @@ fn a_gateway_is_the_next_hop() {
 }
 
 #[test]
-fn what_is_too_big_for_the_route_to_the_backend_is_the_stacks() {
+fn what_is_too_big_for_the_route_to_the_backend_is_cut_up_or_refused() {
     if !is_root() {
         return;
     }
-    let outcome = Outcome::Stack(ToStack::TooBig);
+    let refused = Outcome::Answer(Dropped::TooBig);
     with_router(|router| {
         router.load(&in_both(&[&format!("8080:@{NARROW_INSIDE}.10:80/tcp+udp")]));
         for (version, protocol) in each() {
             let flow = to_network(version, protocol, NARROW_INSIDE);
-            for fragment in [0x4000, 0] {
-                let came = Packet { fragment, ..big(flow.came()) };
-                router.translates("too big", &flow, &came, outcome, &flow.translated(&came));
+            let must_not = big(flow.came());
+            router.refuses("must not be cut up", &flow, &must_not.bytes(), refused);
+            if version == Version::V4 {
+                let may = Packet { fragment: 0, ..must_not };
+                let outcome = Outcome::Stack(ToStack::TooBig);
+                router.translates("may be cut up", &flow, &may, outcome, &flow.translated(&may));
             }
             // As large as it may be, and one more.
             let mut came = flow.came();
@@ -286,7 +293,7 @@ fn what_is_too_big_for_the_route_to_the_backend_is_the_stacks() {
             came.payload = vec![1; room];
             router.redirects("just fits", &flow, &came, &flow.goes(&came));
             came.payload.push(1);
-            router.translates("one more", &flow, &came, outcome, &flow.translated(&came));
+            router.refuses("one more", &flow, &came.bytes(), refused);
         }
     });
 }

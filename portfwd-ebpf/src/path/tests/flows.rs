@@ -30,7 +30,7 @@ fn many_to_one(flags: u32) -> Router {
     let mut router = router(flags | STATEFUL | Translation::ONE_PORT);
     router.rows[1].shift = Shift(80);
     let claims = Ports::range(8000, 8099, 1);
-    let live = Claims { tcp: claims, udp: claims };
+    let live = Claims { tcp: claims, udp: claims, other: Ports::NONE };
     let endpoint = Endpoint { generations: [live, Claims::default()] };
     router.endpoints4.insert((Direction::Forward, Address(BOX)), endpoint);
     router
@@ -203,7 +203,7 @@ fn ports_run_out_with_a_reason_and_come_back() {
     assert!((200..280).contains(&refused), "{refused}");
     assert_eq!(router.counter.borrow().dropped[Dropped::NoPort as usize], refused);
     // Nobody was answered: a while later others have their turn.
-    router.now.set(Jiffies(5000));
+    router.now.set(5000);
     let (source, _) = forward(&mut router, GAMER, 8080).unwrap();
     assert_eq!(reply(&mut router, SERVER, source), Ok(((BOX, 8080), GAMER)));
 }
@@ -214,7 +214,7 @@ fn an_established_client_keeps_its_port() {
     let (source, _) = forward(&mut router, GAMER, 8080).unwrap();
     reply(&mut router, SERVER, source).unwrap();
     forward(&mut router, GAMER, 8080).unwrap();
-    router.now.set(Jiffies(50_000));
+    router.now.set(50_000);
     assert!(crowd(&mut router, 700) > 200);
     assert_eq!(reply(&mut router, SERVER, source), Ok(((BOX, 8080), GAMER)));
     assert_eq!(forward(&mut router, GAMER, 8080), Ok((source, SERVER)));
@@ -349,7 +349,7 @@ fn a_flow_that_lost_a_half_is_made_whole() {
         reply(&mut router, SERVER, source).unwrap();
         forward(&mut router, GAMER, 8080).unwrap();
         router.flows4.borrow_mut().retain(|key, _| key.direction != lost as u8);
-        router.now.set(Jiffies(1000));
+        router.now.set(1000);
         assert_eq!(forward(&mut router, GAMER, 8080), Ok((source, SERVER)), "{lost:?}");
         assert_eq!(reply(&mut router, SERVER, source), Ok(((BOX, 8080), GAMER)), "{lost:?}");
         assert_eq!(established(&router), 1);
@@ -389,7 +389,7 @@ fn a_stream_is_established_whoever_sends_it() {
 
     let mut router = self::router(STATEFUL);
     for packet in 0..40 {
-        router.now.set(Jiffies(100 * packet));
+        router.now.set(100 * packet);
         forward(&mut router, GAMER, 8080).unwrap();
     }
     assert_eq!(established(&router), 1);
