@@ -609,7 +609,7 @@ fn check_of_a_good_file() {
     assert!(verified.contains("instructions verified"), "{verified}");
     let json: serde_json::Value = serde_json::from_str(&check("-v --json")).unwrap();
     let programs = json["programs"].as_array().unwrap();
-    assert_eq!(programs.len(), 3);
+    assert_eq!(programs.len(), 5);
     for program in programs {
         let instructions = program["instructions"].as_u64().unwrap();
         assert!((100..1_000_000).contains(&instructions), "{program}");
