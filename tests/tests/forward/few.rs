@@ -17,7 +17,9 @@ use crate::running::*;
 fn moves_bytes(running: &Running, server: SocketAddr) {
     const SIZE: usize = 1 << 20;
     let mut stream = peers::connect(&running.rig.client, server).unwrap();
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    // What does not get through is not waited for.
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
     let question: Vec<u8> = (0..SIZE).map(|i| (i * 31) as u8).collect();
     let mut answer = vec![0; SIZE];
     std::thread::scope(|scope| {
