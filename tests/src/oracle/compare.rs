@@ -37,7 +37,9 @@ pub const WANTED: &[Wanted] = &[
     },
     Wanted {
         name: "identification",
-        reason: "each router numbers the IPv4 packets that it makes itself in its own way",
+        reason: "each router numbers the IPv4 packets that it makes itself in its own way; portfwd's \
+                 errors have no number, may not be fragmented (RFC 6864) and are of class CS6, \
+                 where the stack keeps some of the question's bits",
         grants: Without(|step, side, frame| without_identification(step, side, frame)),
     },
     Wanted {
@@ -144,6 +146,13 @@ fn without_padding(_: &Step, _: Side, frame: &mut Vec<u8>) {
 fn without_identification(step: &Step, side: Side, frame: &mut [u8]) {
     if side == step.from && frame[12..ETHERNET] == [8, 0] && wire::verify(frame).is_ok() {
         frame[ETHERNET + 4..ETHERNET + 6].fill(0);
+        const DO_NOT_FRAGMENT: u8 = 0x40;
+        let is_error =
+            frame[ETHERNET + 9] == ICMP && matches!(frame.get(ETHERNET + 20), Some(3 | 11));
+        if is_error {
+            frame[ETHERNET + 6] &= !DO_NOT_FRAGMENT;
+            frame[ETHERNET + 1] = 0xc0;
+        }
         repair_ipv4(frame);
     }
 }

@@ -54,8 +54,8 @@ pub const TALKS: &[Talk] = &[
     Talk { name: "outbound", state: On, weight: 1, make: Maker::outbound },
     Talk { name: "backend first", state: On, weight: 1, make: Maker::backend_first },
     Talk { name: "forged source", state: On, weight: 1, make: Maker::forged },
-    Talk { name: "ICMP errors", state: Off("passed untouched"), weight: 5, make: Maker::errors },
-    Talk { name: "other protocols", state: Off("`any` is TCP and UDP"), weight: 2, make: Maker::other_protocol },
+    Talk { name: "ICMP errors", state: On, weight: 5, make: Maker::errors },
+    Talk { name: "other protocols", state: On, weight: 2, make: Maker::other_protocol },
 ];
 
 /// Something special about a rule.
@@ -105,7 +105,6 @@ pub fn shape(random: &mut Random, extent: Extent, rule: &mut Rule) {
 const NOT_YET: &[(&str, &str)] = &[
     ("one client socket at two addresses of a rule", "no flows; nftables changes the later one's source port: compare up to renaming"),
     ("hairpin", "reaches the box; needs a client on the server's side"),
-    ("echo to a DMZ host", "ICMP is passed; echo() then asks claimed()"),
     ("fragments out of order", "passed; portfwd will not hold them, nftables does: a wanted difference"),
     ("larger than the MTU", "the stack answers with untranslated headers; the rig needs a narrow network"),
 ];
@@ -169,7 +168,7 @@ const KINDS: &[Kind] = &[
         change: |random, _, step| step.packet.fragment = *random.pick(&[0, 0x8000, 0xc000]) },
     Kind { name: "options of IPv4", state: On, once_in: 12, applies: v4,
         change: |random, _, step| step.packet.options = options(random) },
-    Kind { name: "room for a router's address", state: On, once_in: 200, applies: |flow, step| v4(flow, step) && flow.rule.is_some(),
+    Kind { name: "room for a router's address", state: On, once_in: 200, applies: |flow, step| v4(flow, step) && has_ports(flow, step) && flow.rule.is_some(),
         change: |_, _, step| {
             // Record route: the pointer is at the first of two places.
             step.packet.options = vec![7, 11, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -185,7 +184,8 @@ const KINDS: &[Kind] = &[
         change: |_, _, step| step.packet.hops = 2 },
     Kind { name: "last hop", state: On, once_in: 20, applies: |flow, step| !is_forward(flow, step) && step.strange.is_none() && !flow.chooses,
         change: |_, _, step| step.packet.hops = 1 },
-    Kind { name: "last hop, to a rule", state: Off("the stack gets it untranslated; it does not say that the time is exceeded"), once_in: 20, applies: may_be_lost,
+    // The stack copies some options into its answer, portfwd none.
+    Kind { name: "last hop, to a rule", state: On, once_in: 20, applies: |flow, step| may_be_lost(flow, step) && step.packet.options.is_empty(),
         change: |_, _, step| step.packet.hops = 1 },
     Kind { name: "zeros", state: On, once_in: 16, applies: has_ports,
         change: |_, _, step| step.packet.payload.fill(0) },
@@ -211,7 +211,8 @@ const KINDS: &[Kind] = &[
             step.packet.fragment = 0;
         } },
     // What follows is lost at one of the two, or at both.
-    Kind { name: "wrong header checksum", state: On, once_in: 60, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step),
+    // At its last hop the stack drops it untold, and portfwd tells the client.
+    Kind { name: "wrong header checksum", state: On, once_in: 60, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step) && step.packet.hops > 1,
         change: |random, _, step| {
             step.damage = Some(Damage::HeaderChecksum(random.between(1, 0xfffe)));
             step.strange = Some(Strange::WrongHeaderChecksum);

@@ -141,6 +141,17 @@ fn go_together(a: &Rule, b: &Rule) -> bool {
     !(equal && share_protocol(a, b))
 }
 
+/// The rule that claims what has no ports.
+pub fn dmz(rules: &[Rule], address: IpAddr) -> Option<usize> {
+    let claims = |rule: &Rule| {
+        rule.protocol == "any"
+            && rule.backend.is_ipv4() == address.is_ipv4()
+            && rule.address.is_none_or(|it| it == address)
+    };
+    let numbers = (0..rules.len()).filter(|number| claims(&rules[*number]));
+    numbers.min_by_key(|number| width(&rules[*number]))
+}
+
 /// Whether a port of a backend's is two rules', which answer differently.
 fn shares_port(a: &Rule, b: &Rule) -> bool {
     let shift = |rule: &Rule| rule.backend.port().wrapping_sub(*rule.listen.start());
@@ -224,6 +235,13 @@ pub fn nft(rules: &[Rule]) -> String {
         };
         let mark = if rule.masquerade { "ct mark set 1 " } else { "" };
         let _ = writeln!(nat, "{claimed}{mark}dnat {family} to {target}");
+        if rule.protocol == "any" && is_stateless(rules, number) {
+            let icmp = if backend.is_ipv4() { "icmp" } else { "icmpv6" };
+            let _ = writeln!(
+                nat,
+                "iifname wan0 {family} daddr {address} {icmp} type echo-request dnat {family} to {target}"
+            );
+        }
         if is_stateless(rules, number) {
             let _ = writeln!(strange, "{claimed}ct state invalid drop");
             let _ = writeln!(

@@ -541,26 +541,37 @@ impl Maker {
         })
     }
 
-    /// Echo requests to the router.
+    /// An echo request to the router, which answers, or its DMZ host, which does.
     pub fn echo(&mut self) -> Option<Script> {
         let address = self.any_external();
         let (protocol, kind) = if address.is_ipv4() { (ICMP, 8) } else { (ICMPV6, 128) };
+        let rule = rules::dmz(&self.rules, address);
+        if rule.is_some_and(|rule| !rules::is_stateless(&self.rules, rule)) {
+            return None;
+        }
         let client = self.client(address.is_ipv6());
         let at = SocketAddr::new(address, 0);
+        let server = rule.map_or(at, |rule| SocketAddr::new(self.rules[rule].backend.ip(), 0));
         let flow = self.open(Flow {
             talk: "",
-            rule: None,
+            rule,
             chooses: false,
             protocol,
             client,
             asks: at,
-            server: at,
+            server,
             answers: at,
         });
-        let mut step = self.step(flow, Side::Client);
-        let head = [&[kind, 0, 0, 0][..], &self.random.bytes(4)].concat();
-        step.packet.payload.splice(0..0, head);
-        Some(vec![step])
+        let mut request = self.step(flow, Side::Client);
+        let number = self.random.bytes(4);
+        let head = |kind: u8| [&[kind, 0, 0, 0][..], &number].concat();
+        request.packet.payload.splice(0..0, head(kind));
+        if rule.is_none() {
+            return Some(vec![request]);
+        }
+        let mut reply = self.step(flow, Side::Server);
+        reply.packet.payload.splice(0..0, head(if kind == 8 { 0 } else { 129 }));
+        Some(vec![request, reply])
     }
 
     /// To a server's own address, on a port that no rule leads to, and back.
@@ -687,6 +698,15 @@ impl Maker {
         flow.protocol = *self.random.pick(&[50, 200]);
         for end in [&mut flow.client, &mut flow.asks, &mut flow.server, &mut flow.answers] {
             end.set_port(0);
+        }
+        // By way of another address of ours the server could not tell it apart: nftables drops it.
+        let flow = self.flows[number].clone();
+        let is_alike = |it: &Flow| {
+            (it.protocol, it.client, it.server) == (flow.protocol, flow.client, flow.server)
+                && it.asks != flow.asks
+        };
+        if self.flows.iter().any(is_alike) {
+            return None;
         }
         Some([Side::Client, Side::Server].map(|from| self.step(number, from)).into())
     }
