@@ -84,7 +84,7 @@ const SHAPES: &[Shape] = &[
 
 /// Whether rules may send to one port of a backend and answer differently.
 pub const SHARED_PORTS: State = Off(FLOWS);
-const FLOWS: &str = "refused: there are no flows";
+const FLOWS: &str = "each keeps flows in its own way: compare up to renaming";
 
 /// Whether each of several ports becomes another.
 fn is_shifted(rule: &Rule) -> bool {
@@ -103,10 +103,10 @@ pub fn shape(random: &mut Random, extent: Extent, rule: &mut Rule) {
 /// What no maker of flows or rules knows yet, why, and what it needs here.
 #[rustfmt::skip]
 const NOT_YET: &[(&str, &str)] = &[
-    ("one client socket at two addresses of a rule", "no flows; nftables changes the later one's source port: compare up to renaming"),
-    ("hairpin", "reaches the box; needs a client on the server's side"),
-    ("fragments out of order", "passed; portfwd will not hold them, nftables does: a wanted difference"),
-    ("larger than the MTU", "the stack answers with untranslated headers; the rig needs a narrow network"),
+    ("one client socket at two addresses of a rule", "nftables changes the later one's source port: compare up to renaming"),
+    ("hairpin", "needs a client on the server's side"),
+    ("fragments out of order", "portfwd will not hold them, nftables does: a wanted difference"),
+    ("larger than the MTU", "the rig needs a narrow network"),
 ];
 
 /// Something special about a packet.
@@ -201,7 +201,7 @@ const KINDS: &[Kind] = &[
             let length = 1 + random.below(20);
             step.packet.padding = random.bytes(length);
         } },
-    Kind { name: "fragments", state: Off("passed; nftables sends some whole: compare what the receiver reassembles"), once_in: 20, applies: may_be_cut,
+    Kind { name: "fragments", state: Off("nftables sends some whole: compare what the receiver reassembles"), once_in: 20, applies: may_be_cut,
         change: |random, _, step| {
             let packet = &step.packet;
             // The first fragment of IPv6 has the whole header, or is dropped (RFC 7112).
