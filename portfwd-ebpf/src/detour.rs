@@ -64,12 +64,14 @@ struct Becomes<const N: usize> {
 }
 
 /// What the rules make of a packet with these ends. What an ICMP error quotes is asked for as a packet
-/// that goes the way of the error.
+/// that goes the way of the error. One that `ends_here` becomes nothing, and its answer is of its rule
+/// alone.
 #[inline(always)]
 fn becomes<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     ends: &Flow,
+    ends_here: bool,
 ) -> Result<Becomes<N>, Passed> {
     let (address, port) = ends.end(direction);
     let claims = claims::<N, I, K>(kernel, direction, &address.narrow()).ok_or(Passed::NoRule)?;
@@ -80,7 +82,7 @@ fn becomes<const N: usize, I: Ip<N>, K: Kernel>(
     };
     let translation = translation(kernel, ports, place).ok_or(unclaimed)?;
     // What becomes of it is for its flow to say, which this does not ask.
-    if translation.has(Translation::STATEFUL) {
+    if translation.has(Translation::STATEFUL) && !ends_here {
         return Err(Passed::NoFlow);
     }
     let Translation { mut address, shift, flags, counter, .. } = *translation;
@@ -181,10 +183,14 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel>(
         if ends.destination != ip.destination().widen() {
             return Err(Passed::Icmp);
         }
-        let to = becomes::<N, I, K>(kernel, direction, &ends).map_err(|reason| match reason {
-            Passed::NoRule | Passed::Protocol if protocol == I::PROTOCOL => Passed::Icmp,
-            _ => reason,
-        })?;
+        let ends_here = direction == Direction::Forward && ip.ttl() <= 1;
+        let to =
+            becomes::<N, I, K>(kernel, direction, &ends, ends_here).map_err(
+                |reason| match reason {
+                    Passed::NoRule | Passed::Protocol if protocol == I::PROTOCOL => Passed::Icmp,
+                    _ => reason,
+                },
+            )?;
         (ports, to)
     };
     // As with the payload: all parts are one to the verifier from here on.

@@ -70,7 +70,7 @@ struct Shape {
 
 #[rustfmt::skip]
 const SHAPES: &[Shape] = &[
-    Shape { name: "many ports to one", state: Off(FLOWS), once_in: 4, applies: |rule| rule.listen != ANY && !is_shifted(rule),
+    Shape { name: "many ports to one", state: On, once_in: 4, applies: |rule| rule.listen != ANY && !is_shifted(rule),
         change: |_, rule| rule.one_port = true },
     Shape { name: "several backends", state: Off(FLOWS), once_in: 4, applies: |rule| !is_shifted(rule) || rule.one_port,
         change: |random, rule| {
@@ -83,7 +83,7 @@ const SHAPES: &[Shape] = &[
 ];
 
 /// Whether rules may send to one port of a backend and answer differently.
-pub const SHARED_PORTS: State = Off(FLOWS);
+pub const SHARED_PORTS: State = On;
 const FLOWS: &str = "each keeps flows in its own way: compare up to renaming";
 
 /// Whether each of several ports becomes another.

@@ -645,8 +645,8 @@ impl Maker {
     /// ICMP errors about packets in both directions, from the ends and from routers on the way.
     pub fn errors(&mut self) -> Option<Script> {
         let protocol = self.protocol();
-        // What is quoted must be what arrived.
-        let number = self.claimed_by(protocol, |rules, number| !rules[number].chooses())?;
+        // What is quoted must be what arrived. Errors about flows portfwd leaves to the stack.
+        let number = self.claimed_without_flow(protocol)?;
         let flow = self.flows[number].clone();
         let mut script: Script = if protocol == UDP {
             Side::BOTH.map(|from| self.step(number, from)).into()
@@ -690,7 +690,7 @@ impl Maker {
     /// A protocol without ports, to the DMZ host, and back.
     pub fn other_protocol(&mut self) -> Option<Script> {
         let is_dmz = |rules: &[Rule], number: usize| {
-            rules[number].protocol == "any" && !rules[number].chooses()
+            rules[number].protocol == "any" && rules::is_stateless(rules, number)
         };
         let number = self.claimed_by(UDP, is_dmz)?;
         let flow = &mut self.flows[number];

@@ -55,6 +55,21 @@ fn a_client_is_told_of_its_last_hop() {
     }
 }
 
+/// Its answer needs no flow, and begins none.
+#[test]
+fn a_client_is_told_of_its_last_hop_whether_or_not_the_rule_keeps_flows() {
+    for (client, external) in FAMILIES {
+        let mut router = Router::new(HOP);
+        for row in &mut router.rows {
+            row.flags |= Translation::STATEFUL;
+        }
+        let came = frame(UDP, (client, 5000), (external, 8080), 1, &[7; 20]);
+        let verdict = router.handle(Role::External, &mut came.clone());
+        assert_eq!(verdict, Verdict::Drop(Dropped::TtlExpired));
+        assert_eq!(router.answer.take(), Some(time_exceeded(&came)));
+    }
+}
+
 #[test]
 fn a_client_is_told_what_fits() {
     for (client, external) in FAMILIES {
