@@ -327,7 +327,7 @@ mod tests {
     #[test]
     fn every_kind_that_is_on_occurs() {
         for extent in [Extent::Now, Extent::All] {
-            let streams = (0..8).map(|seed| Stream::new(seed, 1000, extent));
+            let streams = (0..32).map(|seed| Stream::new(seed, 1000, extent));
             let streams: Vec<Stream> = streams.collect();
             let steps = || streams.iter().flat_map(|stream| &stream.steps);
             for kind in KINDS {
