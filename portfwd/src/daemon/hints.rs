@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::Daemon;
 use crate::compile::{BoxPorts, Leg};
 use crate::network::{Externals, Snapshot};
-use crate::rule::{Ports, Rule};
+use crate::rule::{Ports, Rule, Source};
 
 mod links;
 mod sockets;
@@ -110,12 +110,15 @@ impl Daemon {
                 && since.elapsed() >= SILENCE
             {
                 *silence = Silence::Told;
-                warn!(
-                    "rule \"{}\": packets go to {} and none come back: does it answer, and does its \
-                     default route lead through this box?",
-                    rule.name,
-                    rule.to.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-                );
+                let why = match rule.source {
+                    Source::Preserve => {
+                        "does it answer, and does its default route lead through this box?"
+                    }
+                    Source::Masquerade => "does it answer?",
+                };
+                let to: Vec<_> = rule.to.iter().map(ToString::to_string).collect();
+                let to = to.join(", ");
+                warn!("rule \"{}\": packets go to {to} and none come back: {why}", rule.name);
             }
         }
     }
