@@ -13,6 +13,8 @@ use crate::table::{
 
 /// How many source ports are tried for a new flow: the one that the client has, its own, and others.
 const TRIES: u32 = 10;
+/// From which of them on a port may be taken from another client.
+const TAKES_OVER: u32 = TRIES / 2;
 /// So many answers establish a flow whose client says nothing more: a stream.
 const STREAM: u64 = 16;
 /// In ticks, of which a second has 100 to 1,000: after such a pause a forward packet looks whether its
@@ -72,6 +74,8 @@ pub struct Bench<const N: usize> {
     client: ClientKey,
     own: MappingKey,
     mapping: Mapping,
+    /// Who had the mapping before.
+    displaced: ClientKey,
     /// 1 if the client gets an address of this box.
     masquerade: u32,
     /// The port that it has there; 0 if none is known.
@@ -274,7 +278,8 @@ fn try_port<const N: usize, K: Kernel + Flows<N>>(
             nth_port(ports, own, hash(source, *port, seed), attempt)
         }
     };
-    if masquerade && !has_mapping(kernel, bench, !is_known) {
+    // Those who have a port keep it while there are others.
+    if masquerade && !has_mapping(kernel, bench, !is_known, attempt >= TAKES_OVER) {
         return Found::Anothers;
     }
     find_or_add(kernel, bench, hairpin)
@@ -317,7 +322,7 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(
         Some((false, _, idle)) if idle <= UNPROVEN || becomes.source.is(&packet.key.source) => {
             return Found::Anothers;
         }
-        // Whoever had it was not answered, and the port is ours now.
+        // Whoever had it has not shown that it hears the answers, and the port is ours now.
         Some(_) => kernel.remove_candidate(reply),
         None => {}
     }
@@ -485,22 +490,35 @@ fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -
 }
 
 /// Whether the client of the packet on the bench has the address and port that it becomes, or gets them
-/// now; then it is noted as the client's port if that is wanted.
+/// now; then it is noted as the client's port if that is wanted. `take` one over that another client has
+/// not shown to need: in a flood each invented client has a port.
 #[inline(never)]
-fn has_mapping<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>, note: bool) -> bool {
-    let Bench { packet, becomes, client, own, mapping: new, .. } = bench;
+fn has_mapping<const N: usize, K: Kernel>(
+    kernel: &K,
+    bench: &mut Bench<N>,
+    note: bool,
+    take: bool,
+) -> bool {
+    let Bench { packet, becomes, client, own, mapping: new, displaced, .. } = bench;
     *own = mapping_key(becomes);
+    *displaced = *client;
     let there = kernel.mapping(own, |mapping| {
         let idle = packet.now.since(mapping.last);
         let is_ours = mapping.client.is(&client.client) && mapping.port == client.port;
-        // Not yet shown to hear answers: in a flood each invented client has a port.
-        if is_ours || mapping.established == 0 && idle > UNPROVEN {
+        if is_ours || take && mapping.established == 0 && idle > UNPROVEN {
+            (displaced.client, displaced.port) = (mapping.client, mapping.port);
             (mapping.client, mapping.port) = (client.client, client.port);
             mapping.last = packet.now;
             return true;
         }
         false
     });
+    if there == Some(true)
+        && !(displaced.client.is(&client.client) && displaced.port == client.port)
+        && kernel.client_port(displaced) == Some(becomes.source_port)
+    {
+        kernel.remove_client(displaced);
+    }
     let has = there.unwrap_or_else(|| {
         let (last, port) = (packet.now, client.port);
         *new = Mapping { client: client.client, last, port, padding: [0; 2], established: 0 };

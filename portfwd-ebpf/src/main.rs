@@ -534,6 +534,12 @@ impl Kernel for Xdp<'_> {
     }
 
     #[inline(always)]
+    fn remove_client(&self, key: &ClientKey) {
+        // Unless another CPU did.
+        let _: Result<(), i32> = CLIENTS.remove(key);
+    }
+
+    #[inline(always)]
     fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment> {
         // SAFETY: copied out; a value that another CPU replaces meanwhile is a fragment lost.
         unsafe { FRAGMENTS.get(key) }.copied()

@@ -252,6 +252,7 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// The port that a client has.
     fn client_port(&self, key: &ClientKey) -> Option<Port>;
     fn set_client_port(&self, key: &ClientKey, port: Port);
+    fn remove_client(&self, key: &ClientKey);
     /// What became of the first fragment of a packet.
     fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment>;
     /// Remembers it.
@@ -484,7 +485,10 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
             bench.becomes.source = reply.address.narrow();
             bench.becomes.source_port = bench.packet.key.source_port.shifted(reply.shift);
             (bench.counter, bench.hairpin) = (reply.counter, 0);
-            return send_flow::<false, N, I, K>(kernel, bench, &mut packet);
+            match send_flow::<false, N, I, K>(kernel, bench, &mut packet) {
+                Err(Passed::Inside) => {}
+                sent => return sent,
+            }
         }
         return Ok(Verdict::Flow(Part::Hairpin, family::<N>()));
     }

@@ -838,7 +838,7 @@ reasons! {
         Malformed = "malformed",
         /// A fragment whose first was not translated, or came later; or a first one without the ports.
         Fragment = "fragment",
-        /// ICMP to an address of a rule, but not about its packets.
+        /// ICMP, but not about a rule's packets.
         Icmp = "icmp",
         /// Neither TCP nor UDP, and no DMZ host has it.
         Protocol = "protocol",
@@ -852,7 +852,7 @@ reasons! {
         Inside = "not_external",
         /// A reply larger than its route's MTU: the stack tells the backend.
         TooBig = "too_big",
-        /// Of no flow of a stateful rule: a backend's own packet, or one that comes too late.
+        /// Of no flow of a stateful rule: a backend's own packet, one that comes too late, an ICMP error or a fragment.
         NoFlow = "no_flow",
     }
 }

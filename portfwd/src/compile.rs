@@ -118,11 +118,14 @@ impl Leg {
         self.place == 0
     }
 
+    /// Whether protocols other than TCP and UDP go there. Flows are of those two.
+    pub fn has_other(&self) -> bool {
+        self.other && !self.is_stateful()
+    }
+
     /// The IP protocols that it forwards, [`OTHER`] among them.
     fn protocols(&self) -> impl Iterator<Item = u8> {
-        // Flows are of TCP and UDP.
-        let other = self.other && !self.is_stateful();
-        [(self.tcp, TCP), (self.udp, UDP), (other, OTHER)]
+        [(self.tcp, TCP), (self.udp, UDP), (self.has_other(), OTHER)]
             .into_iter()
             .filter_map(|(has, number)| has.then_some(number))
     }

@@ -357,6 +357,9 @@ impl Kernel for Router {
     fn set_client_port(&self, key: &ClientKey, port: Port) {
         self.clients.borrow_mut().insert(*key, port);
     }
+    fn remove_client(&self, key: &ClientKey) {
+        self.clients.borrow_mut().remove(key);
+    }
     fn second(&self) -> u64 {
         250
     }

@@ -62,7 +62,7 @@ impl Daemon {
         if self.config.rules.len() <= HINTED_RULES {
             self.warn_of_addresses_and_ports(snapshot);
         }
-        let dmz = self.plan.legs.iter().find(|leg| leg.other);
+        let dmz = self.plan.legs.iter().find(|leg| leg.has_other());
         if let (Some(dmz), false) = (dmz, self.survey.own.is_empty()) {
             let own: Vec<String> = self.survey.own.iter().map(u8::to_string).collect();
             info!(

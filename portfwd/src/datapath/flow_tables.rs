@@ -62,8 +62,6 @@ pub struct Swept {
     pub flows: u64,
     /// Flows that ended.
     pub ended: u64,
-    /// Mappings that are free again.
-    pub freed: u64,
 }
 
 impl FlowTables {
@@ -128,9 +126,10 @@ impl FlowTables {
     pub fn sweep(&self, living: &Living, mut pause: impl FnMut()) -> Result<Swept, DatapathError> {
         let mut swept = Swept::default();
         let mut used = HashSet::new();
+        // Of before: what a flow begins to use behind the sweep is fresh.
+        let now = Instant::now();
         self.v4.sweep(self.clock, living, &mut swept, &mut used, &mut pause)?;
         self.v6.sweep(self.clock, living, &mut swept, &mut used, &mut pause)?;
-        let now = Instant::now();
         let mut free = Vec::new();
         self.mappings.in_batches(|batch| {
             free.extend(batch.iter().filter(|(key, mapping)| {
@@ -143,7 +142,7 @@ impl FlowTables {
             let Mapping { client, port, .. } = *mapping;
             let client = ClientKey { client, address, port, protocol, padding: [0; 5] };
             self.clients.remove(&client)?;
-            swept.freed += u64::from(self.mappings.remove(key)?);
+            self.mappings.remove(key)?;
         }
         Ok(swept)
     }

@@ -206,6 +206,20 @@ fn ports_run_out_with_a_reason_and_come_back() {
     router.now.set(5000);
     let (source, _) = forward(&mut router, GAMER, 8080).unwrap();
     assert_eq!(reply(&mut router, SERVER, source), Ok(((BOX, 8080), GAMER)));
+    // Of those who lost theirs nothing stays.
+    crowd(&mut router, 1400);
+    assert_eq!(router.mappings.borrow().len(), router.clients.borrow().len());
+}
+
+#[test]
+fn a_client_keeps_its_port_while_there_are_others() {
+    let mut router = router(MASQUERADE);
+    let own = (CLIENT, PORTS[0] + 7);
+    assert_eq!(forward(&mut router, own, 8080), Ok(((LAN, own.1), SERVER)));
+    router.now.set(50_000);
+    let (source, _) = forward(&mut router, ([203, 0, 113, 9], own.1), 8080).unwrap();
+    assert_ne!(source.1, own.1);
+    assert_eq!(reply(&mut router, SERVER, (LAN, own.1)), Ok(((BOX, 8080), own)));
 }
 
 #[test]
