@@ -325,8 +325,8 @@ fn key<const N: usize, I: Ip<N>>(
     }
 }
 
-/// The answer to the sender of a packet, in a frame that had `available` bytes for it, if it may have one: by the interface that
-/// the packet came by, to the neighbour that it came from.
+/// The answer to the sender of a packet, in a frame that had `available` bytes for it, if it may have
+/// one: by the interface that the packet came by, to the neighbour that it came from.
 #[inline(always)]
 fn answer<const N: usize, I: Icmp<N>, K: Kernel>(
     kernel: &K,
