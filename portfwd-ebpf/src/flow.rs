@@ -61,6 +61,8 @@ pub trait Flows<const N: usize> {
 #[repr(C)]
 pub struct Bench<const N: usize> {
     pub packet: Packet<N>,
+    /// 1 if it comes from a client on an internal interface.
+    pub inside: u32,
     /// What it becomes.
     pub becomes: FlowKey<N>,
     /// The rule's row in `COUNTERS`.
@@ -118,6 +120,8 @@ pub enum Segment {
     Other,
     /// Not TCP.
     None,
+    /// Of either: it neither begins a flow nor counts in one. What an ICMP error quotes, for example.
+    Looks,
 }
 
 /// Why a packet is not translated.
@@ -128,13 +132,12 @@ pub enum Refused {
 }
 
 /// Works out what the packet on the bench becomes, which goes to a backend, which `translation` claims,
-/// and whose flow it may begin. `hairpin`: the client is on an internal interface.
+/// and whose flow it may begin.
 #[inline(always)]
 pub fn forward<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
     translation: &Translation,
     bench: &mut Bench<N>,
-    hairpin: bool,
 ) -> Result<(), Refused> {
     let Bench { packet, becomes, .. } = bench;
     let found = kernel.flow(&packet.key, |half| {
@@ -148,7 +151,7 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
         }
         return Ok(());
     }
-    match begin(kernel, translation, bench, hairpin) {
+    match begin(kernel, translation, bench) {
         Begun::Ours => Ok(()),
         Begun::Proven => {
             bench.reply = bench.becomes.reversed();
@@ -158,6 +161,9 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
         Begun::NoFlow => Err(Refused::Pass(Passed::NoFlow)),
         Begun::NoBackend => Err(Refused::Drop(Dropped::NoRoute)),
         Begun::NoAddress => Err(Refused::Drop(Dropped::NoAddress)),
+        Begun::NoPort if bench.packet.segment == Segment::Looks => {
+            Err(Refused::Pass(Passed::NoFlow))
+        }
         Begun::NoPort => Err(Refused::Drop(Dropped::NoPort)),
         Begun::NoRoom => Err(Refused::Drop(Dropped::NoRoom)),
     }
@@ -167,42 +173,40 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
 /// flow.
 #[inline(always)]
 pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> bool {
-    let Bench { packet, becomes, .. } = bench;
+    let Bench { packet, becomes, counter, hairpin, .. } = bench;
+    let is_hairpin = |flags| u32::from(flags & flow_flags::HAIRPIN != 0);
     let found = kernel.flow(&packet.key, |half| {
         *becomes = half.becomes;
-        half.is(&packet.key).then(|| (half.counter, half.flags, half.seen(packet)))
+        (*counter, *hairpin) = (half.counter, is_hairpin(half.flags));
+        half.is(&packet.key).then(|| half.seen(packet))
     });
-    let (counter, flags) = match found {
-        Some(Some((counter, flags, look))) => {
-            if look {
-                look_after(kernel, bench);
-            }
-            (counter, flags)
+    if let Some(Some(look)) = found {
+        if look {
+            look_after(kernel, bench);
         }
-        _ => {
-            let found = kernel.candidate(&packet.key, |candidate| {
-                *becomes = candidate.becomes;
-                candidate.is(&packet.key).then(|| {
-                    candidate.seen(Direction::Reply, packet);
-                    candidate.flags |= flow_flags::ANSWERED;
-                    if packet.segment == Segment::Accepts {
-                        candidate.proof = packet.number;
-                        candidate.flags |= flow_flags::PROOF;
-                    }
-                    let answers = candidate.tallies[Direction::Reply as usize].packets;
-                    (candidate.counter, candidate.flags, answers)
-                })
-            });
-            let Some(Some((counter, flags, answers))) = found else { return false };
-            if answers >= STREAM {
-                bench.reply = bench.packet.key;
-                establish(kernel, bench);
+        return true;
+    }
+    let found = kernel.candidate(&packet.key, |candidate| {
+        *becomes = candidate.becomes;
+        (*counter, *hairpin) = (candidate.counter, is_hairpin(candidate.flags));
+        candidate.is(&packet.key).then(|| {
+            if packet.segment == Segment::Looks {
+                return false;
             }
-            (counter, flags)
-        }
-    };
-    bench.counter = counter;
-    bench.hairpin = (flags & flow_flags::HAIRPIN != 0).into();
+            candidate.seen(Direction::Reply, packet);
+            candidate.flags |= flow_flags::ANSWERED;
+            if packet.segment == Segment::Accepts {
+                candidate.proof = packet.number;
+                candidate.flags |= flow_flags::PROOF;
+            }
+            candidate.tallies[Direction::Reply as usize].packets >= STREAM
+        })
+    });
+    let Some(Some(is_stream)) = found else { return false };
+    if is_stream {
+        bench.reply = bench.packet.key;
+        establish(kernel, bench);
+    }
     true
 }
 
@@ -228,12 +232,11 @@ fn begin<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
     translation: &Translation,
     bench: &mut Bench<N>,
-    hairpin: bool,
 ) -> Begun {
     if !choose_backend(kernel, translation, bench) {
         return Begun::NoBackend;
     }
-    bench.masquerade = (hairpin || translation.has(Translation::MASQUERADE)).into();
+    bench.masquerade = bench.inside | u32::from(translation.has(Translation::MASQUERADE));
     bench.known = Port::new(0);
     if bench.masquerade != 0 {
         if !choose_address(kernel, bench) {
@@ -242,7 +245,7 @@ fn begin<const N: usize, K: Kernel + Flows<N>>(
         bench.known = kernel.client_port(&bench.client).unwrap_or(Port::new(0));
     }
     for attempt in 0..TRIES {
-        match try_port(kernel, bench, attempt, hairpin) {
+        match try_port(kernel, bench, attempt) {
             Found::Ours => return Begun::Ours,
             Found::Proven => return Begun::Proven,
             Found::Anothers => {}
@@ -259,7 +262,6 @@ fn try_port<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
     bench: &mut Bench<N>,
     attempt: u32,
-    hairpin: bool,
 ) -> Found {
     let (ports, seed) = kernel.masquerade();
     let Bench { packet, becomes, masquerade, known, .. } = bench;
@@ -282,7 +284,7 @@ fn try_port<const N: usize, K: Kernel + Flows<N>>(
     if masquerade && !has_mapping(kernel, bench, !is_known, attempt >= TAKES_OVER) {
         return Found::Anothers;
     }
-    find_or_add(kernel, bench, hairpin)
+    find_or_add(kernel, bench)
 }
 
 /// What is there under a key.
@@ -298,19 +300,17 @@ enum Found {
 }
 
 #[inline(always)]
-fn find_or_add<const N: usize, K: Kernel + Flows<N>>(
-    kernel: &K,
-    bench: &mut Bench<N>,
-    hairpin: bool,
-) -> Found {
-    let Bench { packet, becomes, counter, reply, candidate: new, half: new_half, .. } = bench;
+fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> Found {
+    let Bench { packet, becomes, counter, inside, reply, candidate: new, half: new_half, .. } =
+        bench;
     let counter = *counter;
+    let looks = packet.segment == Segment::Looks;
     *reply = becomes.reversed();
     let back = &mut new.becomes;
     *back = packet.key.reversed();
     let found = kernel.candidate(reply, |candidate| {
         let ours = candidate.becomes.is(back) && candidate.is(reply);
-        if ours {
+        if ours && !looks {
             candidate.seen(Direction::Forward, packet);
             candidate.counter = counter;
         }
@@ -319,7 +319,9 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(
     match found {
         Some((true, true, _)) => return Found::Proven,
         Some((true, false, _)) => return Found::Ours,
-        Some((false, _, idle)) if idle <= UNPROVEN || becomes.source.is(&packet.key.source) => {
+        Some((false, _, idle))
+            if looks || idle <= UNPROVEN || becomes.source.is(&packet.key.source) =>
+        {
             return Found::Anothers;
         }
         // Whoever had it has not shown that it hears the answers, and the port is ours now.
@@ -333,6 +335,7 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(
         })
     });
     match established {
+        Some(Some(_)) if looks => return Found::Ours,
         // Its forward half is missing.
         Some(Some((created, flags))) => {
             *new_half = FlowHalf::new(&packet.key, *becomes, counter, flags, created);
@@ -343,13 +346,13 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(
         Some(None) => return Found::Anothers,
         None => {}
     }
-    if packet.flags & flow_flags::RESET != 0 {
+    if looks || packet.flags & flow_flags::RESET != 0 {
         return Found::Nothing;
     }
     new.mark = reply.mark();
     new.counter = counter;
     (new.last, new.created) = (packet.now, packet.now.into());
-    new.flags = if hairpin { flow_flags::HAIRPIN } else { 0 };
+    new.flags = if *inside != 0 { flow_flags::HAIRPIN } else { 0 };
     (new.proof, new.padding) = (0, 0);
     new.tallies = [Tally::default(); 2];
     new.seen(Direction::Forward, packet);
@@ -500,11 +503,15 @@ fn has_mapping<const N: usize, K: Kernel>(
     take: bool,
 ) -> bool {
     let Bench { packet, becomes, client, own, mapping: new, displaced, .. } = bench;
+    let looks = packet.segment == Segment::Looks;
     *own = mapping_key(becomes);
     *displaced = *client;
     let there = kernel.mapping(own, |mapping| {
         let idle = packet.now.since(mapping.last);
         let is_ours = mapping.client.is(&client.client) && mapping.port == client.port;
+        if looks {
+            return is_ours;
+        }
         if is_ours || take && mapping.established == 0 && idle > UNPROVEN {
             (displaced.client, displaced.port) = (mapping.client, mapping.port);
             (mapping.client, mapping.port) = (client.client, client.port);
@@ -520,6 +527,9 @@ fn has_mapping<const N: usize, K: Kernel>(
         kernel.remove_client(displaced);
     }
     let has = there.unwrap_or_else(|| {
+        if looks {
+            return false;
+        }
         let (last, port) = (packet.now, client.port);
         *new = Mapping { client: client.client, last, port, padding: [0; 2], established: 0 };
         // Connections of the box itself, begun before the ports were reserved.
@@ -590,6 +600,9 @@ impl<const N: usize> FlowHalf<N> {
     #[inline(always)]
     fn seen(&mut self, packet: &Packet<N>) -> bool {
         let opens = packet.segment == Segment::Opens;
+        if packet.segment == Segment::Looks {
+            return false;
+        }
         let look = opens || packet.now.since(self.last) >= PAUSE;
         // What comes after a RST says that it was not heeded (RFC 7857, section 2.1).
         let stays = if opens { !CLOSING } else { !flow_flags::RESET };
@@ -623,7 +636,7 @@ impl<const N: usize> Candidate<N> {
                 let proof = self.flags & flow_flags::PROOF == 0 || self.proof == packet.number;
                 answered && proof && self.flags & flow_flags::RESET == 0
             }
-            Segment::Opens | Segment::Accepts | Segment::Other => false,
+            Segment::Opens | Segment::Accepts | Segment::Other | Segment::Looks => false,
             // A stream that nobody answers is one too.
             Segment::None => {
                 let long = packet.now.since(self.created.into()) > UNPROVEN;

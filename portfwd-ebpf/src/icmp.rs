@@ -131,10 +131,9 @@ impl Icmp<16> for Ipv6Hdr {
 
     #[inline(always)]
     fn is_host(address: &Address<16>) -> bool {
-        let [a, b, c, d] = [0, 4, 8, 12]
-            .map(|at| u32::from_be_bytes([0, 1, 2, 3].map(|byte| address.0[at + byte])));
+        let number = u128::from_be_bytes(address.0);
         // Neither a group, nor "unspecified" or "loopback".
-        a >> 24 != 0xff && (a | b | c != 0 || d > 1)
+        number >> 120 != 0xff && number > 1
     }
 
     #[inline(always)]

@@ -25,8 +25,9 @@ use aya_ebpf::{
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
     answer::Answer,
-    detour::{self, Outcome},
+    detour::{self, FlowPart, FragmentBench, Outcome},
     flow::{Added, Bench, Flows},
+    icmp::Icmp,
     packet::{Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Verdict},
     table::{
@@ -88,13 +89,15 @@ static BENCH_V6: PerCpuArray<Bench<16>> = PerCpuArray::with_max_entries(1, 0);
 static MAPPINGS: HashMap<MappingKey, Mapping> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map]
 static CLIENTS: HashMap<ClientKey, Port> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
-/// By [`Part::program`].
+/// By [`Program`](path::Program).
 #[map]
 static PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
 #[map]
 static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment> = LruHashMap::with_max_entries(16_384, 0);
+#[map]
+static FRAGMENT_BENCH: PerCpuArray<FragmentBench> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static ANSWERS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
 /// For the log: the ends of the packet.
@@ -116,9 +119,13 @@ static SECOND: u32 = 250;
 #[unsafe(no_mangle)]
 static mut NOTHING: u32 = 0;
 
+// What each `xdp` makes calls the function that stands here, and only what has no caller may jump: so
+// they are inlined.
+
 /// Writes the clock of the other programs over the first eight bytes of a frame, for the control
 /// plane to read.
 #[xdp]
+#[inline(always)]
 fn clock(ctx: XdpContext) -> u32 {
     let start = ctx.data() as *mut [u8; size_of::<u64>()];
     if start.wrapping_add(1) as usize > ctx.data_end() {
@@ -130,58 +137,117 @@ fn clock(ctx: XdpContext) -> u32 {
 }
 
 #[xdp]
+#[inline(always)]
 fn external(ctx: XdpContext) -> u32 {
     run(&ctx, Role::External)
 }
 
 #[xdp]
+#[inline(always)]
 fn internal(ctx: XdpContext) -> u32 {
     run(&ctx, Role::Internal)
 }
 
 #[xdp]
+#[inline(always)]
 fn both(ctx: XdpContext) -> u32 {
     run(&ctx, Role::Both)
 }
 
 #[xdp]
+#[inline(always)]
 fn forward_v4(ctx: XdpContext) -> u32 {
     run_flow::<4, Ipv4Hdr>(&ctx, Part::Forward)
 }
 
 #[xdp]
+#[inline(always)]
 fn forward_v6(ctx: XdpContext) -> u32 {
     run_flow::<16, Ipv6Hdr>(&ctx, Part::Forward)
 }
 
 #[xdp]
+#[inline(always)]
 fn reply_v4(ctx: XdpContext) -> u32 {
     run_flow::<4, Ipv4Hdr>(&ctx, Part::Reply)
 }
 
 #[xdp]
+#[inline(always)]
 fn reply_v6(ctx: XdpContext) -> u32 {
     run_flow::<16, Ipv6Hdr>(&ctx, Part::Reply)
 }
 
 #[xdp]
+#[inline(always)]
 fn hairpin_v4(ctx: XdpContext) -> u32 {
     run_flow::<4, Ipv4Hdr>(&ctx, Part::Hairpin)
 }
 
 #[xdp]
+#[inline(always)]
 fn hairpin_v6(ctx: XdpContext) -> u32 {
     run_flow::<16, Ipv6Hdr>(&ctx, Part::Hairpin)
 }
 
 #[xdp]
+#[inline(always)]
 fn forward_detour(ctx: XdpContext) -> u32 {
     run_detour(&ctx, Direction::Forward)
 }
 
 #[xdp]
+#[inline(always)]
 fn reply_detour(ctx: XdpContext) -> u32 {
     run_detour(&ctx, Direction::Reply)
+}
+
+#[xdp]
+#[inline(always)]
+fn find_forward_v4(ctx: XdpContext) -> u32 {
+    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Find(Direction::Forward))
+}
+
+#[xdp]
+#[inline(always)]
+fn find_forward_v6(ctx: XdpContext) -> u32 {
+    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Find(Direction::Forward))
+}
+
+#[xdp]
+#[inline(always)]
+fn find_reply_v4(ctx: XdpContext) -> u32 {
+    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Find(Direction::Reply))
+}
+
+#[xdp]
+#[inline(always)]
+fn find_reply_v6(ctx: XdpContext) -> u32 {
+    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Find(Direction::Reply))
+}
+
+#[xdp]
+#[inline(always)]
+fn send_forward_v4(ctx: XdpContext) -> u32 {
+    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Send(Direction::Forward))
+}
+
+#[xdp]
+#[inline(always)]
+fn send_forward_v6(ctx: XdpContext) -> u32 {
+    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Send(Direction::Forward))
+}
+
+#[xdp]
+#[inline(always)]
+fn send_reply_v4(ctx: XdpContext) -> u32 {
+    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Send(Direction::Reply))
+}
+
+#[xdp]
+#[inline(always)]
+fn send_reply_v6(ctx: XdpContext) -> u32 {
+    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Send(Direction::Reply))
 }
 
 #[inline(always)]
@@ -208,14 +274,29 @@ where
 #[inline(always)]
 fn run_detour(ctx: &XdpContext, direction: Direction) -> u32 {
     let xdp = Xdp { ctx, noted: Cell::new(false) };
-    match detour::handle(&xdp, direction, frame(ctx)) {
+    finish(&xdp, detour::handle(&xdp, direction, frame(ctx)))
+}
+
+#[inline(always)]
+fn run_flow_detour<'a, const N: usize, I: Icmp<N>>(ctx: &'a XdpContext, part: FlowPart) -> u32
+where
+    Xdp<'a>: Flows<N>,
+{
+    let xdp = Xdp { ctx, noted: Cell::new(false) };
+    finish(&xdp, detour::handle_flow::<N, I, _>(&xdp, part, frame(ctx)))
+}
+
+#[inline(always)]
+fn finish(xdp: &Xdp<'_>, outcome: Outcome) -> u32 {
+    match outcome {
         Outcome::Done(verdict) => {
+            xdp.jump(verdict);
             xdp.log(verdict);
             action(verdict)
         }
         Outcome::Answer(reason, answer) => {
             xdp.log(Verdict::Drop(reason));
-            send(ctx, &answer)
+            send(xdp.ctx, &answer)
         }
     }
 }
@@ -270,7 +351,7 @@ impl Xdp<'_> {
         let (programs, number, reason) = match verdict {
             Verdict::ForwardDetour(reason) => (&DETOURS, Direction::Forward as u32, reason),
             Verdict::ReplyDetour(reason) => (&DETOURS, Direction::Reply as u32, reason),
-            Verdict::Flow(part, family) => (&PARTS, part.program(family), Passed::NoFlow),
+            Verdict::Flow(program) => (&PARTS, program.number(), Passed::NoFlow),
             _ => return,
         };
         // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
@@ -540,15 +621,25 @@ impl Kernel for Xdp<'_> {
     }
 
     #[inline(always)]
-    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment> {
-        // SAFETY: copied out; a value that another CPU replaces meanwhile is a fragment lost.
-        unsafe { FRAGMENTS.get(key) }.copied()
+    fn first_fragment<R>(
+        &self,
+        key: &FragmentKey,
+        look: impl FnOnce(&FirstFragment) -> R,
+    ) -> Option<R> {
+        // SAFETY: of integers; one that another CPU replaces meanwhile is a fragment lost.
+        unsafe { FRAGMENTS.get(key) }.map(look)
     }
 
     #[inline(always)]
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
         // What has no room is as if it was evicted.
         let _: Result<(), i32> = FRAGMENTS.insert(key, first, 0);
+    }
+
+    #[inline(always)]
+    fn fragment_bench(&self) -> Option<&mut FragmentBench> {
+        // SAFETY: this CPU's own, and of this run alone.
+        FRAGMENT_BENCH.get_ptr_mut(0).map(|bench| unsafe { &mut *bench })
     }
 
     #[inline(always)]

@@ -101,7 +101,9 @@ impl<'a> Frame<'a> {
     /// Leaves out `len` bytes. What follows is checked when it is taken.
     #[inline(always)]
     pub fn skip(&mut self, len: usize) {
-        self.next = self.next.wrapping_add(len);
+        // Hidden from the compiler, which would check one sum of the same parts and read by another: to
+        // the verifier they have nothing to do with each other.
+        self.next = core::hint::black_box(self.next.wrapping_add(len));
     }
 
     /// How many bytes are left.
@@ -325,27 +327,36 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// The same, of which the verifier knows nothing any more: what follows is verified once, and not
-    /// for each way here. `nothing` is zero, which it does not know either.
+    /// The same, of which the verifier knows nothing any more.
     #[inline(always)]
     pub fn forgotten(self, nothing: u32) -> Result<Self, Passed> {
         let Self { protocol, offset, len, fragment } = self;
-        let offset = offset ^ nothing as usize;
+        let offset = forgotten(offset as u32, nothing) as usize;
         if offset > LONGEST_EXTENSIONS {
             return Err(Passed::Extension);
         }
-        let fragment = Fragment {
-            offset: fragment.offset ^ nothing as u16,
-            more: u32::from(fragment.more) ^ nothing == 1,
-            identification: fragment.identification,
-        };
+        let Fragment { identification, offset: place, more } = fragment;
+        let place = forgotten(u32::from(place) << 16 | u32::from(more), nothing);
+        let identification = forgotten(u32::from_ne_bytes(identification), nothing);
         Ok(Self {
-            protocol: protocol ^ nothing as u8,
+            protocol: forgotten(protocol.into(), nothing) as u8,
             offset,
-            len: len ^ nothing as usize,
-            fragment,
+            len: forgotten(len as u32, nothing) as usize,
+            fragment: Fragment {
+                identification: identification.to_ne_bytes(),
+                offset: (place >> 16) as u16,
+                more: place as u8,
+            },
         })
     }
+}
+
+/// A number of which the verifier knows nothing any more: what follows is verified once, and not for each
+/// way here. `nothing` is zero, which it does not know either.
+#[inline(always)]
+pub fn forgotten(number: u32, nothing: u32) -> u32 {
+    // Not later, as the compiler would.
+    core::hint::black_box(number ^ nothing)
 }
 
 /// Where a fragment belongs. A whole packet is one that nothing precedes or follows.
@@ -355,8 +366,16 @@ pub struct Fragment {
     pub identification: [u8; 4],
     /// In bytes, of the payload.
     pub offset: u16,
-    /// Others follow it.
-    pub more: bool,
+    /// 1 if others follow it.
+    more: u8,
+}
+
+impl Fragment {
+    /// Whether others follow it.
+    #[inline(always)]
+    pub fn has_more(&self) -> bool {
+        self.more != 0
+    }
 }
 
 /// An IP header with addresses of `N` bytes.
@@ -530,7 +549,7 @@ impl Ip<4> for Ipv4Hdr {
         let fragment = Fragment {
             identification: [0, 0, self.id[0], self.id[1]],
             offset: u16::from_be_bytes([high & 0x1f, low]) << 3,
-            more: high & 0x20 != 0,
+            more: high >> 5 & 1,
         };
         let (offset, len) = (header - Self::LEN, len - header);
         Ok(Payload { protocol: self.proto, offset, len, fragment })
@@ -687,7 +706,7 @@ impl Ip<16> for Ipv6Hdr {
                 fragment = Fragment {
                     identification: extension.rest,
                     offset: place & !7,
-                    more: place & 1 != 0,
+                    more: place as u8 & 1,
                 };
             }
             protocol = extension.next;

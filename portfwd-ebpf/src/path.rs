@@ -5,9 +5,10 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
+use crate::detour::FragmentBench;
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::icmp::Icmp;
-use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport};
+use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport, forgotten};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Claims, ClientKey, Counter, Direction, Dropped,
     Endpoint, FirstFragment, FlowKey, FragmentKey, Hop, Interface, Jiffies, LinkAddresses, Mapping,
@@ -27,6 +28,7 @@ pub enum Role {
 }
 
 /// What becomes of a packet.
+// With one number in all variants no byte is ever undefined, which the verifier minds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
     /// Translated; send it out by this row of `DEVICES`.
@@ -39,11 +41,11 @@ pub enum Verdict {
     Drop(Dropped),
     /// The [detour](crate::detour) of the direction decides, which is another program; without it the
     /// packet passes.
-    // Not one with the direction in it: with one number in all variants no byte is ever undefined.
     ForwardDetour(Passed),
     ReplyDetour(Passed),
-    /// A flow decides, for which there is another program: [`handle_flow`].
-    Flow(Part, Family),
+    /// A flow decides, for which there is another program: [`handle_flow`] or
+    /// [`detour::handle_flow`](crate::detour::handle_flow).
+    Flow(Program),
 }
 
 impl Verdict {
@@ -54,14 +56,6 @@ impl Verdict {
             Direction::Reply => Self::ReplyDetour(reason),
         }
     }
-}
-
-/// The families of addresses.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u32)]
-pub enum Family {
-    V4,
-    V6,
 }
 
 /// The parts of the way that flows decide: programs of their own, one for each family, so that stateless
@@ -75,16 +69,48 @@ pub enum Part {
     Reply,
     /// From a client inside, which may be a backend.
     Hairpin,
+    /// Those of the [detour](crate::detour::FlowPart).
+    FindForward,
+    FindReply,
+    SendForward,
+    SendReply,
 }
 
 impl Part {
+    const ALL: [Self; 7] = [
+        Self::Forward,
+        Self::Reply,
+        Self::Hairpin,
+        Self::FindForward,
+        Self::FindReply,
+        Self::SendForward,
+        Self::SendReply,
+    ];
     /// How many programs there are.
-    pub const PROGRAMS: u32 = 6;
+    pub const PROGRAMS: u32 = 2 * Self::ALL.len() as u32;
 
-    /// The number of its program.
+    /// Its program for addresses of `N` bytes.
     #[inline(always)]
-    pub const fn program(self, family: Family) -> u32 {
-        2 * self as u32 + family as u32
+    pub const fn program<const N: usize>(self) -> Program {
+        Program(2 * self as u32 + if N == 4 { 0 } else { 1 })
+    }
+}
+
+/// A part of a family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(transparent)]
+pub struct Program(u32);
+
+impl Program {
+    /// Its place among all.
+    #[inline(always)]
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+
+    /// Which part it is, and whether it is IPv4's.
+    pub const fn part(self) -> (Part, bool) {
+        (Part::ALL[self.0 as usize / 2], self.0 % 2 == 0)
     }
 }
 
@@ -140,6 +166,18 @@ impl Flow {
         match direction {
             Direction::Forward => Self { destination: address, destination_port: port, ..self },
             Direction::Reply => Self { source: address, source_port: port, ..self },
+        }
+    }
+
+    /// The same, of whose protocol and ports the verifier knows nothing any more.
+    #[inline(always)]
+    pub(crate) fn forgotten(self, nothing: u32) -> Self {
+        let port = |port: Port| Port::new(forgotten(port.number().into(), nothing) as u16);
+        Self {
+            protocol: forgotten(self.protocol.into(), nothing) as u8,
+            source_port: port(self.source_port),
+            destination_port: port(self.destination_port),
+            ..self
         }
     }
 
@@ -253,10 +291,17 @@ pub trait Kernel: Flows<4> + Flows<16> {
     fn client_port(&self, key: &ClientKey) -> Option<Port>;
     fn set_client_port(&self, key: &ClientKey, port: Port);
     fn remove_client(&self, key: &ClientKey);
-    /// What became of the first fragment of a packet.
-    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment>;
+    /// Looks at what became of the first fragment of a packet.
+    fn first_fragment<R>(
+        &self,
+        key: &FragmentKey,
+        look: impl FnOnce(&FirstFragment) -> R,
+    ) -> Option<R>;
     /// Remembers it.
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment);
+    /// This CPU's bench for that. As [`Flows::bench`], and asked for again once it is not used any more.
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn fragment_bench(&self) -> Option<&mut FragmentBench>;
     /// This CPU's bucket of answers.
     fn bucket<R>(&self, look: impl FnOnce(&mut Bucket) -> R) -> Option<R>;
     /// Changes a rule's counter.
@@ -378,7 +423,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
                     return Ok(Verdict::ReplyDetour(Passed::Icmp));
                 }
                 claims(Direction::Forward)?;
-                return Ok(Verdict::Flow(Part::Hairpin, family::<N>()));
+                return Ok(Verdict::Flow(Part::Hairpin.program::<N>()));
             };
             let mut packet = match Packet::take(ethernet, ip, frame, available) {
                 Ok(packet) => packet,
@@ -387,7 +432,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
             match translate(kernel, Direction::Reply, reply, &mut packet) {
                 // To no client outside.
                 Err(Passed::NoRule | Passed::Inside) => {
-                    Ok(Verdict::Flow(Part::Reply, family::<N>()))
+                    Ok(Verdict::Flow(Part::Reply.program::<N>()))
                 }
                 done => done,
             }
@@ -461,7 +506,12 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
     let available = frame.remaining();
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let mut packet = Packet::take(ethernet, ip, frame, available)?;
+    let mut packet = match Packet::take(ethernet, ip, frame, available) {
+        Err(Passed::Icmp | Passed::Fragment) if part == Part::Hairpin => {
+            return Ok(Verdict::Flow(Part::FindForward.program::<N>()));
+        }
+        packet => packet?,
+    };
     let bench = kernel.bench().ok_or(Passed::NoFlow)?;
     let claimed = |packet: &Packet<'_, I>, direction| {
         let end = match direction {
@@ -473,7 +523,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     };
     if part == Part::Reply {
         if packet.ip.ttl() <= 1 {
-            return Err(Passed::Ttl);
+            return Ok(Verdict::Flow(Part::FindReply.program::<N>()));
         }
         if let Some(sent) = reply_flow(kernel, bench, &mut packet) {
             return sent;
@@ -490,11 +540,15 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
                 sent => return sent,
             }
         }
-        return Ok(Verdict::Flow(Part::Hairpin, family::<N>()));
+        return Ok(Verdict::Flow(Part::Hairpin.program::<N>()));
     }
     let hairpin = part == Part::Hairpin;
     match claimed(&packet, Direction::Forward) {
-        Ok(translation) => forward_flow(kernel, bench, translation, &mut packet, hairpin),
+        Ok(translation) => {
+            bench.inside = hairpin.into();
+            forward_flow(kernel, bench, translation, &mut packet)
+        }
+        Err(Passed::Ttl) => Ok(Verdict::Flow(Part::FindForward.program::<N>())),
         // A backend's, but of no flow, and not to us.
         Err(Passed::NoRule) if hairpin => Err(match claimed(&packet, Direction::Reply) {
             Ok(reply) if reply.has(Translation::STATEFUL) => Passed::NoFlow,
@@ -503,11 +557,6 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
         }),
         Err(reason) => Err(reason),
     }
-}
-
-/// Of addresses of `N` bytes.
-const fn family<const N: usize>() -> Family {
-    if N == 4 { Family::V4 } else { Family::V6 }
 }
 
 /// The headers of a packet that may be a rule's.
@@ -574,9 +623,13 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
 ) -> Result<Verdict, Passed> {
     let translation = match claimed(kernel, direction, claims, packet) {
         Ok(translation) => translation,
-        // Whoever sent it is told, by the detour; of a reply, by the stack.
-        Err(Passed::Ttl) if direction == Direction::Forward => {
-            return Ok(Verdict::ForwardDetour(Passed::Ttl));
+        // Whoever sent it is told, by the detour.
+        Err(Passed::Ttl) => {
+            return Ok(match direction {
+                Direction::Forward => Verdict::ForwardDetour(Passed::Ttl),
+                // To an address of the box, maybe: otherwise the stack tells.
+                Direction::Reply => Verdict::Flow(Part::FindReply.program::<N>()),
+            });
         }
         Err(reason) => return Err(reason),
     };
@@ -585,7 +638,7 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
             Direction::Forward => Part::Forward,
             Direction::Reply => Part::Reply,
         };
-        return Ok(Verdict::Flow(part, family::<N>()));
+        return Ok(Verdict::Flow(part.program::<N>()));
     }
     let mut ends = packet.ip.key(&packet.transport, direction);
     let mut address: Address<N> = translation.address.narrow();
@@ -639,12 +692,11 @@ fn forward_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     bench: &mut Bench<N>,
     translation: &Translation,
     packet: &mut Packet<'_, I>,
-    hairpin: bool,
 ) -> Result<Verdict, Passed> {
     bench.packet = packet.of_flow(Direction::Forward, kernel.now());
     // Hops to backends are the same wherever the client is.
     (bench.counter, bench.hairpin) = (translation.counter, 0);
-    match flow::forward(kernel, translation, bench, hairpin) {
+    match flow::forward(kernel, translation, bench) {
         Ok(()) => send_flow::<true, N, I, K>(kernel, bench, packet),
         Err(Refused::Pass(reason)) => Err(reason),
         Err(Refused::Drop(reason)) => {
@@ -680,14 +732,18 @@ fn send_flow<const FORWARD: bool, const N: usize, I: Ip<N>, K: Kernel>(
 }
 
 #[inline(always)]
-fn drop_counted<K: Kernel>(kernel: &K, counter: u32, reason: Dropped) -> Verdict {
-    kernel.count(counter, |counter| {
-        // The compiler knows that there is no other reason; the verifier wants to see it checked.
-        if let Some(count) = counter.dropped.get_mut(core::hint::black_box(reason as usize)) {
-            *count += 1;
-        }
-    });
+pub(crate) fn drop_counted<K: Kernel>(kernel: &K, counter: u32, reason: Dropped) -> Verdict {
+    kernel.count(counter, |counter| add_one(&mut counter.dropped, reason as usize));
     Verdict::Drop(reason)
+}
+
+/// Counts one for a reason.
+#[inline(always)]
+fn add_one(counts: &mut [u64], reason: usize) {
+    // The compiler knows that there is no other reason; the verifier wants to see it checked.
+    if let Some(count) = counts.get_mut(core::hint::black_box(reason)) {
+        *count += 1;
+    }
 }
 
 /// Routes, rewrites and counts a packet.
@@ -713,12 +769,19 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
         _ => {
             let asked = Flow::of_key(ends);
             let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, &asked)?;
-            let verdict = match verdict {
-                // The detour does not know of flows.
-                Verdict::ForwardDetour(_) if both => Verdict::Stack(ToStack::TooBig),
+            match verdict {
+                Verdict::ForwardDetour(_) if both => {
+                    return Ok(Verdict::Flow(Part::SendForward.program::<N>()));
+                }
                 Verdict::ForwardDetour(_) => return Ok(verdict),
-                verdict => verdict,
-            };
+                Verdict::ReplyDetour(_) if both && !destination.is(&ip.destination()) => {
+                    return Ok(Verdict::Flow(Part::SendReply.program::<N>()));
+                }
+                // As it came, so that the stack's answer reaches the backend with the header that it
+                // sent.
+                Verdict::ReplyDetour(reason) => return Err(reason),
+                _ => {}
+            }
             if let (Some(tag), Some(hop)) = (tag, hop)
                 && let row = hop.row::<N>(direction)
                 && kernel.hop(row, |row| row.claim(tag, &hop)) == Some(true)
@@ -775,7 +838,7 @@ pub(crate) fn count<K: Kernel>(
         counter.translated[direction as usize].add(length);
         counter.last = now;
         if let Verdict::Stack(reason) = verdict {
-            counter.to_stack[reason as usize] += 1;
+            add_one(&mut counter.to_stack, reason as usize);
         }
     });
 }
@@ -930,8 +993,7 @@ fn reply<K: Kernel>(
     match size {
         Size::Fits => Ok(leave(interface, route)),
         Size::TooBig => Ok(Verdict::Stack(ToStack::TooBig)),
-        // As it came, so that the stack's answer reaches the backend with the header that it sent.
-        Size::TooBigToSplit => Err(Passed::TooBig),
+        Size::TooBigToSplit => Ok(Verdict::ReplyDetour(Passed::TooBig)),
         Size::Merged => Ok(Verdict::Drop(Dropped::Merged)),
     }
 }

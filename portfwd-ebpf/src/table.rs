@@ -7,7 +7,7 @@ use core::mem::{align_of, size_of};
 
 /// The version of everything in this module; it stands in [`Settings`], so that halves of different
 /// builds refuse each other.
-pub const LAYOUT: u32 = 3;
+pub const LAYOUT: u32 = 4;
 
 /// A port: two bytes in network order.
 // Aligned as a number is, like the addresses below: on the BPF stack nothing else is allowed.
@@ -265,6 +265,15 @@ impl<const N: usize> FlowKey<N> {
             ..self
         }
     }
+
+    /// The end that a direction translates.
+    #[inline(always)]
+    pub const fn end(&self, direction: Direction) -> (Address<N>, Port) {
+        match direction {
+            Direction::Forward => (self.destination, self.destination_port),
+            Direction::Reply => (self.source, self.source_port),
+        }
+    }
 }
 
 impl<const N: usize> FlowKey<N> {
@@ -453,11 +462,21 @@ pub struct FragmentKey {
 pub struct FirstFragment {
     /// The new address of the end that is translated.
     pub address: AnyAddress,
+    /// With [`OF_FLOW`](Self::OF_FLOW): the new address of the other end.
+    pub other: AnyAddress,
     /// From then on it is another packet that has the identification.
     pub until: Jiffies,
     /// The rule's row in `COUNTERS`.
     pub counter: u32,
-    pub padding: u32,
+    /// The constants below.
+    pub flags: u32,
+}
+
+impl FirstFragment {
+    /// A flow said what became of it.
+    pub const OF_FLOW: u32 = 1;
+    /// It goes to a client on an internal interface.
+    pub const HAIRPIN: u32 = 2;
 }
 
 /// Value of the single row of `ANSWERS`, per CPU: how many ICMP errors may be sent. A token bucket.
@@ -846,13 +865,13 @@ reasons! {
         Extension = "extension_header",
         /// A socket of this box is open for it.
         Own = "own_socket",
-        /// A reply whose time to live ends here: the stack tells the backend.
+        /// A reply to a client's own address whose time to live ends here: the stack tells the backend.
         Ttl = "ttl_expired",
         /// From a backend, but not to a client: it does not leave by an external interface.
         Inside = "not_external",
-        /// A reply larger than its route's MTU: the stack tells the backend.
+        /// A reply to a client's own address, larger than its route's MTU: the stack tells the backend.
         TooBig = "too_big",
-        /// Of no flow of a stateful rule: a backend's own packet, one that comes too late, an ICMP error or a fragment.
+        /// Of no flow of a stateful rule: a backend's own packet, or one that comes too late.
         NoFlow = "no_flow",
     }
 }
@@ -894,9 +913,9 @@ reasons! {
         NoAddress = "no_address",
         /// The kernel had no memory for the flow.
         NoRoom = "no_room",
-        /// Its time to live ended here; the client is told.
+        /// Its time to live ended here; the sender is told.
         TtlExpired = "ttl_expired",
-        /// Larger than its route's MTU, and not to be fragmented; the client is told.
+        /// Larger than its route's MTU, and not to be fragmented; the sender is told.
         TooBig = "too_big",
     }
 }
@@ -917,7 +936,7 @@ const _: () = {
     assert!(size_of::<ClientKey>() == 40);
     assert!(size_of::<RememberedHop>() == 32);
     assert!(size_of::<RouteSet<4>>() == 24 && size_of::<RouteSet<16>>() == 48);
-    assert!(size_of::<FragmentKey>() == 40 && size_of::<FirstFragment>() == 32);
+    assert!(size_of::<FragmentKey>() == 40 && size_of::<FirstFragment>() == 48);
     assert!(size_of::<Bucket>() == 16);
     assert!(size_of::<Counter>() == 64 + 8 * (ToStack::COUNT + Dropped::COUNT));
 };

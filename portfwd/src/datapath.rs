@@ -816,8 +816,22 @@ fn read_clock(clock: &Xdp) -> Result<(Jiffies, Instant), DatapathError> {
 }
 
 /// The programs of [`portfwd_ebpf::path::Part`], by their number.
-const PARTS: [&str; Part::PROGRAMS as usize] =
-    ["forward_v4", "forward_v6", "reply_v4", "reply_v6", "hairpin_v4", "hairpin_v6"];
+const PARTS: [&str; Part::PROGRAMS as usize] = [
+    "forward_v4",
+    "forward_v6",
+    "reply_v4",
+    "reply_v6",
+    "hairpin_v4",
+    "hairpin_v6",
+    "find_forward_v4",
+    "find_forward_v6",
+    "find_reply_v4",
+    "find_reply_v6",
+    "send_forward_v4",
+    "send_forward_v6",
+    "send_reply_v4",
+    "send_reply_v6",
+];
 
 const ROLES: [Role; 3] = [Role::External, Role::Internal, Role::Both];
 const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reply];

@@ -7,6 +7,7 @@ mod errors;
 mod fragments;
 mod others;
 
+use std::boxed::Box;
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::vec;
@@ -16,7 +17,7 @@ use etherparse::{PacketBuilder, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
 
 use super::*;
-use crate::detour::{self, Outcome};
+use crate::detour::{self, FlowPart, Outcome};
 use crate::packet::{TCP, UDP};
 use crate::table::{Address, Candidate, Dropped, FlowHalf, FlowKey, HOP_BITS, Shift};
 
@@ -86,6 +87,8 @@ struct Router {
     route: Route,
     route_mtu: u16,
     ingress_mtu: u32,
+    /// Where the packet comes by: of an [`Interface`].
+    ingress: Cell<u32>,
     sockets: bool,
     asked: Cell<bool>,
     /// Endpoints, pages and translations that were looked up.
@@ -180,6 +183,7 @@ impl Router {
             route,
             route_mtu: 1500,
             ingress_mtu: 1500,
+            ingress: Cell::default(),
             sockets: false,
             asked: Cell::new(false),
             lookups: Cell::default(),
@@ -198,28 +202,49 @@ impl Router {
 
     /// As the programs do. An answer leaves the frame as it is.
     fn handle(&self, role: Role, frame: &mut [u8]) -> Verdict {
+        self.ingress.set(match role {
+            Role::External => Interface::EXTERNAL,
+            Role::Internal => Interface::INTERNAL,
+            Role::Both => Interface::EXTERNAL | Interface::INTERNAL,
+        });
         let mut verdict = handle(self, role, Frame::new(frame));
-        while let Verdict::Flow(part, family) = verdict {
-            let frame = Frame::new(frame);
-            verdict = match family {
-                Family::V4 => handle_flow::<4, Ipv4Hdr, _>(self, part, frame),
-                Family::V6 => handle_flow::<16, Ipv6Hdr, _>(self, part, frame),
+        loop {
+            let came = Frame::new(frame);
+            let outcome = match verdict {
+                Verdict::ForwardDetour(_) => detour::handle(self, Direction::Forward, came),
+                Verdict::ReplyDetour(_) => detour::handle(self, Direction::Reply, came),
+                Verdict::Flow(program) => match program.part() {
+                    (part, true) => self.part::<4, Ipv4Hdr>(part, came),
+                    (part, false) => self.part::<16, Ipv6Hdr>(part, came),
+                },
+                verdict => return verdict,
             };
-        }
-        match verdict {
-            Verdict::ForwardDetour(_) => self.detour(Direction::Forward, frame),
-            Verdict::ReplyDetour(_) => self.detour(Direction::Reply, frame),
-            verdict => verdict,
+            verdict = self.done(outcome, frame);
         }
     }
 
-    fn detour(&self, direction: Direction, frame: &mut [u8]) -> Verdict {
-        match detour::handle(self, direction, Frame::new(frame)) {
+    fn part<const N: usize, I: Icmp<N>>(&self, part: Part, frame: Frame<'_>) -> Outcome
+    where
+        Self: Flows<N>,
+    {
+        let detour = |part, frame| detour::handle_flow::<N, I, _>(self, part, frame);
+        match part {
+            Part::FindForward => detour(FlowPart::Find(Direction::Forward), frame),
+            Part::FindReply => detour(FlowPart::Find(Direction::Reply), frame),
+            Part::SendForward => detour(FlowPart::Send(Direction::Forward), frame),
+            Part::SendReply => detour(FlowPart::Send(Direction::Reply), frame),
+            part => Outcome::Done(handle_flow::<N, I, _>(self, part, frame)),
+        }
+    }
+
+    fn done(&self, outcome: Outcome, frame: &[u8]) -> Verdict {
+        match outcome {
             Outcome::Done(verdict) => verdict,
             Outcome::Answer(reason, answer) => {
-                assert_eq!(answer.device, OUTSIDE_DEVICE);
+                let device = self.ingress().unwrap().device;
+                assert_eq!(answer.device, device);
                 let mut bytes = vec![0xee; answer.growth()];
-                bytes.extend(&*frame);
+                bytes.extend(frame);
                 bytes.truncate(bytes.len() - answer.cut as usize);
                 answer.write(Frame::new(&mut bytes)).unwrap();
                 *self.answer.borrow_mut() = Some(bytes);
@@ -304,15 +329,27 @@ impl Kernel for Router {
         })
     }
     fn ingress(&self) -> Option<Interface> {
-        let (flags, v4, v6) = (Interface::TRANSMITS, Address([0; 4]), Address([0; 16]));
-        Some(Interface { flags, mtu: self.ingress_mtu, device: OUTSIDE_DEVICE, v4, v6 })
+        let (v4, v6) = (Address([0; 4]), Address([0; 16]));
+        let flags = Interface::TRANSMITS | self.ingress.get();
+        let device = match self.ingress.get() {
+            Interface::INTERNAL => INSIDE_DEVICE,
+            _ => OUTSIDE_DEVICE,
+        };
+        Some(Interface { flags, mtu: self.ingress_mtu, device, v4, v6 })
     }
     fn route(&self, _flow: &Flow, length: u16, _class: [u8; 4]) -> (Route, Option<u32>) {
         self.fib.set(self.fib.get() + 1);
         (self.route, (length > self.route_mtu).then_some(self.route_mtu.into()))
     }
-    fn first_fragment(&self, key: &FragmentKey) -> Option<FirstFragment> {
-        self.fragments.borrow().get(key).copied()
+    fn first_fragment<R>(
+        &self,
+        key: &FragmentKey,
+        look: impl FnOnce(&FirstFragment) -> R,
+    ) -> Option<R> {
+        self.fragments.borrow().get(key).map(look)
+    }
+    fn fragment_bench(&self) -> Option<&mut FragmentBench> {
+        Some(Box::leak(Box::new(FragmentBench::EMPTY)))
     }
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
         self.fragments.borrow_mut().insert(*key, *first);
