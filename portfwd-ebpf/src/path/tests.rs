@@ -4,6 +4,7 @@ extern crate std;
 
 mod answers;
 mod errors;
+mod flow_detours;
 mod fragments;
 mod others;
 
