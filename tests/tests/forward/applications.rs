@@ -1,10 +1,13 @@
-//! Applications that ask more of a forwarder than one flow: large DNS answers.
+//! Applications that ask more of a forwarder than one flow: large DNS answers, TFTP.
 
+use std::fs::{self, Permissions};
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
 
+use portfwd_tests::is_root;
+use portfwd_tests::netns::{self, Namespace};
 use portfwd_tests::rig::{self, Rig};
 use portfwd_tests::wire::{Direction, Key};
-use portfwd_tests::{Namespace, is_root};
 
 use crate::running::*;
 
@@ -93,4 +96,64 @@ fn dns_answers_that_were_cut_come_by_tcp_through_masquerade() {
         assert!(sent.packets > 0);
     }
     running.finish_exact();
+}
+
+/// Downloads what a TFTP server has, by these rules. The server answers from a port that nobody has
+/// asked yet.
+fn downloads_by_tftp(rules: Vec<Rule>, options: &[&str]) -> Running {
+    let running = Running::start(Rig::new().unwrap(), rules);
+    let Rig { client, server, .. } = &running.rig;
+    let directory = running.directory.path();
+    let (file, copy) = (directory.join("file"), directory.join("copy"));
+    random_file(&file, 200_000);
+    // dnsmasq as root gives what everyone may read.
+    fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
+    let root = format!("--tftp-root={}", directory.display());
+    let options = [&["--port=0", "--enable-tftp", &root], options].concat();
+    let _tftp = dnsmasq_with(server, rig::SERVER.both(), directory, &options);
+    for (wan, backend) in both() {
+        wait_for_socket(server, "-lu", at(backend, 69));
+        // Each block is a packet that is answered: the smallest there are, and those of an Ethernet.
+        for blocks in ["512", "1428"] {
+            let url = format!("tftp://{}/file", at(wan, 69));
+            let mut curl = curl(client);
+            netns::run(curl.args(["--tftp-blksize", blocks, &url, "-o"]).arg(&copy)).unwrap();
+            assert!(fs::read(&copy).unwrap() == fs::read(&file).unwrap(), "{url}");
+            fs::remove_file(&copy).unwrap();
+        }
+        let from_there = |key: &Key| key.direction == Direction::Sent && key.source.port() == 69;
+        let answers = running.servers[0].look(|tally| tally.count(from_there));
+        assert_eq!(answers.packets, 0, "the server has answered from the port that was asked");
+    }
+    running
+}
+
+#[test]
+fn a_dmz_host_answers_tftp_from_a_port_of_its_choice() {
+    if !is_root() {
+        return;
+    }
+    downloads_by_tftp(for_both("dmz", "any", ANY, 0), &[]).finish_exact();
+}
+
+/// Another rule's port, that is.
+#[test]
+fn tftp_answers_come_by_a_rule_that_was_not_asked() {
+    if !is_root() {
+        return;
+    }
+    let mut rules = for_both("tftp", "udp", 69..=69, 69);
+    rules.extend(for_both("transfer", "udp", 30_000..=30_009, 30_000));
+    let running = downloads_by_tftp(rules, &["--tftp-port-range=30000,30009"]);
+    let stats = running.exact(nothing);
+    for (asked, transfer) in [("tftp4", "transfer4"), ("tftp6", "transfer6")] {
+        // Two downloads.
+        let asked = stats.counts(asked);
+        assert_eq!((asked.forward.packets, asked.reply.packets), (2, 0));
+        let transfer = stats.counts(transfer);
+        assert_eq!(transfer.forward.packets, transfer.reply.packets);
+    }
+    assert_eq!(total(&stats.0["verdicts"]["dropped"]), 0);
+    running.all_arrived(nothing);
+    running.finish();
 }
