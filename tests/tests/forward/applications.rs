@@ -1,11 +1,13 @@
-//! Applications that ask more of a forwarder than one flow: large DNS answers, TFTP.
+//! Applications that ask more of a forwarder than one flow: large DNS answers, TFTP, FTP.
 
 use std::fs::{self, Permissions};
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use portfwd_tests::is_root;
 use portfwd_tests::netns::{self, Namespace};
+use portfwd_tests::peers::Background;
 use portfwd_tests::rig::{self, Rig};
 use portfwd_tests::wire::{Direction, Key};
 
@@ -156,4 +158,89 @@ fn tftp_answers_come_by_a_rule_that_was_not_asked() {
     assert_eq!(total(&stats.0["verdicts"]["dropped"]), 0);
     running.all_arrived(nothing);
     running.finish();
+}
+
+/// An FTP server that takes files in its directory `incoming`, and has data connections come to ports
+/// 30000 to 30009 of the external address.
+fn vsftpd(namespace: &Namespace, wan: IpAddr, address: IpAddr, directory: &Path) -> Background {
+    let (root, config) = (directory.join("ftp"), directory.join("vsftpd.conf"));
+    let _ = fs::create_dir(&root);
+    let incoming = root.join("incoming");
+    let _ = fs::create_dir(&incoming);
+    fs::set_permissions(&root, Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&incoming, Permissions::from_mode(0o777)).unwrap();
+    // Only for IPv4 is the address told.
+    let listen = match wan {
+        IpAddr::V4(_) => format!("listen=YES\nlisten_address={address}\npasv_address={wan}"),
+        IpAddr::V6(_) => format!("listen=NO\nlisten_ipv6=YES\nlisten_address6={address}"),
+    };
+    let path = directory.display();
+    fs::write(
+        &config,
+        format!(
+            "{listen}
+background=NO
+anonymous_enable=YES
+no_anon_password=YES
+anon_root={path}/ftp
+write_enable=YES
+anon_upload_enable=YES
+anon_umask=022
+pasv_min_port=30000
+pasv_max_port=30009
+secure_chroot_dir={path}/ftp
+isolate_network=NO
+vsftpd_log_file={path}/vsftpd.log
+"
+        ),
+    )
+    .unwrap();
+    let vsftpd = Background::start(namespace.command("vsftpd").arg(&config)).unwrap();
+    wait_for_socket(namespace, "-lt", at(address, 21));
+    vsftpd
+}
+
+/// Lists, uploads and downloads by FTP, in all ways to ask for a data connection.
+fn transfers_by_ftp(masquerade: bool) {
+    const SIZE: u64 = 3 << 20;
+    let mut rules = for_both("ftp", "tcp", 2121..=2121, 21);
+    rules.extend(for_both("data", "tcp", 30_000..=30_009, 30_000));
+    let rules = if masquerade { masqueraded(rules) } else { rules };
+    let running = Running::start(Rig::new().unwrap(), rules);
+    let Rig { client, server, .. } = &running.rig;
+    let directory = running.directory.path();
+    let (file, copy) = (directory.join("file"), directory.join("copy"));
+    for (wan, backend) in both() {
+        let _vsftpd = vsftpd(server, wan, backend, directory);
+        // EPSV names a port; PASV an address too, which curl would rather not believe.
+        let pasv = &["--disable-epsv", "--no-ftp-skip-pasv-ip"][..];
+        for (name, way) in [("epsv", &[][..]), ("pasv", pasv)] {
+            let incoming = format!("ftp://{}/incoming/", at(wan, 2121));
+            let there = format!("{incoming}{name}");
+            random_file(&file, SIZE);
+            netns::run(curl(client).args(way).arg("-T").arg(&file).arg(&there)).unwrap();
+            let list = netns::run(curl(client).args(way).args(["-l", &incoming])).unwrap();
+            assert!(list.lines().any(|line| line == name), "{there}: {list}");
+            netns::run(curl(client).args(way).arg(&there).arg("-o").arg(&copy)).unwrap();
+            assert_eq!(sha256(&copy), sha256(&file), "{there}");
+            fs::remove_file(directory.join("ftp/incoming").join(name)).unwrap();
+        }
+    }
+    running.finish_exact();
+}
+
+#[test]
+fn ftp_in_passive_mode_has_its_data_by_a_range() {
+    if !is_root() {
+        return;
+    }
+    transfers_by_ftp(false);
+}
+
+#[test]
+fn ftp_in_passive_mode_has_its_data_by_a_range_with_masquerade() {
+    if !is_root() {
+        return;
+    }
+    transfers_by_ftp(true);
 }
