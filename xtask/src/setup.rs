@@ -23,7 +23,7 @@ const LLVM: u32 = 22;
 const COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
 /// The programs that the lab and the tests start, and the Debian packages that have them.
-const PROGRAMS: [(&str, &str); 12] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("ip", "iproute2"),
     ("ethtool", "ethtool"),
     ("ping", "iputils-ping"),
@@ -33,6 +33,7 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("dig", "bind9-dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
     ("vsftpd", "vsftpd"),
+    ("sipp", "sip-tester"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
     ("sysctl", "procps"),

@@ -1,9 +1,10 @@
-//! Applications that ask more of a forwarder than one flow: large DNS answers, TFTP, FTP.
+//! Applications that ask more of a forwarder than one flow: large DNS answers, TFTP, FTP, SIP.
 
-use std::fs::{self, Permissions};
+use std::fs::{self, File, Permissions};
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use portfwd_tests::is_root;
 use portfwd_tests::netns::{self, Namespace};
@@ -243,4 +244,92 @@ fn ftp_in_passive_mode_has_its_data_by_a_range_with_masquerade() {
         return;
     }
     transfers_by_ftp(true);
+}
+
+/// One of sipp's own scenarios, with some of it replaced, in a file.
+fn scenario(name: &str, replaced: &[(&str, &str)], file: &Path) {
+    // It prints it, and says that it failed.
+    let printed = Command::new("sipp").args(["-sd", name]).output().unwrap();
+    let mut text = String::from_utf8(printed.stdout).unwrap();
+    for (old, new) in replaced {
+        assert!(text.contains(old), "{old}: {text}");
+        text = text.replace(old, new);
+    }
+    fs::write(file, text).unwrap();
+}
+
+/// A command of sipp at an address, with its media at port 6000, and a log beside its scenario.
+fn sipp(namespace: &Namespace, address: IpAddr, scenario: &Path) -> Command {
+    let address = address.to_string();
+    let log = File::create(scenario.with_extension("log")).unwrap();
+    let mut sipp = namespace.command("sipp");
+    sipp.arg("-sf").arg(scenario).args(["-i", &address, "-mi", &address, "-mp", "6000"]);
+    sipp.args(["-p", "5060", "-nostdin"]).stdout(log.try_clone().unwrap()).stderr(log);
+    sipp
+}
+
+/// Calls by SIP, in which half a second of sound goes each way by RTP. The server says where its media
+/// are as clients should see it.
+fn calls_by_sip(masquerade: bool) {
+    const CALLS: u64 = 3;
+    let mut rules = for_both("sip", "udp", 15_060..=15_060, 5060);
+    rules.extend(for_both("rtp", "udp", 16_000..=16_009, 6000));
+    let rules = if masquerade { masqueraded(rules) } else { rules };
+    let running = Running::start(Rig::new().unwrap(), rules);
+    let Rig { client, server, .. } = &running.rig;
+    let directory = running.directory.path();
+    random_file(&directory.join("sound"), 4000);
+    let sound = format!(
+        "<nop><action><exec rtp_stream=\"{}/sound,1,0\"/></action></nop>
+         <pause milliseconds=\"1500\"/>",
+        directory.display()
+    );
+    let (called, calling) = (directory.join("called.xml"), directory.join("calling.xml"));
+    let ports = [("[media_port]", "[rtpstream_audio_port]"), ("<pause/>", &sound)];
+    scenario("uac", &ports, &calling);
+    let seen = if masquerade { rig::LAN } else { rig::CLIENT };
+    for (((wan, backend), from), seen) in
+        both().into_iter().zip(rig::CLIENT.both()).zip(seen.both())
+    {
+        let media = [("[media_ip]", &*wan.to_string()), ("[media_port]", "16000")];
+        scenario("uas", &media, &called);
+        let _called = Background::start(sipp(server, backend, &called).arg("-rtp_echo")).unwrap();
+        wait_for_socket(server, "-lu", at(backend, 5060));
+        let mut calls = sipp(client, from, &calling);
+        calls.args(["-m", &CALLS.to_string(), "-timeout", "30", "-timeout_error"]);
+        let status = calls.arg(at(wan, 15_060).to_string()).status().unwrap();
+        let log = || fs::read_to_string(calling.with_extension("log")).unwrap();
+        assert!(status.success(), "{wan}: {status}: {}", log());
+        let others = running.servers[0].look(|tally| {
+            tally.count(|key| {
+                key.protocol == UDP && key.destination.ip() == backend && key.source.ip() != seen
+            })
+        });
+        assert_eq!(others.packets, 0, "{wan}");
+    }
+    for name in ["rtp4", "rtp6"] {
+        // A packet for 20 ms at most, and its echo.
+        let counts = poll(|| {
+            let counts = Stats(running.portfwd.stats().unwrap()).counts(name);
+            if counts.forward == counts.reply { Ok(counts) } else { Err(format!("{counts:?}")) }
+        });
+        assert!((CALLS..=CALLS * 25).contains(&counts.forward.packets), "{counts:?}");
+    }
+    running.finish_exact();
+}
+
+#[test]
+fn sip_calls_have_sound_both_ways() {
+    if !is_root() {
+        return;
+    }
+    calls_by_sip(false);
+}
+
+#[test]
+fn sip_calls_have_sound_both_ways_with_masquerade() {
+    if !is_root() {
+        return;
+    }
+    calls_by_sip(true);
 }
