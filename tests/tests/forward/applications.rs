@@ -1,16 +1,24 @@
-//! Applications that ask more of a forwarder than one flow: large DNS answers, TFTP, FTP, SIP.
+//! Applications that ask more of a forwarder than one flow: large DNS answers, TFTP, FTP, SIP, QUIC.
 
 use std::fs::{self, File, Permissions};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
 
 use portfwd_tests::is_root;
 use portfwd_tests::netns::{self, Namespace};
 use portfwd_tests::peers::Background;
 use portfwd_tests::rig::{self, Rig};
 use portfwd_tests::wire::{Direction, Key};
+use quinn::{
+    ClientConfig, Connection, Endpoint, EndpointConfig, ServerConfig, TokioRuntime, VarInt,
+};
+use rustls::RootCertStore;
+use rustls::pki_types::PrivatePkcs8KeyDer;
+use tokio::time::timeout;
 
 use crate::running::*;
 
@@ -332,4 +340,96 @@ fn sip_calls_have_sound_both_ways_with_masquerade() {
         return;
     }
     calls_by_sip(true);
+}
+
+/// An end of QUIC connections at a socket that stays when the end has gone: what comes late is not
+/// answered by ICMP.
+fn endpoint(server: Option<ServerConfig>, socket: &UdpSocket) -> Endpoint {
+    let socket = socket.try_clone().unwrap();
+    Endpoint::new(EndpointConfig::default(), server, socket, Arc::new(TokioRuntime)).unwrap()
+}
+
+/// Echoes each stream of a connection until the client closes it. Gives the address that the client had
+/// at each.
+async fn echo_streams(server: Endpoint) -> Vec<SocketAddr> {
+    let connection = server.accept().await.unwrap().await.unwrap();
+    let mut clients = Vec::new();
+    while let Ok((mut sender, mut receiver)) = connection.accept_bi().await {
+        let question = receiver.read_to_end(usize::MAX).await.unwrap();
+        clients.push(connection.remote_address());
+        sender.write_all(&question).await.unwrap();
+        sender.finish().unwrap();
+    }
+    clients
+}
+
+/// Sends bytes on a stream of its own, and has them back.
+async fn echo_stream(connection: &Connection) {
+    let question: Vec<u8> = (0..1 << 20).map(|i| (i * 31 + i / 256) as u8).collect();
+    let (mut sender, mut receiver) = connection.open_bi().await.unwrap();
+    sender.write_all(&question).await.unwrap();
+    sender.finish().unwrap();
+    assert!(receiver.read_to_end(usize::MAX).await.unwrap() == question);
+}
+
+/// A QUIC connection that goes on when the client's socket becomes another.
+fn moves_by_quic(masquerade: bool) {
+    let rules = for_both("quic", "udp", 8443..=8443, 443);
+    let rules = if masquerade { masqueraded(rules) } else { rules };
+    let running = Running::start(Rig::new().unwrap(), rules);
+    let Rig { client, server, .. } = &running.rig;
+    let certified = rcgen::generate_simple_self_signed(["game.test".to_owned()]).unwrap();
+    let certificate = certified.cert.der();
+    let key = PrivatePkcs8KeyDer::from(certified.signing_key.serialize_der());
+    let serve = ServerConfig::with_single_cert(vec![certificate.clone()], key.into()).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate.clone()).unwrap();
+    let trust = ClientConfig::with_root_certificates(Arc::new(roots)).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut sockets = Vec::new();
+    for (((wan, backend), outside), lan) in
+        both().into_iter().zip(rig::CLIENT.both()).zip(rig::LAN.both())
+    {
+        let ends = [(server, at(backend, 443)), (client, at(outside, 0)), (client, at(outside, 0))];
+        let [listening, first, second] =
+            ends.map(|(end, address)| end.enter(|| UdpSocket::bind(address)).unwrap());
+        let talk = async {
+            let client = endpoint(None, &first);
+            let connecting = client.connect_with(trust.clone(), at(wan, 8443), "game.test");
+            let connection = connecting.unwrap().await.unwrap();
+            echo_stream(&connection).await;
+            client.rebind(second.try_clone().unwrap()).unwrap();
+            echo_stream(&connection).await;
+            connection.close(VarInt::default(), b"");
+            client.wait_idle().await;
+        };
+        let both_ends =
+            async { tokio::join!(echo_streams(endpoint(Some(serve.clone()), &listening)), talk).0 };
+        let limited = async { timeout(Duration::from_secs(30), both_ends).await };
+        let seen = runtime.block_on(limited).unwrap_or_else(|_| panic!("{wan}: not in 30 s"));
+        if masquerade {
+            assert_eq!([seen[0].ip(), seen[1].ip()], [lan, lan]);
+            assert_ne!(seen[0].port(), seen[1].port());
+        } else {
+            assert_eq!(seen, [&first, &second].map(|socket| socket.local_addr().unwrap()));
+        }
+        sockets.push([listening, first, second]);
+    }
+    running.finish_exact();
+}
+
+#[test]
+fn a_quic_connection_moves_to_another_socket() {
+    if !is_root() {
+        return;
+    }
+    moves_by_quic(false);
+}
+
+#[test]
+fn a_quic_connection_moves_to_another_socket_with_masquerade() {
+    if !is_root() {
+        return;
+    }
+    moves_by_quic(true);
 }
