@@ -173,9 +173,8 @@ fn tftp_answers_come_by_a_rule_that_was_not_asked() {
 /// 30000 to 30009 of the external address.
 fn vsftpd(namespace: &Namespace, wan: IpAddr, address: IpAddr, directory: &Path) -> Background {
     let (root, config) = (directory.join("ftp"), directory.join("vsftpd.conf"));
-    let _ = fs::create_dir(&root);
     let incoming = root.join("incoming");
-    let _ = fs::create_dir(&incoming);
+    fs::create_dir_all(&incoming).unwrap();
     fs::set_permissions(&root, Permissions::from_mode(0o755)).unwrap();
     fs::set_permissions(&incoming, Permissions::from_mode(0o777)).unwrap();
     // Only for IPv4 is the address told.
@@ -209,28 +208,30 @@ vsftpd_log_file={path}/vsftpd.log
     vsftpd
 }
 
-/// Lists, uploads and downloads by FTP, in all ways to ask for a data connection.
-fn transfers_by_ftp(masquerade: bool) {
+/// Options of curl for FTP in passive mode: EPSV names a port; PASV an address too, which curl would
+/// rather not believe, and which IPv6 does not have.
+const PASSIVE: [&[&str]; 2] = [&[], &["--disable-epsv", "--no-ftp-skip-pasv-ip"]];
+/// The server opens the data connections: EPRT and PORT.
+const ACTIVE: [&[&str]; 2] = [&["--ftp-port", "-"], &["--ftp-port", "-", "--disable-eprt"]];
+
+/// Lists, uploads and downloads by FTP, at this external port, with each of these options.
+fn transfers_by_ftp(rules: Vec<Rule>, port: u16, ways: &[&[&str]]) {
     const SIZE: u64 = 3 << 20;
-    let mut rules = for_both("ftp", "tcp", 2121..=2121, 21);
-    rules.extend(for_both("data", "tcp", 30_000..=30_009, 30_000));
-    let rules = if masquerade { masqueraded(rules) } else { rules };
     let running = Running::start(Rig::new().unwrap(), rules);
     let Rig { client, server, .. } = &running.rig;
     let directory = running.directory.path();
     let (file, copy) = (directory.join("file"), directory.join("copy"));
     for (wan, backend) in both() {
         let _vsftpd = vsftpd(server, wan, backend, directory);
-        // EPSV names a port; PASV an address too, which curl would rather not believe.
-        let pasv = &["--disable-epsv", "--no-ftp-skip-pasv-ip"][..];
-        for (name, way) in [("epsv", &[][..]), ("pasv", pasv)] {
-            let incoming = format!("ftp://{}/incoming/", at(wan, 2121));
+        let incoming = format!("ftp://{}/incoming/", at(wan, port));
+        for (number, way) in ways.iter().enumerate() {
+            let name = format!("file{number}");
             let there = format!("{incoming}{name}");
             random_file(&file, SIZE);
-            netns::run(curl(client).args(way).arg("-T").arg(&file).arg(&there)).unwrap();
-            let list = netns::run(curl(client).args(way).args(["-l", &incoming])).unwrap();
+            netns::run(curl(client).args(*way).arg("-T").arg(&file).arg(&there)).unwrap();
+            let list = netns::run(curl(client).args(*way).args(["-l", &incoming])).unwrap();
             assert!(list.lines().any(|line| line == name), "{there}: {list}");
-            netns::run(curl(client).args(way).arg(&there).arg("-o").arg(&copy)).unwrap();
+            netns::run(curl(client).args(*way).arg(&there).arg("-o").arg(&copy)).unwrap();
             assert_eq!(sha256(&copy), sha256(&file), "{there}");
             fs::remove_file(directory.join("ftp/incoming").join(name)).unwrap();
         }
@@ -238,12 +239,19 @@ fn transfers_by_ftp(masquerade: bool) {
     running.finish_exact();
 }
 
+/// A rule for the control connection, and one for the data.
+fn for_ftp() -> Vec<Rule> {
+    let mut rules = for_both("ftp", "tcp", 2121..=2121, 21);
+    rules.extend(for_both("data", "tcp", 30_000..=30_009, 30_000));
+    rules
+}
+
 #[test]
 fn ftp_in_passive_mode_has_its_data_by_a_range() {
     if !is_root() {
         return;
     }
-    transfers_by_ftp(false);
+    transfers_by_ftp(for_ftp(), 2121, &PASSIVE);
 }
 
 #[test]
@@ -251,7 +259,15 @@ fn ftp_in_passive_mode_has_its_data_by_a_range_with_masquerade() {
     if !is_root() {
         return;
     }
-    transfers_by_ftp(true);
+    transfers_by_ftp(masqueraded(for_ftp()), 2121, &PASSIVE);
+}
+
+#[test]
+fn a_dmz_host_opens_the_data_connections_of_ftp() {
+    if !is_root() {
+        return;
+    }
+    transfers_by_ftp(for_both("dmz", "any", ANY, 0), 21, &[PASSIVE, ACTIVE].concat());
 }
 
 /// One of sipp's own scenarios, with some of it replaced, in a file.
