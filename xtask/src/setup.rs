@@ -23,7 +23,7 @@ const LLVM: u32 = 22;
 const COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
 /// The programs that the lab and the tests start, and the Debian packages that have them.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("ip", "iproute2"),
     ("ethtool", "ethtool"),
     ("ping", "iputils-ping"),
@@ -32,6 +32,8 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("iperf3", "iperf3"),
     ("dig", "bind9-dnsutils"),
     ("dnsmasq", "dnsmasq-base"),
+    ("vsftpd", "vsftpd"),
+    ("sipp", "sip-tester"),
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
     ("sysctl", "procps"),
@@ -66,7 +68,7 @@ apt-get install -qq -y --no-install-recommends --no-remove "$@" || exit 1
 for package; do
     case $package in
         nginx-light) service=nginx ;;
-        haproxy) service=haproxy ;;
+        haproxy|vsftpd) service=$package ;;
         *) continue ;;
     esac
     update-rc.d $service disable || systemctl disable $service || exit 1

@@ -1,5 +1,6 @@
 //! Real traffic through portfwd, every frame verified, every packet counted.
 
+mod applications;
 mod beside;
 mod few;
 mod modes;

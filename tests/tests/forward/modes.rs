@@ -57,8 +57,7 @@ fn prometheus_scrapes_the_counters() {
         }
     }
     let stats = running.settle(nothing);
-    let mut curl = running.rig.router.command("curl");
-    curl.args(["-sS", "--fail", "--noproxy", "*", "--max-time", "5"]);
+    let mut curl = curl(&running.rig.router);
     let text = netns::run(curl.arg("http://127.0.0.1:9464/metrics")).unwrap();
     for rule in &running.rules {
         let Counts { forward, reply } = stats.counts(&rule.name);

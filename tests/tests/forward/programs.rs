@@ -1,7 +1,7 @@
 //! Real programs: nginx and curl, iperf3, dnsmasq and dig, a thousand connections.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::time::Duration;
 
@@ -23,11 +23,7 @@ fn a_download_from_nginx_arrives_whole() {
     let running = Running::start(Rig::new().unwrap(), for_both("web", "tcp", 8080..=8080, 80));
     let directory = running.directory.path();
     let file = directory.join("file");
-    io::copy(
-        &mut File::open("/dev/urandom").unwrap().take(SIZE),
-        &mut File::create(&file).unwrap(),
-    )
-    .unwrap();
+    random_file(&file, SIZE);
     let path = directory.display();
     let listen: String =
         both().iter().map(|(_, server)| format!("listen {};", at(*server, 80))).collect();
@@ -60,15 +56,7 @@ fn a_download_from_nginx_arrives_whole() {
         wait_for_socket(&running.rig.server, "-lt", at(server, 80));
         let copy = directory.join("copy");
         let url = format!("http://{}/file", at(wan, 8080));
-        netns::run(
-            running
-                .rig
-                .client
-                .command("curl")
-                .args(["-sS", "--fail", "--noproxy", "*", "--max-time", "30", &url, "-o"])
-                .arg(&copy),
-        )
-        .unwrap();
+        netns::run(curl(&running.rig.client).args([&url, "-o"]).arg(&copy)).unwrap();
         assert_eq!(fs::metadata(&copy).unwrap().len(), SIZE);
         assert_eq!(sha256(&copy), sum, "{url}");
     }

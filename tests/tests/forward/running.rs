@@ -1,7 +1,7 @@
 //! A rig with portfwd in it, captures at both ends, and the counts that must agree.
 
-use std::fs::{self};
-use std::io::{Read, Write};
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -310,16 +310,35 @@ pub fn sha256(file: &Path) -> String {
     printed.split_whitespace().next().unwrap().to_owned()
 }
 
-/// A DNS server that knows one name, and asks no one.
-pub fn dnsmasq(namespace: &Namespace, addresses: [IpAddr; 2], directory: &Path) -> Background {
+/// What the DNS server knows of `large.test`: no packet of an Ethernet holds it.
+pub fn large_text() -> Vec<String> {
+    ('a'..='l').map(|letter| letter.to_string().repeat(250)).collect()
+}
+
+/// dnsmasq at these addresses, with nothing of the machine's configuration.
+pub fn dnsmasq_with(
+    namespace: &Namespace,
+    addresses: [IpAddr; 2],
+    directory: &Path,
+    options: &[&str],
+) -> Background {
     let mut command = namespace.command("dnsmasq");
     command
         .args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"])
-        .args(["--user=root", "--bind-interfaces", "--host-record=game.test,192.0.2.7,2001:db8::7"])
+        .args(["--user=root", "--bind-interfaces"])
         .args(addresses.map(|address| format!("--listen-address={address}")))
         .arg(format!("--pid-file={}/dnsmasq.pid", directory.display()))
-        .arg(format!("--log-facility={}/dnsmasq.log", directory.display()));
-    let dnsmasq = Background::start(&mut command).unwrap();
+        .arg(format!("--log-facility={}/dnsmasq.log", directory.display()))
+        .args(options);
+    Background::start(&mut command).unwrap()
+}
+
+/// A DNS server that knows two names, and asks no one.
+pub fn dnsmasq(namespace: &Namespace, addresses: [IpAddr; 2], directory: &Path) -> Background {
+    let large = format!("--txt-record=large.test,{}", large_text().join(","));
+    let game = "--host-record=game.test,192.0.2.7,2001:db8::7";
+    let options = ["--edns-packet-max=4096", game, &large];
+    let dnsmasq = dnsmasq_with(namespace, addresses, directory, &options);
     for address in addresses {
         wait_for_socket(namespace, "-lt", at(address, 53));
         wait_for_socket(namespace, "-lu", at(address, 53));
@@ -327,16 +346,39 @@ pub fn dnsmasq(namespace: &Namespace, addresses: [IpAddr; 2], directory: &Path) 
     dnsmasq
 }
 
-pub fn dig(namespace: &Namespace, server: SocketAddr) {
+/// What dig prints as the answer, with these options.
+pub fn dig_for(
+    namespace: &Namespace,
+    server: SocketAddr,
+    options: &[&str],
+    question: [&str; 2],
+) -> String {
     let (to, port) = (format!("@{}", server.ip()), server.port().to_string());
+    let mut dig = namespace.command("dig");
+    dig.args(["-r", &to, "-p", &port, "+tries=1", "+timeout=3", "+short"]);
+    netns::run(dig.args(options).args(question)).unwrap().trim().to_owned()
+}
+
+pub fn dig(namespace: &Namespace, server: SocketAddr) {
     for transport in ["+notcp", "+tcp"] {
         for (kind, answer) in [("A", "192.0.2.7"), ("AAAA", "2001:db8::7")] {
-            let mut dig = namespace.command("dig");
-            dig.args(["-r", &to, "-p", &port, transport, "+tries=1", "+timeout=3", "+short"]);
-            let printed = netns::run(dig.args(["game.test", kind])).unwrap();
-            assert_eq!(printed.trim(), answer, "{server} {transport}");
+            let printed = dig_for(namespace, server, &[transport], ["game.test", kind]);
+            assert_eq!(printed, answer, "{server} {transport}");
         }
     }
+}
+
+/// curl, which takes no proxy and no longer than half a minute.
+pub fn curl(namespace: &Namespace) -> Command {
+    let mut curl = namespace.command("curl");
+    curl.args(["-sS", "--fail", "--noproxy", "*", "--max-time", "30"]);
+    curl
+}
+
+/// A file of random bytes.
+pub fn random_file(path: &Path, size: u64) {
+    let mut random = File::open("/dev/urandom").unwrap().take(size);
+    io::copy(&mut random, &mut File::create(path).unwrap()).unwrap();
 }
 
 /// The IP packets of frames one way between a port of the server and the client, in order.
