@@ -9,10 +9,16 @@ use crate::input::Input;
 use crate::wire::{self, ACK, Content, Ends, FIN, LINK, Packet, RST, SYN, TCP, UDP};
 use crate::world::{self, Setting, World, is_stateful};
 
-/// Clients outside, and inside.
-const CLIENTS: [[&str; 4]; 2] = [
-    ["198.51.100.2:40001", "198.51.100.3:40001", "198.51.100.2:5000", "[2001:db8:1::2]:40001"],
-    ["192.168.77.200:40001", "192.168.77.201:5000", "192.168.77.10:5000", "[fd77::200]:5000"],
+/// Clients outside, and inside, of IPv4 and of IPv6.
+const CLIENTS: [[&[&str]; 2]; 2] = [
+    [
+        &["198.51.100.2:40001", "198.51.100.3:40001", "198.51.100.2:5000"],
+        &["[2001:db8:1::2]:40001", "[2001:db8:1::3]:40001"],
+    ],
+    [
+        &["192.168.77.200:40001", "192.168.77.201:5000", "192.168.77.10:5000"],
+        &["[fd77::200]:5000", "[fd77::10]:40001"],
+    ],
 ];
 
 /// What they send to. All but the last two of each family is a rule's.
@@ -144,8 +150,8 @@ impl Conversation<'_> {
         let who = input.byte();
         let destination: SocketAddr = input.pick(&LISTENS).parse().unwrap();
         let inside = who & 8 != 0 && !self.world.setting().one_armed;
-        let place = if destination.is_ipv6() { 3 } else { usize::from(who & 7) % 3 };
-        let source = CLIENTS[usize::from(inside)][place].parse().unwrap();
+        let clients = CLIENTS[usize::from(inside)][usize::from(destination.is_ipv6())];
+        let source = clients[usize::from(who & 7) % clients.len()].parse().unwrap();
         let protocol = if who & 0x10 != 0 { TCP } else { UDP };
         (self.role(inside), Ends { protocol, source, destination })
     }
@@ -164,16 +170,14 @@ impl Conversation<'_> {
 
     /// A packet to the box.
     fn forward(&mut self, role: Role, came: Ends, content: &Content) {
-        let rule = self.world.claim(&came);
-        let hairpin = role == Role::Internal;
-        let is_stateful = hairpin || rule.iter().any(|leg| is_stateful(leg));
-        let is_claimed = !rule.is_empty();
+        let is_claimed = !self.world.claim(&came).is_empty();
         let (direction, verdict, packet) = self.send(role, &wire::packet(&came, content));
         if direction.is_none() {
             let is_crowded = matches!(verdict, Verdict::Drop(Dropped::NoPort));
             let begins = content.flags & RST == 0 || came.protocol == UDP;
             let must = is_claimed && self.world.setting().is_clear() && content.hops > 1 && begins;
-            assert!(!must || is_crowded && is_stateful, "{verdict:?} for {came:?}");
+            let may = is_crowded && self.is_stateful(role, &came);
+            assert!(!must || may, "{verdict:?} for {came:?}");
             return;
         }
         assert_eq!(direction, Some(Direction::Forward), "{came:?}");
@@ -182,13 +186,18 @@ impl Conversation<'_> {
         let is_sent = matches!(verdict, Verdict::Redirect(_));
         let expected = Content { hops: content.hops - u8::from(is_sent), ..*content };
         assert_eq!(packet, wire::packet(&goes, &expected), "{came:?} -> {goes:?}");
-        self.remember(Flow { came, goes, role, is_stateful, last: self.world.now() });
+        self.remember(role, came, goes);
+    }
+
+    /// Whether a flow decides about a packet to the box.
+    fn is_stateful(&self, role: Role, came: &Ends) -> bool {
+        role == Role::Internal || self.world.claim(came).into_iter().any(is_stateful)
     }
 
     /// No two clients look the same to a backend, and none looks different from one packet to the next.
-    fn remember(&mut self, flow: Flow) {
-        let Flow { came, goes, role, is_stateful, .. } = flow;
-        let now = self.world.now();
+    fn remember(&mut self, role: Role, came: Ends, goes: Ends) {
+        let (is_stateful, now) = (self.is_stateful(role, &came), self.world.now());
+        let flow = Flow { came, goes, role, is_stateful, last: now };
         self.flows.retain(|known| {
             let idle = now - known.last > UNPROVEN;
             if (known.came, known.role) == (came, role) {
@@ -286,7 +295,12 @@ impl Conversation<'_> {
             _ => parts.rotate_left(middle),
         }
         for part in &parts {
-            self.send(role, part);
+            let (direction, _, packet) = self.send(role, part);
+            let frame = wire::frame(&packet);
+            let first = Packet::of(&frame).filter(|packet| packet.offset == 0);
+            if let (Some(Direction::Forward), Some(first)) = (direction, first) {
+                self.remember(role, *ends, first.ends(&frame));
+            }
             self.world.pass_time(if order & 0x40 != 0 { 3000 } else { 0 });
         }
     }

@@ -63,6 +63,7 @@ impl Packet {
     fn read(bytes: &[u8], start: usize, end: usize) -> Option<Self> {
         let packet = bytes.get(start..end)?;
         let is_v4 = packet.first()? >> 4 == 4;
+        packet.get(..if is_v4 { 20 } else { 40 })?;
         let mut found = Self {
             is_v4,
             start,
