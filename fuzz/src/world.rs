@@ -22,6 +22,9 @@ use crate::wire::{Ends, Packet, TCP, UDP};
 /// Few, so that clients meet.
 const MASQUERADE: [u16; 2] = [40_000, 40_003];
 
+/// Of [`Setting::ways`]: the route to the backends is gone, and the default route takes its place.
+const GONE: u8 = 3;
+
 /// Bytes around a frame that nobody may touch.
 const FENCE: usize = 64;
 
@@ -366,9 +369,9 @@ impl World {
         })
     }
 
-    /// The address that masqueraded clients have.
+    /// The address that masqueraded clients have: of where the route to the backends leads.
     fn own_address(&self, is_v4: bool) -> IpAddr {
-        match (is_v4, self.setting.one_armed) {
+        match (is_v4, self.setting.one_armed || self.setting.ways == GONE) {
             (true, false) => LAN.into(),
             (true, true) => BOX.into(),
             (false, false) => LAN6.into(),
@@ -432,8 +435,7 @@ fn routes(setting: Setting) -> Routes {
         match setting.ways {
             _ if is_own(address) => Route::NotForwarded,
             2 => Route::NoNeighbour { interface: if inside { INSIDE } else { OUTSIDE } },
-            // The route to the backends is gone.
-            3 => BACK,
+            GONE => BACK,
             4 => Route::Encapsulated,
             _ if inside => HOP,
             _ => BACK,
