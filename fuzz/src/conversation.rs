@@ -61,8 +61,10 @@ struct Flow {
     role: Role,
     /// The flow decides, and not the rule.
     is_stateful: bool,
-    /// When it had its last packet.
+    /// When it had its last packet, of either direction.
     last: u64,
+    /// When its client sent the last.
+    sent: u64,
 }
 
 struct Conversation<'a> {
@@ -197,12 +199,14 @@ impl Conversation<'_> {
     /// No two clients look the same to a backend, and none looks different from one packet to the next.
     fn remember(&mut self, role: Role, came: Ends, goes: Ends) {
         let (is_stateful, now) = (self.is_stateful(role, &came), self.world.now());
-        let flow = Flow { came, goes, role, is_stateful, last: now };
+        let flow = Flow { came, goes, role, is_stateful, last: now, sent: now };
         self.flows.retain(|known| {
             let idle = now - known.last > UNPROVEN;
             if (known.came, known.role) == (came, role) {
-                let is_same = known.goes == goes;
-                assert!(is_same || idle, "{known:?} is seen as another now: {goes:?}");
+                // Others may have its port although it was just answered: that keeps the flow, but not
+                // the port.
+                let may = now - known.sent > UNPROVEN;
+                assert!(known.goes == goes || may, "{known:?} is seen as another now: {goes:?}");
                 return false;
             }
             if known.goes != goes {
