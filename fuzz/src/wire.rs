@@ -289,7 +289,7 @@ pub fn fragments(packet: &[u8], identification: u16, size: usize) -> Vec<Vec<u8>
         if is_v4 {
             bytes[2..4].copy_from_slice(&(20 + part.len() as u16).to_be_bytes());
             bytes[4..6].copy_from_slice(&identification.to_be_bytes());
-            let place = offset / 8 | if more { 0x2000 } else { 0 };
+            let place = (offset / 8) | if more { 0x2000 } else { 0 };
             bytes[6..8].copy_from_slice(&place.to_be_bytes());
             bytes[10..12].fill(0);
             let sum = checksum(sum([&bytes[..]]));

@@ -14,8 +14,7 @@ use crate::{
 };
 
 /// What cargo-fuzz gives the compiler: coverage as libFuzzer reads it, and checks of addresses.
-const FLAGS: [&str; 7] = [
-    "--cfg=fuzzing",
+const FLAGS: [&str; 6] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
     "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
