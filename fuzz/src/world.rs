@@ -280,6 +280,8 @@ impl World {
             let first = self.firsts.borrow().get(&first).copied();
             let is_same = first.is_some_and(|(first, until)| first == end && self.now() < until);
             assert!(is_same, "not as the first fragment, {first:?}: {}", context());
+            let end = usize::from(packet.offset) + packet.end - packet.payload;
+            assert!(end <= usize::from(u16::MAX), "beyond the longest packet");
             return;
         }
         if packet.more {
