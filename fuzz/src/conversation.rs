@@ -21,10 +21,11 @@ const CLIENTS: [[&[&str]; 2]; 2] = [
     ],
 ];
 
-/// What they send to. All but the last two of each family is a rule's.
-const LISTENS: [&str; 24] = [
+/// What they send to: rules of each sort, and some of no rule.
+const LISTENS: [&str; 25] = [
     "198.51.100.1:8080",
     "198.51.100.7:8080",
+    "198.51.100.8:8080",
     "198.51.100.1:8081",
     "198.51.100.1:8082",
     "198.51.100.7:8082",
@@ -209,11 +210,18 @@ impl Conversation<'_> {
                 assert!(known.goes == goes || may, "{known:?} is seen as another now: {goes:?}");
                 return false;
             }
+            let is_established = self.world.is_established(&known.came, Direction::Forward);
+            let is_masqueraded = goes.source.ip() != came.source.ip();
+            let shares = (known.goes.protocol, known.goes.source) == (goes.protocol, goes.source);
+            if is_masqueraded && shares && known.came.source != came.source {
+                let may = now - known.sent > UNPROVEN && !is_established;
+                assert!(may, "{known:?} has the port that {flow:?} got");
+            }
             if known.goes != goes {
                 return true;
             }
             // Of stateless rules, by which of its addresses a client came last.
-            let lost = idle && !self.world.is_established(&known.came, Direction::Forward);
+            let lost = idle && !is_established;
             assert!(!known.is_stateful && !is_stateful || lost, "{known:?} is seen as {flow:?}");
             false
         });

@@ -19,6 +19,9 @@ use portfwd_ebpf::testing::{
 use crate::check;
 use crate::wire::{Ends, Packet, TCP, UDP};
 
+/// One more address of the box, on which some rules listen.
+const THIRD: [u8; 4] = [198, 51, 100, 8];
+
 /// Few, so that clients meet.
 const MASQUERADE: [u16; 2] = [40_000, 40_003];
 
@@ -90,7 +93,7 @@ impl World {
         let rules = config.unwrap_or_else(|errors| panic!("{errors}")).rules;
         let plan = plan(&rules, &Resolved::new()).unwrap_or_else(|refused| panic!("{refused}"));
         let externals = Externals {
-            v4: [BOX, SECOND, DMZ_BOX].map(Ipv4Addr::from).to_vec(),
+            v4: [BOX, SECOND, THIRD, DMZ_BOX].map(Ipv4Addr::from).to_vec(),
             v6: [BOX6, DMZ_BOX6].map(Ipv6Addr::from).to_vec(),
         };
         let [first, last] = MASQUERADE;
@@ -412,7 +415,8 @@ fn key<const N: usize>(
 
 /// An address on which rules without one listen.
 fn is_external(address: IpAddr) -> bool {
-    [BOX.into(), SECOND.into(), DMZ_BOX.into(), BOX6.into(), DMZ_BOX6.into()].contains(&address)
+    let v4 = [BOX, SECOND, THIRD, DMZ_BOX].map(IpAddr::from);
+    v4.contains(&address) || [BOX6, DMZ_BOX6].map(IpAddr::from).contains(&address)
 }
 
 /// An address of the box.
