@@ -74,6 +74,8 @@ struct Conversation<'a> {
     flows: Vec<Flow>,
     /// The last frame, and where it went.
     last: Option<(Role, Vec<u8>)>,
+    /// There are no flows but those.
+    is_sure: bool,
     number: u16,
 }
 
@@ -83,7 +85,8 @@ pub fn conversation(input: &[u8]) {
     let mut input = Input::new(input);
     let setting = Setting::of(input.byte());
     world::with(setting, |world| {
-        let mut conversation = Conversation { world, flows: Vec::new(), last: None, number: 0 };
+        let (flows, last) = (Vec::new(), None);
+        let mut conversation = Conversation { world, flows, last, is_sure: true, number: 0 };
         // What takes long is not worth it.
         for _ in 0..200 {
             if input.is_empty() {
@@ -129,8 +132,7 @@ impl Conversation<'_> {
             }
             12 => self.world.pass_time(input.pick(&[1, 100, 300, UNPROVEN, UNPROVEN + 1, 8000])),
             13 => self.world.change_routes(),
-            // A forward half is found again by the reply's. Without that a reply finds nothing.
-            14 => self.world.lose(Direction::Forward),
+            14 => self.lose(input),
             _ => self.damaged(input),
         }
     }
@@ -330,6 +332,25 @@ impl Conversation<'_> {
         self.world.send(role, &mut frame);
         // It may be another flow's.
         self.flows.clear();
+        self.is_sure = false;
+    }
+
+    /// Established flows lose a half, and are whole again with the client's next packet: at once from the
+    /// reply's, after a pause from the forward half. Before that others could have their ports, so that is
+    /// for when there are no others.
+    fn lose(&mut self, input: &mut Input) {
+        let is_settled = |flow: &Flow| {
+            !flow.is_stateful || self.world.is_established(&flow.came, Direction::Forward)
+        };
+        if input.byte() & 1 == 0 || !self.is_sure || !self.flows.iter().all(is_settled) {
+            return self.world.lose(Direction::Forward);
+        }
+        self.world.lose(Direction::Reply);
+        self.world.pass_time(300);
+        let content = Content { flags: ACK, ..content(input) };
+        for Flow { role, came, .. } in self.flows.clone() {
+            self.forward(role, came, &Content { hops: 64, ..content });
+        }
     }
 }
 

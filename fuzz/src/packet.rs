@@ -8,8 +8,8 @@ use crate::wire::{self, ACK, Content, Ends, Packet, SYN, TCP, UDP};
 use crate::world::{self, Setting, World, is_inside, is_own};
 
 /// Sends one frame through the box, and, if it leads to a backend, has that answer. The first byte is
-/// the setting, with the role in its lowest bits, and the second may have something happen before; the
-/// rest is the frame.
+/// the setting, with the role in its lowest bits, and the bits of the second have something happen
+/// before; the rest is the frame.
 pub fn packet(input: &[u8]) {
     let mut input = Input::new(input);
     let first = input.byte();
@@ -22,13 +22,17 @@ pub fn packet(input: &[u8]) {
     let before = input.byte();
     let mut frame = input.rest().to_vec();
     world::with(setting, |world| {
-        for ends in [before & 1, before & 2, before & 4].into_iter().zip(known()) {
-            if let (1.., (ends, role)) = ends {
-                let role = if setting.one_armed { Role::Both } else { role };
-                world.send(role, &mut wire::frame(&wire::packet(&ends, &CONTENT)));
+        for (bit, (ends, role)) in known().into_iter().enumerate() {
+            let role = if setting.one_armed { Role::Both } else { role };
+            let packet = wire::packet(&ends, &CONTENT);
+            if before >> bit & 1 != 0 {
+                world.send(role, &mut wire::frame(&packet));
+            }
+            if before & 0x40 != 0 {
+                world.send(role, &mut wire::frame(&wire::fragments(&packet, 7, 8)[0]));
             }
         }
-        if before & 8 != 0 {
+        if before & 0x80 != 0 {
             // One after the other, with time between.
             let mut same = frame.clone();
             world.send(role, &mut same);
@@ -49,8 +53,8 @@ pub fn packet(input: &[u8]) {
 
 const CONTENT: Content = Content { hops: 64, flags: SYN, numbers: [1, 0], payload: b"hello" };
 
-/// Packets that begin flows: masqueraded, of several backends, and hairpin.
-fn known() -> [(Ends, Role); 3] {
+/// Packets that begin flows: masqueraded, of several backends, and hairpin; and some of stateless rules.
+fn known() -> [(Ends, Role); 6] {
     let ends = |source: &str, destination: &str| Ends {
         protocol: UDP,
         source: source.parse().unwrap(),
@@ -60,6 +64,9 @@ fn known() -> [(Ends, Role); 3] {
         (ends("198.51.100.2:40001", "198.51.100.1:8082"), Role::External),
         (ends("[2001:db8:1::2]:5000", "[2001:db8:1::1]:8081"), Role::External),
         (ends("192.168.77.200:5000", "198.51.100.1:8080"), Role::Internal),
+        (ends("198.51.100.2:5000", "198.51.100.8:8080"), Role::External),
+        (ends("[2001:db8:1::2]:5000", "[2001:db8:1::1]:8080"), Role::External),
+        (ends("192.168.77.11:9000", "198.51.100.2:5000"), Role::Internal),
     ]
 }
 
