@@ -183,6 +183,12 @@ impl Conversation<'_> {
             let must = is_claimed && self.world.setting().is_clear() && content.hops > 1 && begins;
             let may = is_crowded && self.is_stateful(role, &came);
             assert!(!must || may, "{verdict:?} for {came:?}");
+            // It may still have taken the place of a flow on its way to none: a reset, or the last try.
+            let (world, now) = (self.world, self.world.now());
+            self.flows.retain(|known| {
+                let is_established = world.is_established(&known.came, Direction::Forward);
+                !known.is_stateful || is_established || now - known.last <= UNPROVEN
+            });
             return;
         }
         assert_eq!(direction, Some(Direction::Forward), "{came:?}");
