@@ -39,6 +39,8 @@ pub struct Setting {
     pub one_armed: bool,
     /// What the FIB says of ways; 0 is that there are some.
     ways: u8,
+    /// The table of established flows holds one.
+    crowded: bool,
     narrow: bool,
     sockets: bool,
     trust: bool,
@@ -49,6 +51,7 @@ impl Setting {
         Self {
             one_armed: byte & 2 != 0,
             ways: (byte >> 2 & 7).saturating_sub(3),
+            crowded: byte >> 2 & 7 == 1,
             narrow: byte & 0x20 != 0,
             sockets: byte & 0x40 != 0,
             trust: byte & 0x80 != 0,
@@ -149,6 +152,7 @@ impl World {
         router.now.set(100_000);
         let generation = setting.trust.into();
         router.trust.set(Trust { generation, padding: 0, until: Jiffies(u64::MAX) });
+        router.flow_room = if setting.crowded { 2 } else { usize::MAX };
         router.sockets = setting.sockets;
         router.route_mtu = if setting.narrow { 600 } else { 1500 };
         router.outside_flags = Interface::EXTERNAL
