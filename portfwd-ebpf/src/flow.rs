@@ -107,6 +107,14 @@ pub struct Packet<const N: usize> {
     pub now: Jiffies,
 }
 
+impl<const N: usize> Packet<N> {
+    /// Whether it may begin a flow.
+    #[inline(always)]
+    fn begins(&self) -> bool {
+        self.segment != Segment::Looks && self.flags & flow_flags::RESET == 0
+    }
+}
+
 /// What a packet is to the TCP connection that it may belong to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
@@ -161,9 +169,7 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
         Begun::NoFlow => Err(Refused::Pass(Passed::NoFlow)),
         Begun::NoBackend => Err(Refused::Drop(Dropped::NoRoute)),
         Begun::NoAddress => Err(Refused::Drop(Dropped::NoAddress)),
-        Begun::NoPort if bench.packet.segment == Segment::Looks => {
-            Err(Refused::Pass(Passed::NoFlow))
-        }
+        Begun::NoPort if !bench.packet.begins() => Err(Refused::Pass(Passed::NoFlow)),
         Begun::NoPort => Err(Refused::Drop(Dropped::NoPort)),
         Begun::NoRoom => Err(Refused::Drop(Dropped::NoRoom)),
     }
@@ -173,7 +179,7 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
 /// flow.
 #[inline(always)]
 pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> bool {
-    let Bench { packet, becomes, counter, hairpin, .. } = bench;
+    let Bench { packet, becomes, counter, hairpin, own, .. } = bench;
     let is_hairpin = |flags| u32::from(flags & flow_flags::HAIRPIN != 0);
     let found = kernel.flow(&packet.key, |half| {
         *becomes = half.becomes;
@@ -203,6 +209,11 @@ pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
         })
     });
     let Some(Some(is_stream)) = found else { return false };
+    // Who is answered keeps the port.
+    if !becomes.destination.is(&packet.key.destination) && packet.begins() {
+        *own = mapping_key(&packet.key.reversed());
+        kernel.mapping(own, |mapping| mapping.last = packet.now);
+    }
     if is_stream {
         bench.reply = bench.packet.key;
         establish(kernel, bench);
@@ -320,7 +331,7 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Ben
         Some((true, true, _)) => return Found::Proven,
         Some((true, false, _)) => return Found::Ours,
         Some((false, _, idle))
-            if looks || idle <= UNPROVEN || becomes.source.is(&packet.key.source) =>
+            if !packet.begins() || idle <= UNPROVEN || becomes.source.is(&packet.key.source) =>
         {
             return Found::Anothers;
         }
@@ -346,7 +357,7 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Ben
         Some(None) => return Found::Anothers,
         None => {}
     }
-    if looks || packet.flags & flow_flags::RESET != 0 {
+    if !packet.begins() {
         return Found::Nothing;
     }
     new.mark = reply.mark();
@@ -503,13 +514,12 @@ fn has_mapping<const N: usize, K: Kernel>(
     take: bool,
 ) -> bool {
     let Bench { packet, becomes, client, own, mapping: new, displaced, .. } = bench;
-    let looks = packet.segment == Segment::Looks;
     *own = mapping_key(becomes);
     *displaced = *client;
     let there = kernel.mapping(own, |mapping| {
         let idle = packet.now.since(mapping.last);
         let is_ours = mapping.client.is(&client.client) && mapping.port == client.port;
-        if looks {
+        if !packet.begins() {
             return is_ours;
         }
         if is_ours || take && mapping.established == 0 && idle > UNPROVEN {
@@ -527,7 +537,7 @@ fn has_mapping<const N: usize, K: Kernel>(
         kernel.remove_client(displaced);
     }
     let has = there.unwrap_or_else(|| {
-        if looks {
+        if !packet.begins() {
             return false;
         }
         let (last, port) = (packet.now, client.port);

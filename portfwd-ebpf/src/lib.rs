@@ -15,3 +15,5 @@ pub mod packet;
 pub mod path;
 pub mod segment;
 pub mod table;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;

@@ -29,7 +29,12 @@ pub fn command() -> Command {
 
 /// Builds; cargo's messages go to the terminal. Gives the executables that the arguments ask for.
 pub fn build(arguments: &[&str]) -> Result<Vec<Executable>> {
-    let mut child = command()
+    build_with(command(), arguments)
+}
+
+/// [`build`], with a command of cargo that has something more in its environment.
+pub fn build_with(mut command: Command, arguments: &[&str]) -> Result<Vec<Executable>> {
+    let mut child = command
         .args(arguments)
         .arg("--message-format=json-render-diagnostics")
         .stdout(Stdio::piped())

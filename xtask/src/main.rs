@@ -2,6 +2,7 @@
 
 mod bench;
 mod cargo;
+mod fuzz;
 mod lab;
 mod oracle;
 mod root;
@@ -38,6 +39,8 @@ enum Command {
     /// Send the same random packets through portfwd and through nftables, and compare what comes out;
     /// as an ordinary user, asks for root through sudo, once
     Oracle(oracle::Options),
+    /// Look for packets and configurations that are taken wrongly, with libFuzzer
+    Fuzz(fuzz::Options),
     /// The lab itself, as root, with portfwd already built
     #[command(hide = true)]
     Lab {
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Run(options) => run::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Oracle(options) => oracle::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Lab { portfwd, options } => lab::run(&options, &portfwd),
     };
     match done {

@@ -75,12 +75,16 @@ for package; do
 done
 "#;
 
-/// For what: to compile, also to run the tests and the lab, or also to compare with others.
+/// What libFuzzer is compiled with.
+const FUZZERS: [(&str, &str); 1] = [("c++", "g++")];
+
+/// For what: to compile, also to run the tests and the lab, or also to compare with others, or to fuzz.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Need {
     Build,
     Everything,
     Bench,
+    Fuzz,
 }
 
 impl Need {
@@ -90,6 +94,7 @@ impl Need {
             Self::Build => &[],
             Self::Everything => &PROGRAMS,
             Self::Bench => &CONTENDERS,
+            Self::Fuzz => &FUZZERS,
         }
     }
 }

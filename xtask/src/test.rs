@@ -68,7 +68,9 @@ pub fn run(options: &Options) -> Result<()> {
     let mut died = false;
     if wanted(Layer::Host) {
         // The eBPF binary does not compile for the host, hence the second call.
-        let libraries = ["--package", "portfwd-ebpf", "--package", "portfwd-tests", "--lib"];
+        let libraries = ["portfwd-ebpf", "portfwd-tests", "portfwd-fuzz"];
+        let libraries = libraries.map(|name| ["--package", name]);
+        let libraries = [libraries.as_flattened(), &["--lib"]].concat();
         let bench = ["--package", "portfwd-bench", "--bin", "bench"];
         for packages in [&[][..], &libraries, &bench] {
             let mut command = cargo::command();

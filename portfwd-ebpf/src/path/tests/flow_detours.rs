@@ -256,7 +256,7 @@ fn who_sends_to_the_box_is_told_of_the_last_hop_and_of_what_fits() {
         for direction in WAYS {
             let [(from, to), _] = talk.ends(direction);
             let last = talk.packet(from, to, 1, b"payload");
-            let large = talk.packet(from, to, 64, &[7; 1450]);
+            let large = talk.packet(from, to, 64, &[7; 1400]);
             let (exceeded, too_big) = match talk.is_v4() {
                 true => ([11, 0], [3, 4]),
                 false => ([3, 0], [2, 0]),
@@ -265,9 +265,9 @@ fn who_sends_to_the_box_is_told_of_the_last_hop_and_of_what_fits() {
             assert_eq!(talk.stays(direction, &last), Verdict::Drop(Dropped::TtlExpired));
             assert_eq!(talk.router.answer.take(), Some(answer(&last, exceeded, [0; 4])));
             assert_eq!(talk.counted(), counted);
-            talk.router.route_mtu = 1400;
+            talk.router.route_mtu = 1300;
             assert_eq!(talk.stays(direction, &large), Verdict::Drop(Dropped::TooBig));
-            let mtu = 1400_u32.to_be_bytes();
+            let mtu = 1300_u32.to_be_bytes();
             assert_eq!(talk.router.answer.take(), Some(answer(&large, too_big, mtu)));
             talk.router.route_mtu = 1500;
         }
@@ -299,7 +299,7 @@ fn on_one_interface_backends_errors_and_fragments_find_their_flow() {
     talk.router.rows[1].flags = MASQUERADE;
     talk.router.rows[2].flags = Translation::STATEFUL;
     talk.router.outside_flags = Interface::INTERNAL | Interface::EXTERNAL | Interface::TRANSMITS;
-    let mut goes = |came: Vec<u8>| {
+    let goes = |came: Vec<u8>| {
         let mut bytes = came.clone();
         let verdict = talk.router.handle(Role::Both, &mut bytes);
         assert!(matches!(verdict, Verdict::Redirect(_)), "{verdict:?}");
