@@ -183,12 +183,6 @@ impl Conversation<'_> {
             let must = is_claimed && self.world.setting().is_clear() && content.hops > 1 && begins;
             let may = is_crowded && self.is_stateful(role, &came);
             assert!(!must || may, "{verdict:?} for {came:?}");
-            // It may still have taken the place of a flow on its way to none: a reset, or the last try.
-            let (world, now) = (self.world, self.world.now());
-            self.flows.retain(|known| {
-                let is_established = world.is_established(&known.came, Direction::Forward);
-                !known.is_stateful || is_established || now - known.last <= UNPROVEN
-            });
             return;
         }
         assert_eq!(direction, Some(Direction::Forward), "{came:?}");
@@ -212,10 +206,7 @@ impl Conversation<'_> {
         self.flows.retain(|known| {
             let idle = now - known.last > UNPROVEN;
             if (known.came, known.role) == (came, role) {
-                // Others may have its port although it was just answered: that keeps the flow, but not
-                // the port.
-                let may = now - known.sent > UNPROVEN;
-                assert!(known.goes == goes || may, "{known:?} is seen as another now: {goes:?}");
+                assert!(known.goes == goes || idle, "{known:?} is seen as another now: {goes:?}");
                 return false;
             }
             let is_established = self.world.is_established(&known.came, Direction::Forward);
@@ -257,7 +248,7 @@ impl Conversation<'_> {
 
     /// An ICMP error about a packet of a flow, as somebody on its way had it.
     fn error(&mut self, flow: &Flow, is_about_answer: bool, input: &mut Input) {
-        let Flow { came, goes, role, is_stateful, .. } = *flow;
+        let Flow { came, goes, role, .. } = *flow;
         let role = if is_about_answer { role } else { self.inside(role) };
         let content = content(input);
         let quote = |ends: &Ends| wire::packet(ends, &content);
@@ -288,12 +279,16 @@ impl Conversation<'_> {
         .unwrap();
         let error = wire::error(router, seen.source.ip(), 64, kind, rest, &quote(&seen)[..cut]);
         let (direction, verdict, packet) = self.send(role, &error);
-        // Hairpin is of clients inside: their errors and those about them stay inside.
-        let must = self.world.setting().is_clear() && !is_stateful;
+        let must = self.world.setting().is_clear();
         assert!(!must || direction.is_some(), "{verdict:?} for an error about {flow:?}");
         if direction.is_some() {
             let hops = if matches!(verdict, Verdict::Redirect(_)) { 63 } else { 64 };
-            let from = if is_about_answer { router } else { came.destination.ip() };
+            let from = match is_about_answer {
+                // Whoever it is from, the backend sees the box.
+                true if goes.source.ip() != came.source.ip() => goes.source.ip(),
+                true => router,
+                false => came.destination.ip(),
+            };
             let expected =
                 wire::error(from, sent.source.ip(), hops, kind, rest, &quote(&sent)[..cut]);
             assert_eq!(packet, expected, "an error about {flow:?}");

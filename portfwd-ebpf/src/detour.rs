@@ -84,10 +84,11 @@ impl Way for Detour {
         let has = |direction, address| claims::<N, I, K>(kernel, direction, &address).is_some();
         let next = match (direction, reason) {
             (Direction::Forward, Passed::NoFlow) => Part::FindForward,
-            // To an address of the box that masquerades clients, from where backends are.
+            // To an address of the box that masquerades clients, from where backends are. Errors are of any
+            // router there.
             (Direction::Forward, Passed::NoRule | Passed::Icmp | Passed::Fragment)
                 if kernel.ingress().is_some_and(|ingress| ingress.has(Interface::INTERNAL))
-                    && has(Direction::Reply, ip.source()) =>
+                    && (reason == Passed::Icmp || has(Direction::Reply, ip.source())) =>
             {
                 Part::FindReply
             }
@@ -150,6 +151,16 @@ struct Becomes<const N: usize> {
     flags: u32,
     /// The rule's row in `COUNTERS`.
     counter: u32,
+}
+
+/// What the end becomes that a direction does not translate.
+#[derive(Clone, Copy)]
+struct Other<const N: usize> {
+    address: Address<N>,
+    port: Port,
+    /// It is the address that it had. Of an ICMP error, which may come from anywhere, that is of what it
+    /// quotes.
+    stays: bool,
 }
 
 /// How a packet is asked for.
@@ -220,7 +231,7 @@ trait Decides<const N: usize, K: Kernel> {
     ) -> Result<Becomes<N>, Otherwise>;
 
     /// What the other end becomes of a packet of which that is known; none if it stays.
-    fn other(&self, direction: Direction) -> Option<(Address<N>, Port)>;
+    fn other(&self, direction: Direction) -> Option<Other<N>>;
 
     /// To be remembered with the first fragment: [`FirstFragment`]'s.
     fn flags(&self) -> u32;
@@ -292,7 +303,7 @@ impl<const N: usize, K: Kernel> Decides<N, K> for Alone {
     }
 
     #[inline(always)]
-    fn other(&self, _: Direction) -> Option<(Address<N>, Port)> {
+    fn other(&self, _: Direction) -> Option<Other<N>> {
         None
     }
 
@@ -361,7 +372,7 @@ impl<const N: usize, K: Kernel + Flows<N>> Decides<N, K> for Finds<'_, N> {
     }
 
     #[inline(always)]
-    fn other(&self, _: Direction) -> Option<(Address<N>, Port)> {
+    fn other(&self, _: Direction) -> Option<Other<N>> {
         None
     }
 
@@ -392,6 +403,9 @@ impl<const N: usize, K: Kernel> Decides<N, K> for Found<'_, N> {
         _: &Flow,
         _: Asks,
     ) -> Result<Becomes<N>, Otherwise> {
+        let Self(Bench { packet, becomes, stays, .. }) = self;
+        let [came, goes] = [packet.key, *becomes].map(|key| key.end(direction.opposite()).0);
+        *stays = came.is(&goes).into();
         Ok(self.translated(direction))
     }
 
@@ -412,18 +426,20 @@ impl<const N: usize, K: Kernel> Decides<N, K> for Found<'_, N> {
         };
         bench.counter = first.counter;
         bench.hairpin = (first.flags & FirstFragment::HAIRPIN != 0).into();
+        bench.stays = (first.flags & FirstFragment::STAYS != 0).into();
         Ok(self.translated(direction))
     }
 
     #[inline(always)]
-    fn other(&self, direction: Direction) -> Option<(Address<N>, Port)> {
-        Some(self.0.becomes.end(direction.opposite()))
+    fn other(&self, direction: Direction) -> Option<Other<N>> {
+        let (address, port) = self.0.becomes.end(direction.opposite());
+        Some(Other { address, port, stays: self.0.stays != 0 })
     }
 
     #[inline(always)]
     fn flags(&self) -> u32 {
-        let hairpin = if self.0.hairpin == 0 { 0 } else { FirstFragment::HAIRPIN };
-        FirstFragment::OF_FLOW | hairpin
+        let Bench { hairpin, stays, .. } = &*self.0;
+        FirstFragment::OF_FLOW | *hairpin * FirstFragment::HAIRPIN | *stays * FirstFragment::STAYS
     }
 }
 
@@ -553,7 +569,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
     // The stack would take it for the box's own, and cannot tell the sender.
     let is_to_box = match direction {
         Direction::Forward => true,
-        Direction::Reply => decides.other(direction).is_some_and(|(to, _)| to != ip.destination()),
+        Direction::Reply => decides.other(direction).is_some_and(|client| !client.stays),
     };
     let Asked { verdict, hop, narrow } = if ends_here {
         Asked { verdict: Verdict::detour(direction, Passed::Ttl), hop: None, narrow: None }
@@ -596,7 +612,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
     if is_first && let Some(FragmentBench { key, first }) = kernel.fragment_bench() {
         let until = Jiffies(kernel.now().0 + FRAGMENTS_LAST * kernel.second());
         let (address, counter, flags) = (to.address.widen(), to.counter, decides.flags());
-        let other = decides.other(direction).map_or(address, |(other, _)| other.widen());
+        let other = decides.other(direction).map_or(address, |other| other.address.widen());
         *first = FirstFragment { address, other, until, counter, flags };
         *key = key_of(direction, ip, protocol, fragment);
         kernel.set_first_fragment(key, first);
@@ -634,13 +650,17 @@ fn goes<const N: usize>(
     came: Flow,
     direction: Direction,
     to: &Becomes<N>,
-    other: Option<(Address<N>, Port)>,
+    other: Option<Other<N>>,
     is_segment: bool,
 ) -> Flow {
     let port = |port| if is_segment { port } else { Port::NONE };
     let goes = came.translated(direction, to.address.widen(), port(to.port));
     match other {
-        Some((address, other)) => {
+        Some(Other { stays: true, port: other, .. }) => {
+            let (address, _) = goes.end(direction.opposite());
+            goes.translated(direction.opposite(), address, port(other))
+        }
+        Some(Other { address, port: other, .. }) => {
             goes.translated(direction.opposite(), address.widen(), port(other))
         }
         None => goes,
@@ -665,7 +685,7 @@ struct Both<const N: usize> {
     direction: Direction,
     /// The one that the direction translates.
     end: (Address<N>, Port),
-    other: Option<(Address<N>, Port)>,
+    other: Option<Other<N>>,
 }
 
 impl<const N: usize> Both<N> {
@@ -680,8 +700,11 @@ impl<const N: usize> Both<N> {
         mut rest: impl FnMut(Direction, Address<N>, Port, Change),
     ) {
         let Self { direction, end, other } = self;
-        if let Some((address, port)) = other {
-            let addresses = ip.rewrite(direction.opposite(), address, 0);
+        if let Some(Other { address, port, stays }) = other {
+            let addresses = match stays {
+                true => Change::default(),
+                false => ip.rewrite(direction.opposite(), address, 0),
+            };
             rest(direction.opposite(), address, port, addresses);
         }
         // The stack takes a hop off and writes the link addresses itself.

@@ -69,6 +69,8 @@ pub struct Bench<const N: usize> {
     pub counter: u32,
     /// 1 if the packet goes to a client on an internal interface.
     pub hairpin: u32,
+    /// 1 if the end that its direction does not translate keeps its address.
+    pub stays: u32,
     /// Of the packets that answer it.
     reply: FlowKey<N>,
     candidate: Candidate<N>,

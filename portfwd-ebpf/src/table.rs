@@ -477,6 +477,8 @@ impl FirstFragment {
     pub const OF_FLOW: u32 = 1;
     /// It goes to a client on an internal interface.
     pub const HAIRPIN: u32 = 2;
+    /// The address of the other end stays as it came.
+    pub const STAYS: u32 = 4;
 }
 
 /// Value of the single row of `ANSWERS`, per CPU: how many ICMP errors may be sent. A token bucket.

@@ -166,6 +166,28 @@ fn errors_say_what_both_ends_know() {
     }
 }
 
+/// Whoever sent it stays whom it was, where clients keep their addresses.
+#[test]
+fn errors_of_a_rule_that_does_not_masquerade_keep_their_source() {
+    let mut talk = Talk::begin(true, UDP, false, 0);
+    talk.router = Router::new(HOP);
+    talk.router.rows[1].flags = Translation::STATEFUL;
+    talk.router.rows[2].flags = Translation::STATEFUL;
+    let first = talk.packet(&talk.client, &talk.asked, 64, b"hello");
+    talk.goes(Direction::Forward, first);
+    let [outside, inside] = talk.strangers;
+    let quoted = |from, to| packet(talk.packet(from, to, 9, b"hello"));
+    let (seen, sent) = (quoted(&talk.asked, &talk.client), quoted(&talk.backend, &talk.client));
+    let came = error(outside, &BOX, 64, [3, 1], [0; 4], &seen);
+    let goes = error(outside, &BACKEND, 63, [3, 1], [0; 4], &sent);
+    let quoted = |from, to| packet(talk.packet(from, to, 9, b"hello"));
+    let (seen, sent) = (quoted(&talk.client, &talk.backend), quoted(&talk.client, &talk.asked));
+    assert_eq!(talk.goes(Direction::Forward, came), goes);
+    let came = error(inside, &CLIENT, 64, [3, 1], [0; 4], &seen);
+    let goes = error(&BOX, &CLIENT, 63, [3, 1], [0; 4], &sent);
+    assert_eq!(talk.goes(Direction::Reply, came), goes);
+}
+
 #[test]
 fn errors_about_no_flow_begin_none() {
     for mut talk in Talk::all() {
