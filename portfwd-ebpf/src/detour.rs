@@ -511,7 +511,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
     let Payload { protocol, fragment, .. } = payload;
     // To look ahead: what is changed is taken when it is known that it is.
     let ahead = &mut frame.ahead();
-    ahead.skip(payload.offset);
+    ahead.jump(payload.offset);
     let part = Holds::of::<N, I>(ahead, direction, &payload)?;
     let ends = match part {
         Holds::Segment => Flow::between(ip, protocol, segment(ahead, &payload)?.ports()),
@@ -533,7 +533,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
     let ends = ends.forgotten(nothing);
     let payload = payload.forgotten(nothing)?;
     let Payload { protocol, fragment, .. } = payload;
-    frame.skip(payload.offset);
+    frame.jump(payload.offset);
     let ports = match is(Holds::Segment) {
         true => (ends.source_port, ends.destination_port),
         // What an error quotes has ports, but not the error itself.

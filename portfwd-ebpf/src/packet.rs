@@ -101,8 +101,13 @@ impl<'a> Frame<'a> {
     /// Leaves out `len` bytes. What follows is checked when it is taken.
     #[inline(always)]
     pub fn skip(&mut self, len: usize) {
-        // Hidden from the compiler, which would check one sum of the same parts and read by another: to
-        // the verifier they have nothing to do with each other.
+        self.next = self.next.wrapping_add(len);
+    }
+
+    /// The same, in a way that the compiler does not see through: it would check one sum of the same
+    /// parts and read by another, and to the verifier they have nothing to do with each other.
+    #[inline(always)]
+    pub fn jump(&mut self, len: usize) {
         self.next = core::hint::black_box(self.next.wrapping_add(len));
     }
 
@@ -327,6 +332,15 @@ pub struct Payload {
 }
 
 impl Payload {
+    /// Takes the transport header of this, which is what follows the IP header that was taken from
+    /// `frame`.
+    #[inline(always)]
+    pub fn transport<'a>(self, frame: &mut Frame<'a>) -> Result<Transport<'a>, Passed> {
+        let Self { protocol, offset, len, .. } = self;
+        frame.skip(offset);
+        Transport::take(frame, protocol, len)
+    }
+
     /// The same, of which the verifier knows nothing any more.
     #[inline(always)]
     pub fn forgotten(self, nothing: u32) -> Result<Self, Passed> {
@@ -450,10 +464,8 @@ pub trait Ip<const N: usize>: Header {
         frame: &mut Frame<'a>,
         available: usize,
     ) -> Result<Transport<'a>, Passed> {
-        let Payload { protocol, offset, len, .. } =
-            self.payload(frame, self.whole(available)?, Reads::Whole)?;
-        frame.skip(offset);
-        Transport::take(frame, protocol, len)
+        let payload = self.payload(frame, self.whole(available)?, Reads::Whole)?;
+        payload.transport(frame)
     }
 
     /// Sets the address that `direction` translates, takes `hops` (less than [`ttl`](Self::ttl)) off,

@@ -8,7 +8,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use crate::detour::FragmentBench;
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::icmp::Icmp;
-use crate::packet::{EtherType, Ethernet, Frame, Ip, Transport, forgotten};
+use crate::packet::{EtherType, Ethernet, Frame, Ip, Reads, Transport, forgotten};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Claims, ClientKey, Counter, Direction, Dropped,
     Endpoint, FirstFragment, FlowKey, FragmentKey, Hop, Interface, Jiffies, LinkAddresses, Mapping,
@@ -506,12 +506,19 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
     let available = frame.remaining();
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let mut packet = match Packet::take(ethernet, ip, frame, available) {
+    let transport = ip
+        .whole(available)
+        .and_then(|whole| ip.payload(frame, whole, Reads::Whole))
+        // Where extension headers may be, each number of them would be verified with all that follows.
+        .and_then(|payload| if N == 4 { Ok(payload) } else { payload.forgotten(kernel.nothing()) })
+        .and_then(|payload| payload.transport(frame));
+    let transport = match transport {
         Err(Passed::Icmp | Passed::Fragment) if part == Part::Hairpin => {
             return Ok(Verdict::Flow(Part::FindForward.program::<N>()));
         }
-        packet => packet?,
+        transport => transport?,
     };
+    let mut packet = Packet { ethernet, ip, transport };
     let bench = kernel.bench().ok_or(Passed::NoFlow)?;
     let claimed = |packet: &Packet<'_, I>, direction| {
         let end = match direction {
