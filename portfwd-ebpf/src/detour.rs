@@ -92,7 +92,7 @@ impl Way for Detour {
             {
                 Part::FindReply
             }
-            (Direction::Reply, Passed::NoFlow | Passed::Inside) => Part::FindReply,
+            (Direction::Reply, Passed::NoFlow | Passed::Inside | Passed::Ttl) => Part::FindReply,
             (Direction::Reply, Passed::NoRule | Passed::Icmp | Passed::Fragment)
                 if has(Direction::Reply, ip.source())
                     || has(Direction::Forward, ip.destination()) =>
@@ -326,6 +326,11 @@ impl<const N: usize, K: Kernel + Flows<N>> Decides<N, K> for Finds<'_, N> {
         asks: Asks,
     ) -> Result<Becomes<N>, Otherwise> {
         let Self(bench) = self;
+        // Others have no ports to tell flows by.
+        if !matches!(ends.protocol, TCP | UDP) {
+            let ends_here = direction == Direction::Reply && asks.ends_here;
+            return Err(Err(if ends_here { Passed::Ttl } else { Passed::Protocol }));
+        }
         bench.packet = asks.packet(kernel, direction, ends);
         if direction == Direction::Reply && flow::reply(kernel, bench) {
             return Err(Ok(send::<N>(direction)));
@@ -546,7 +551,8 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
         let FragmentBench { key, .. } = kernel.fragment_bench().ok_or(Passed::Fragment)?;
         *key = key_of(direction, ip, protocol, fragment);
         let like = kernel.first_fragment(key, |first| {
-            (kernel.now() < first.until).then(|| decides.like(direction, first))
+            let like = (kernel.now() < first.until).then(|| decides.like(direction, first));
+            if first.is(key) { like } else { None }
         });
         match like.flatten() {
             Some(Ok(to)) => to,
@@ -554,7 +560,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
             None => return Err(Passed::Fragment),
         }
     } else {
-        let asks = Asks { begins: is_first, length: ip.length(), ends_here };
+        let asks = Asks { begins: is_first && !ends_here, length: ip.length(), ends_here };
         match decides.becomes::<I>(kernel, direction, &ends, asks) {
             Ok(to) => to,
             Err(Err(Passed::NoRule | Passed::Protocol)) if protocol == I::PROTOCOL => {
@@ -613,8 +619,9 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
         let until = Jiffies(kernel.now().0 + FRAGMENTS_LAST * kernel.second());
         let (address, counter, flags) = (to.address.widen(), to.counter, decides.flags());
         let other = decides.other(direction).map_or(address, |other| other.address.widen());
-        *first = FirstFragment { address, other, until, counter, flags };
         *key = key_of(direction, ip, protocol, fragment);
+        let mark = key.mark();
+        *first = FirstFragment { mark, counter, flags, padding: 0, address, other, until };
         kernel.set_first_fragment(key, first);
     }
     if direction == Direction::Forward

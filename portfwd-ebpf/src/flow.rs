@@ -169,9 +169,11 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
             Ok(())
         }
         Begun::NoFlow => Err(Refused::Pass(Passed::NoFlow)),
+        Begun::NoBackend | Begun::NoAddress | Begun::NoPort if !bench.packet.begins() => {
+            Err(Refused::Pass(Passed::NoFlow))
+        }
         Begun::NoBackend => Err(Refused::Drop(Dropped::NoRoute)),
         Begun::NoAddress => Err(Refused::Drop(Dropped::NoAddress)),
-        Begun::NoPort if !bench.packet.begins() => Err(Refused::Pass(Passed::NoFlow)),
         Begun::NoPort => Err(Refused::Drop(Dropped::NoPort)),
         Begun::NoRoom => Err(Refused::Drop(Dropped::NoRoom)),
     }
@@ -343,7 +345,9 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Ben
     }
     let established = kernel.flow(reply, |half| {
         (half.becomes.is(back) && half.is(reply)).then(|| {
-            half.counter = counter;
+            if !looks {
+                half.counter = counter;
+            }
             (half.created, half.flags & flow_flags::HAIRPIN)
         })
     });
@@ -548,7 +552,7 @@ fn has_mapping<const N: usize, K: Kernel>(
         let is_free = !kernel.has_socket(&path::Flow::of_key(&becomes.reversed()));
         is_free && kernel.add_mapping(own, new) == Added::Yes
     });
-    if has && note {
+    if has && note && packet.begins() {
         kernel.set_client_port(client, becomes.source_port);
     }
     has

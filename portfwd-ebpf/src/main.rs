@@ -626,7 +626,8 @@ impl Kernel for Xdp<'_> {
         key: &FragmentKey,
         look: impl FnOnce(&FirstFragment) -> R,
     ) -> Option<R> {
-        // SAFETY: of integers; one that another CPU replaces meanwhile is a fragment lost.
+        // SAFETY: of integers. The kernel gives the memory of one that is replaced to the next at once: who
+        // looks asks whose it is.
         unsafe { FRAGMENTS.get(key) }.map(look)
     }
 

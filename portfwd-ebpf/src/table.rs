@@ -460,16 +460,19 @@ pub struct FragmentKey {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct FirstFragment {
+    /// Of its key, as in [`FlowHalf`].
+    pub mark: Mark,
+    /// The rule's row in `COUNTERS`.
+    pub counter: u32,
+    /// The constants below.
+    pub flags: u32,
+    pub padding: u32,
     /// The new address of the end that is translated.
     pub address: AnyAddress,
     /// With [`OF_FLOW`](Self::OF_FLOW): the new address of the other end.
     pub other: AnyAddress,
     /// From then on it is another packet that has the identification.
     pub until: Jiffies,
-    /// The rule's row in `COUNTERS`.
-    pub counter: u32,
-    /// The constants below.
-    pub flags: u32,
 }
 
 impl FirstFragment {
@@ -479,6 +482,30 @@ impl FirstFragment {
     pub const HAIRPIN: u32 = 2;
     /// The address of the other end stays as it came.
     pub const STAYS: u32 = 4;
+
+    /// Whether this is of `key`, and was when the rest was read.
+    #[inline(always)]
+    pub fn is(&self, key: &FragmentKey) -> bool {
+        // SAFETY: of a reference; volatile, so that it is read after the rest.
+        unsafe { (&raw const self.mark).read_volatile() == key.mark() }
+    }
+}
+
+impl FragmentKey {
+    #[inline(always)]
+    pub fn mark(&self) -> Mark {
+        let kind = u32::from(self.family) << 16
+            | u32::from(self.protocol) << 8
+            | u32::from(self.direction as u8);
+        let mut mark = u32::from_ne_bytes(self.identification) ^ kind;
+        for end in [&self.source, &self.destination] {
+            for word in end.0.as_chunks::<4>().0 {
+                mark = (mark ^ u32::from_ne_bytes(*word)).wrapping_mul(0x9e37_79b1);
+                mark ^= mark >> 15;
+            }
+        }
+        Mark(mark)
+    }
 }
 
 /// Value of the single row of `ANSWERS`, per CPU: how many ICMP errors may be sent. A token bucket.
@@ -938,7 +965,7 @@ const _: () = {
     assert!(size_of::<ClientKey>() == 40);
     assert!(size_of::<RememberedHop>() == 32);
     assert!(size_of::<RouteSet<4>>() == 24 && size_of::<RouteSet<16>>() == 48);
-    assert!(size_of::<FragmentKey>() == 40 && size_of::<FirstFragment>() == 48);
+    assert!(size_of::<FragmentKey>() == 40 && size_of::<FirstFragment>() == 56);
     assert!(size_of::<Bucket>() == 16);
     assert!(size_of::<Counter>() == 64 + 8 * (ToStack::COUNT + Dropped::COUNT));
 };

@@ -486,6 +486,11 @@ fn explain_one(
             rules[*other].name
         ),
     });
+    if stateful.is_some() && rule.protocol.other() {
+        lines.push(
+            "TCP and UDP only: pings and other protocols have no ports to tell flows by".to_owned(),
+        );
+    }
     lines.join("\n")
 }
 

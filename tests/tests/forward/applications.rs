@@ -22,11 +22,6 @@ use tokio::time::timeout;
 
 use crate::running::*;
 
-/// The same rules, but the server sees the router's address.
-fn masqueraded(rules: Vec<Rule>) -> Vec<Rule> {
-    rules.into_iter().map(|rule| Rule { masquerade: true, ..rule }).collect()
-}
-
 /// What went through each of the rules of `for_both`, by the addresses alone, as fragments have no
 /// ports: what was sent, or what was received.
 fn by_address(running: &Running, way: Direction) -> [Counts; 2] {

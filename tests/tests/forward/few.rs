@@ -46,7 +46,14 @@ fn a_transfer_finds_the_mtu_of_the_routers_own_way() {
     if !is_root() {
         return;
     }
-    let running = Running::start(Rig::new().unwrap(), for_both("web", "tcp", 8080..=8080, 80));
+    let rules = for_both("web", "tcp", 8080..=8080, 80);
+    for rules in [rules.clone(), masqueraded(rules)] {
+        finds_the_mtu_of_the_routers_own_way(rules);
+    }
+}
+
+fn finds_the_mtu_of_the_routers_own_way(rules: Vec<Rule>) {
+    let running = Running::start(Rig::new().unwrap(), rules);
     let Rig { router, server, .. } = &running.rig;
     let [v4, v6] = rig::SERVER.both();
     router.ip(&format!("route add {v4}/32 dev lan0 mtu lock 1300")).unwrap();
@@ -70,11 +77,18 @@ fn a_transfer_finds_the_mtu_of_a_way_inside() {
     if !is_root() {
         return;
     }
-    let rig = Rig::with(Options { deep: true, ..Options::default() }).unwrap();
     let [v4, v6] = rig::DEEP.both();
     let rule = |name, backend| Rule::new(name, "tcp", 8080..=8080, at(backend, 80));
     let rules =
         vec![rule("web4", v4), Rule { address: Some(rig::WAN.v6.into()), ..rule("web6", v6) }];
+    for rules in [rules.clone(), masqueraded(rules)] {
+        finds_the_mtu_of_a_way_inside(rules);
+    }
+}
+
+fn finds_the_mtu_of_a_way_inside(rules: Vec<Rule>) {
+    let rig = Rig::with(Options { deep: true, ..Options::default() }).unwrap();
+    let [v4, v6] = rig::DEEP.both();
     let server = &rig.server;
     server.ip(&format!("route add {v4}/32 dev deep0 mtu lock 1300")).unwrap();
     server.ip(&format!("route add {v6}/128 dev deep0 mtu lock 1300")).unwrap();
@@ -99,20 +113,25 @@ fn a_transfer_finds_the_mtu_of_a_way_outside() {
     if !is_root() {
         return;
     }
+    let rules = for_both("web", "tcp", 8080..=8080, 80);
+    finds_the_mtu_of_a_way_outside(rules.clone(), rig::GATEWAY.both().map(IpAddr::from));
+    // Whoever says it, the server sees the router.
+    finds_the_mtu_of_a_way_outside(masqueraded(rules), rig::LAN.both().map(IpAddr::from));
+}
+
+fn finds_the_mtu_of_a_way_outside(rules: Vec<Rule>, from: [IpAddr; 2]) {
     let rig = Rig::with(Options { gateway: true, ..Options::default() }).unwrap();
     let gateway = rig.gateway.as_ref().unwrap();
     let [v4, v6] = rig::DISTANT_CLIENT.both();
     gateway.ip(&format!("route add {v4}/32 dev lan0 mtu lock 1300")).unwrap();
     gateway.ip(&format!("route add {v6}/128 dev lan0 mtu lock 1300")).unwrap();
-    let running = Running::start(rig, for_both("web", "tcp", 8080..=8080, 80));
+    let running = Running::start(rig, rules);
     for (wan, backend) in both() {
         let _echo = Server::tcp(&running.rig.server, at(backend, 80), Answer::Echo).unwrap();
         moves_bytes(&running, at(wan, 8080));
     }
     let errors = running.servers[0].look(|tally| {
-        tally.count(|key| {
-            matches!(key.protocol, 1 | 58) && rig::GATEWAY.both().contains(&key.source.ip())
-        })
+        tally.count(|key| matches!(key.protocol, 1 | 58) && from.contains(&key.source.ip()))
     });
     assert!(errors.packets >= 2, "{errors}");
     running.finish();
@@ -203,7 +222,14 @@ fn datagrams_of_60_kilobytes_arrive_whole() {
     if !is_root() {
         return;
     }
-    let running = Running::start(Rig::new().unwrap(), for_both("game", "udp", 9000..=9000, 27015));
+    let rules = for_both("game", "udp", 9000..=9000, 27015);
+    for rules in [rules.clone(), masqueraded(rules)] {
+        carries_datagrams_of_60_kilobytes(rules);
+    }
+}
+
+fn carries_datagrams_of_60_kilobytes(rules: Vec<Rule>) {
+    let running = Running::start(Rig::new().unwrap(), rules);
     for (wan, backend) in both() {
         let _echo = Server::udp(&running.rig.server, at(backend, 27015), Answer::Echo).unwrap();
         exchanges_large(&running, at(wan, 9000));

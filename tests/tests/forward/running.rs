@@ -18,6 +18,11 @@ use portfwd_tests::wire::{self, Capture, Count, Direction, Frame, Key, Tally};
 use portfwd_tests::{Portfwd, TempDir, binary};
 use serde_json::Value;
 
+/// The same rules, but the server sees the router's address.
+pub fn masqueraded(rules: Vec<Rule>) -> Vec<Rule> {
+    rules.into_iter().map(|rule| Rule { masquerade: true, ..rule }).collect()
+}
+
 /// The same rule for the rig's server over each IP version. Two rules on one port cannot both listen on
 /// every address, so that for IPv6 names the only one there is.
 pub fn for_both(

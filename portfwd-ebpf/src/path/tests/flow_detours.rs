@@ -344,3 +344,62 @@ fn on_one_interface_backends_errors_and_fragments_find_their_flow() {
         assert_eq!(goes(came), expected);
     }
 }
+
+/// They have no ports to tell flows by.
+#[test]
+fn pings_from_inside_to_a_dmz_host_are_the_boxs_whole_or_in_fragments() {
+    let router = Router::new(HOP);
+    let echo = error(&[192, 168, 77, 30], &DMZ_BOX, 64, [8, 0], [0, 7, 0, 1], &[7; 300]);
+    for mut came in [vec![echo.clone()], fragments(&echo, 7, 64)].concat() {
+        let before = came.clone();
+        let verdict = router.handle(Role::Internal, &mut came);
+        assert!(matches!(verdict, Verdict::Pass(Passed::Icmp | Passed::Fragment)), "{verdict:?}");
+        assert_eq!(came, before);
+    }
+    assert!(router.candidates4.borrow().is_empty() && router.mappings.borrow().is_empty());
+}
+
+/// However the backend may be reached, or not.
+#[test]
+fn what_begins_no_flow_is_passed_without_a_way_too() {
+    for mut talk in Talk::all().filter(|talk| talk.role == Role::External) {
+        let client = (talk.client.0.clone(), 7000);
+        let quoted = packet(talk.packet(&talk.asked, &client, 9, b"payload"));
+        let kind = if talk.is_v4() { [3, 1] } else { [1, 0] };
+        let mut came = error(talk.strangers[0], &talk.asked.0, 64, kind, [0; 4], &quoted);
+        talk.router.route = Route::NotForwarded;
+        let verdict = talk.router.handle(Role::External, &mut came);
+        assert_eq!(verdict, Verdict::Pass(Passed::NoFlow));
+    }
+}
+
+/// A rule that keeps no flows needs one for a client inside.
+#[test]
+fn an_answer_to_a_client_inside_that_ends_here_is_told_of_in_fragments_too() {
+    let mut talk = Talk::begin(true, UDP, true, 0);
+    talk.router = Router::new(HOP);
+    let first = talk.packet(&talk.client, &talk.asked, 64, b"hello");
+    talk.goes(Direction::Forward, first);
+    let last = talk.packet(&talk.backend, &talk.seen, 1, &[7; 200]);
+    for came in [vec![last.clone()], fragments(&last, 7, 128)[..1].to_vec()].concat() {
+        assert_eq!(talk.stays(Direction::Reply, &came), Verdict::Drop(Dropped::TtlExpired));
+        assert!(talk.router.answer.take().is_some());
+    }
+}
+
+/// The kernel gives the memory of an entry to another at once, while packets look at it.
+#[test]
+fn an_entry_of_fragments_that_is_anothers_now_is_not_used() {
+    let mut talk = Talk::begin(true, UDP, false, 0);
+    let whole = talk.packet(&talk.client, &talk.asked, 64, &[7; 200]);
+    let [first, second, ..] = &fragments(&whole, 5, 64)[..] else { panic!("fragments") };
+    talk.goes(Direction::Forward, first.clone());
+    let other = fragments(&whole, 6, 64).remove(0);
+    talk.goes(Direction::Forward, other);
+    talk.goes(Direction::Forward, second.clone());
+    let marks: Vec<_> = talk.router.fragments.borrow().values().map(|it| it.mark).collect();
+    for (entry, mark) in talk.router.fragments.borrow_mut().values_mut().zip(marks.iter().rev()) {
+        entry.mark = *mark;
+    }
+    assert_eq!(talk.stays(Direction::Forward, second), Verdict::Pass(Passed::Fragment));
+}
