@@ -548,16 +548,18 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
         if usize::from(fragment.offset) + payload.len > usize::from(u16::MAX) {
             return Err(Passed::Malformed);
         }
-        let FragmentBench { key, .. } = kernel.fragment_bench().ok_or(Passed::Fragment)?;
+        let FragmentBench { key, first: copy } = kernel.fragment_bench().ok_or(Passed::Fragment)?;
         *key = key_of(direction, ip, protocol, fragment);
-        let like = kernel.first_fragment(key, |first| {
-            let like = (kernel.now() < first.until).then(|| decides.like(direction, first));
-            if first.is(key) { like } else { None }
+        let is_its = kernel.first_fragment(key, |first| {
+            *copy = *first;
+            first.is(key)
         });
-        match like.flatten() {
-            Some(Ok(to)) => to,
-            Some(Err(otherwise)) => return otherwise.map(Outcome::Done),
-            None => return Err(Passed::Fragment),
+        if is_its != Some(true) || kernel.now() >= copy.until {
+            return Err(Passed::Fragment);
+        }
+        match decides.like(direction, copy) {
+            Ok(to) => to,
+            Err(otherwise) => return otherwise.map(Outcome::Done),
         }
     } else {
         let asks = Asks { begins: is_first && !ends_here, length: ip.length(), ends_here };
