@@ -284,7 +284,11 @@ fn try_port<const N: usize, K: Kernel + Flows<N>>(
     let FlowKey { source, source_port: port, destination_port: listen, .. } = &packet.key;
     let own = port.number();
     // One socket of a client may go to many listened ports.
-    let seed = seed ^ u32::from(listen.number()) << 8;
+    let mut seed = seed ^ u32::from(listen.number()) << 8;
+    // Who got none has other chances a while later. Who got one is found by it.
+    if masquerade && attempt >= TAKES_OVER {
+        seed ^= (packet.now.0 >> 6) as u32;
+    }
     let is_known = known.number() != 0;
     becomes.source_port = match attempt {
         0 if is_known => *known,

@@ -936,7 +936,7 @@ reasons! {
         Merged = "merged",
         /// Forwarding is off on the interface it came by (sysctl).
         ForwardingOff = "forwarding_off",
-        /// No port was free to tell this client's flow from others: see [masquerade] ports.
+        /// None of the ports that were tried is free to tell this client's flow from others: see [masquerade] ports.
         NoPort = "no_port",
         /// The interface to the backend has no address to masquerade with.
         NoAddress = "no_address",

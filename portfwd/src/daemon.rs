@@ -279,6 +279,8 @@ struct Daemon {
 
 /// How long gateways are taken for known: to find them, the whole routing table is read.
 const GATEWAYS_LAST: Duration = Duration::from_secs(30);
+/// With fewer ports for connections of the box itself the user is warned.
+const FEW_PORTS: usize = 1024;
 
 impl Daemon {
     /// Forwards until a signal comes or the control socket fails.
@@ -570,6 +572,15 @@ impl Daemon {
         }
         if let Some(reserved) = sysctl::reserve_ports(&ports)? {
             info!("{}", reserved.change);
+            let ephemeral = sysctl::ephemeral_ports()?;
+            let left = ephemeral.clone().filter(|port| !ports.contains(port)).count();
+            if left < FEW_PORTS {
+                let (first, last) = ephemeral.into_inner();
+                warn!(
+                    "connections of the box itself have {left} ports left of {first}-{last}: narrow \
+                     [masquerade] ports, or widen net.ipv4.ip_local_port_range"
+                );
+            }
             self.reserved = Some(reserved.ports);
         }
         Ok(())

@@ -212,6 +212,27 @@ fn ports_run_out_with_a_reason_and_come_back() {
 }
 
 #[test]
+fn who_got_no_port_gets_one_later_while_some_are_free() {
+    let mut router = router(MASQUERADE);
+    // 500 ports of one parity.
+    let clients: Vec<End> = (0..450u16).map(|n| ([10, 9, (n >> 8) as u8, n as u8], 5000)).collect();
+    let mut refused = clients.clone();
+    for times in 1..14 {
+        router.now.set(times * 64);
+        refused.retain(|client| forward(&mut router, *client, 8080).is_err());
+        assert!(times > 1 || !refused.is_empty());
+    }
+    assert!(refused.len() < 5, "{refused:?}");
+    // And keeps it.
+    let ports: BTreeSet<u16> = clients
+        .iter()
+        .filter_map(|client| forward(&mut router, *client, 8080).ok())
+        .map(|(source, _)| source.1)
+        .collect();
+    assert!(ports.len() > 445 && router.mappings.borrow().len() == ports.len());
+}
+
+#[test]
 fn a_client_keeps_its_port_while_there_are_others() {
     let mut router = router(MASQUERADE);
     let own = (CLIENT, PORTS[0] + 7);
