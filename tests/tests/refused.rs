@@ -618,8 +618,8 @@ fn check_of_a_good_file() {
     assert!(verified.contains("instructions verified"), "{verified}");
     let json: serde_json::Value = serde_json::from_str(&check("-v --json")).unwrap();
     let programs = json["programs"].as_array().unwrap();
-    // The three entries, two detours and, without IPv6, three programs of flows.
-    assert_eq!(programs.len(), 8);
+    // The three entries, two detours and, without IPv6, three programs of flows and four of their detour.
+    assert_eq!(programs.len(), 12);
     for program in programs {
         let instructions = program["instructions"].as_u64().unwrap();
         assert!((100..1_000_000).contains(&instructions), "{program}");
