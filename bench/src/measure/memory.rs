@@ -37,7 +37,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
 }
 
 /// Bytes of all maps that a process holds, each counted once.
-fn maps(portfwd: &Portfwd) -> Result<u64> {
+pub fn maps(portfwd: &Portfwd) -> Result<u64> {
     let directory = format!("/proc/{}/fdinfo", portfwd.id());
     let mut maps = Vec::new();
     for entry in fs::read_dir(&directory).with_context(|| directory.clone())? {

@@ -2,6 +2,7 @@
 
 mod control;
 pub mod cost;
+pub mod flood;
 pub mod latency;
 pub mod memory;
 pub mod new_flows;
@@ -22,7 +23,7 @@ use crate::report::{Report, Sample, Unit};
 type Measure = fn(&mut Bench) -> Result<()>;
 
 /// Every measure by its name.
-pub const ALL: [(&str, Measure); 7] = [
+pub const ALL: [(&str, Measure); 8] = [
     (throughput::NAME, throughput::run),
     (new_flows::NAME, new_flows::run),
     (rules::NAME, rules::run),
@@ -30,6 +31,7 @@ pub const ALL: [(&str, Measure); 7] = [
     (tcp::NAME, tcp::run),
     (cost::NAME, cost::run),
     (memory::NAME, memory::run),
+    (flood::NAME, flood::run),
 ];
 
 /// What is asked for, and what was found.

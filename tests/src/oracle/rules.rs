@@ -156,17 +156,23 @@ pub fn dmz(rules: &[Rule], address: IpAddr) -> Option<usize> {
 fn shares_port(a: &Rule, b: &Rule) -> bool {
     let shift = |rule: &Rule| rule.backend.port().wrapping_sub(*rule.listen.start());
     a.backends().any(|backend| b.backends().any(|other| backend == other))
-        && (a.address, shift(a)) != (b.address, shift(b))
+        && (has_many_to_one(a)
+            || has_many_to_one(b)
+            || (a.address, shift(a)) != (b.address, shift(b)))
         && meet(a.answering(), b.answering())
         && share_protocol(a, b)
+}
+
+/// Whether several listened ports become one.
+fn has_many_to_one(rule: &Rule) -> bool {
+    rule.one_port && rule.listen.start() != rule.listen.end()
 }
 
 /// Whether a rule's replies follow from the rule alone.
 pub fn is_stateless(rules: &[Rule], number: usize) -> bool {
     let rule = &rules[number];
     let others = rules.iter().enumerate().filter(|(other, _)| *other != number);
-    let many_to_one = rule.one_port && rule.listen.start() != rule.listen.end();
-    !many_to_one
+    !has_many_to_one(rule)
         && !rule.chooses()
         && others.into_iter().all(|(_, other)| !shares_port(rule, other))
 }
