@@ -14,7 +14,7 @@ use crate::measure::{Bench, Reading};
 use crate::report::Unit;
 use crate::rig::{self, Rig, Wire};
 use crate::rules::{Rules, thousands};
-use crate::traffic::{Direction, Generator, Load};
+use crate::traffic::{Direction, Generator, Load, Receiver};
 
 pub const NAME: &str = "flood";
 
@@ -51,11 +51,12 @@ fn established() -> Load {
 fn flood(rig: &Rig, running: &Running, rounds: u32, case: &str) -> Result<Vec<Reading>> {
     let Running::Portfwd { portfwd, .. } = running else { bail!("this is not portfwd") };
     let load = established();
+    let new = self::load(Contender::Stateful, Rules::Single(1), SMALL, u32::MAX);
+    let _receivers = receivers(rig, &new)?;
     establish(rig, &load)?;
     let before = [2, 1].map(|packets| u64::from(packets * ESTABLISHED));
     arrive(portfwd, before)?;
     let began = maps(portfwd)?;
-    let new = self::load(Contender::Stateful, Rules::Single(1), SMALL, u32::MAX);
     let mut new = Generator::new(rig, Direction::Forward, &new)?;
     let mut reply = Generator::new(rig, Direction::Reply, &load)?;
     let mut flooded = Duration::ZERO;
@@ -87,7 +88,9 @@ fn many(rig: &Rig, running: &Running, flows: u32, waits: bool, case: &str) -> Re
     let bytes =
         |what: &str| -> Result<Reading> { Ok(reading(what, maps(portfwd)? as f64, Unit::Bytes)) };
     let mut readings: Vec<Reading> = vec![bytes("maps before")?];
-    establish(rig, &load(Contender::Stateful, Rules::Single(1), SMALL, flows))?;
+    let load = load(Contender::Stateful, Rules::Single(1), SMALL, flows);
+    let _receivers = receivers(rig, &load)?;
+    establish(rig, &load)?;
     let there = active(portfwd)?;
     // The last packets may be on their way.
     ensure!(
@@ -106,6 +109,13 @@ fn many(rig: &Rig, running: &Running, flows: u32, waits: bool, case: &str) -> Re
         readings.push(bytes("maps after them")?);
     }
     Ok(readings)
+}
+
+/// They drop what arrives: the hosts themselves would say that nobody listens.
+fn receivers(rig: &Rig, load: &Load) -> Result<[Receiver; 2]> {
+    let [forward, reply] =
+        [Direction::Forward, Direction::Reply].map(|direction| Receiver::new(rig, direction, load));
+    Ok([forward?, reply?])
 }
 
 /// Each flow has a packet, an answer and another packet.
