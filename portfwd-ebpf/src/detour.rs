@@ -444,7 +444,8 @@ impl<const N: usize, K: Kernel> Decides<N, K> for Found<'_, N> {
     #[inline(always)]
     fn flags(&self) -> u32 {
         let Bench { hairpin, stays, .. } = &*self.0;
-        FirstFragment::OF_FLOW | *hairpin * FirstFragment::HAIRPIN | *stays * FirstFragment::STAYS
+        let flags = [*hairpin * FirstFragment::HAIRPIN, *stays * FirstFragment::STAYS];
+        FirstFragment::OF_FLOW | flags[0] | flags[1]
     }
 }
 

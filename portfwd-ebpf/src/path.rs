@@ -110,7 +110,7 @@ impl Program {
 
     /// Which part it is, and whether it is IPv4's.
     pub const fn part(self) -> (Part, bool) {
-        (Part::ALL[self.0 as usize / 2], self.0 % 2 == 0)
+        (Part::ALL[self.0 as usize / 2], self.0.is_multiple_of(2))
     }
 }
 
