@@ -7,8 +7,8 @@ use super::*;
 /// What the client sent, and to where.
 const FAMILIES: [(&[u8], &[u8]); 2] = [(&CLIENT, &BOX), (&CLIENT6, &BOX6)];
 
-/// The error that a client must get about a frame of its own.
-fn expected(frame: &[u8], kind: [u8; 2], rest: [u8; 4]) -> Vec<u8> {
+/// The error that whoever sent a frame must get about it.
+pub fn expected(frame: &[u8], kind: [u8; 2], rest: [u8; 4]) -> Vec<u8> {
     let is_v4 = frame[12] == 8;
     let (from, to, longest) = if is_v4 {
         (&frame[30..34], &frame[26..30], 576 - 28)

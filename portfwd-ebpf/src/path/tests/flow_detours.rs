@@ -1,7 +1,8 @@
 //! ICMP errors, fragments and answers of rules that keep flows.
 
+use super::answers::expected;
 use super::errors::error;
-use super::fragments::{fragments, repair};
+use super::fragments::fragments;
 use super::*;
 
 type End = (Vec<u8>, u16);
@@ -253,24 +254,6 @@ fn a_first_fragment_begins_a_flow() {
     assert_eq!(talk.goes(Direction::Reply, answer), expected);
 }
 
-/// What the sender of a frame must be told about it.
-fn answer(frame: &[u8], kind: [u8; 2], rest: [u8; 4]) -> Vec<u8> {
-    let is_v4 = frame[12] == 8;
-    let (from, to, longest) = match is_v4 {
-        true => (&frame[30..34], &frame[26..30], 576 - 28),
-        false => (&frame[38..54], &frame[22..38], 1280 - 48),
-    };
-    let packet = &frame[14..];
-    let mut bytes = error(from, to, 64, kind, rest, &packet[..packet.len().min(longest)]);
-    let link = [&frame[6..12], &frame[..6]].concat();
-    bytes[..12].copy_from_slice(&link);
-    if is_v4 {
-        bytes[15] = 0xc0;
-        repair(&mut bytes);
-    }
-    bytes
-}
-
 /// The stack would take what is sent to an address of the box for the box's own.
 #[test]
 fn who_sends_to_the_box_is_told_of_the_last_hop_and_of_what_fits() {
@@ -285,12 +268,12 @@ fn who_sends_to_the_box_is_told_of_the_last_hop_and_of_what_fits() {
             };
             let counted = talk.counted();
             assert_eq!(talk.stays(direction, &last), Verdict::Drop(Dropped::TtlExpired));
-            assert_eq!(talk.router.answer.take(), Some(answer(&last, exceeded, [0; 4])));
+            assert_eq!(talk.router.answer.take(), Some(expected(&last, exceeded, [0; 4])));
             assert_eq!(talk.counted(), counted);
             talk.router.route_mtu = 1300;
             assert_eq!(talk.stays(direction, &large), Verdict::Drop(Dropped::TooBig));
             let mtu = 1300_u32.to_be_bytes();
-            assert_eq!(talk.router.answer.take(), Some(answer(&large, too_big, mtu)));
+            assert_eq!(talk.router.answer.take(), Some(expected(&large, too_big, mtu)));
             talk.router.route_mtu = 1500;
         }
     }
