@@ -64,8 +64,8 @@ struct Flow {
     is_stateful: bool,
     /// When it had its last packet, of either direction.
     last: u64,
-    /// When its client sent the last.
-    sent: u64,
+    /// Until when it surely had its port: a packet or an answer that came before it could be taken.
+    kept: u64,
 }
 
 struct Conversation<'a> {
@@ -202,18 +202,19 @@ impl Conversation<'_> {
     /// No two clients look the same to a backend, and none looks different from one packet to the next.
     fn remember(&mut self, role: Role, came: Ends, goes: Ends) {
         let (is_stateful, now) = (self.is_stateful(role, &came), self.world.now());
-        let flow = Flow { came, goes, role, is_stateful, last: now, sent: now };
+        let flow = Flow { came, goes, role, is_stateful, last: now, kept: now };
         self.flows.retain(|known| {
             let idle = now - known.last > UNPROVEN;
             if (known.came, known.role) == (came, role) {
-                assert!(known.goes == goes || idle, "{known:?} is seen as another now: {goes:?}");
+                let lost = now - known.kept > UNPROVEN;
+                assert!(known.goes == goes || lost, "{known:?} is seen as another now: {goes:?}");
                 return false;
             }
             let is_established = self.world.is_established(&known.came, Direction::Forward);
             let is_masqueraded = goes.source.ip() != came.source.ip();
             let shares = (known.goes.protocol, known.goes.source) == (goes.protocol, goes.source);
             if is_masqueraded && shares && known.came.source != came.source {
-                let may = now - known.sent > UNPROVEN && !is_established;
+                let may = now - known.kept > UNPROVEN && !is_established;
                 assert!(may, "{known:?} has the port that {flow:?} got");
             }
             if known.goes != goes {
@@ -240,8 +241,13 @@ impl Conversation<'_> {
             let expected = Content { hops: content.hops - u8::from(is_sent), ..*content };
             let expected = wire::packet(&came.reversed(), &expected);
             assert_eq!(packet, expected, "an answer to {flow:?}");
+            let now = self.world.now();
             for known in self.flows.iter_mut().filter(|known| known.goes == goes) {
-                known.last = self.world.now();
+                known.last = now;
+                // An answer that comes too late does not bring back what another got meanwhile.
+                if now - known.kept <= UNPROVEN {
+                    known.kept = now;
+                }
             }
         }
     }

@@ -213,10 +213,15 @@ pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
         })
     });
     let Some(Some(is_stream)) = found else { return false };
-    // Who is answered keeps the port.
+    // Who is answered keeps the port, if it has not gone to another.
     if !becomes.destination.is(&packet.key.destination) && packet.begins() {
+        let (address, port) = (becomes.destination.widen(), becomes.destination_port);
         *own = mapping_key(&packet.key.reversed());
-        kernel.mapping(own, |mapping| mapping.last = packet.now);
+        kernel.mapping(own, |mapping| {
+            if mapping.client.is(&address) && mapping.port == port {
+                mapping.last = packet.now;
+            }
+        });
     }
     if is_stream {
         bench.reply = bench.packet.key;
