@@ -8,6 +8,7 @@ use std::path::Path;
 use portfwd::compile::{Becomes, BoxPorts, Compiler, Leg, Resolved, plan};
 use portfwd::network::Externals;
 use portfwd::rule::{Ports, Rule};
+use portfwd_ebpf::flow_table;
 use portfwd_ebpf::path::{Flow, Role, Route, Verdict};
 use portfwd_ebpf::table::{
     Address, AnyAddress, Direction, Dropped, FlowKey, Interface, Jiffies, Port, Trust,
@@ -139,8 +140,8 @@ impl World {
         router.routes6.get_mut().clear();
         router.hops.get_mut().clear();
         router.arrivals.get_mut().clear();
-        router.flows4.get_mut().clear();
-        router.flows6.get_mut().clear();
+        router.flows4.clear();
+        router.flows6.clear();
         router.candidates4.get_mut().clear();
         router.candidates6.get_mut().clear();
         router.mappings.get_mut().clear();
@@ -184,8 +185,8 @@ impl World {
 
     /// As if established flows had lost this half.
     pub fn lose(&self, direction: Direction) {
-        self.router.flows4.borrow_mut().retain(|key, _| key.direction != direction as u8);
-        self.router.flows6.borrow_mut().retain(|key, _| key.direction != direction as u8);
+        self.router.flows4.lose(direction);
+        self.router.flows6.lose(direction);
     }
 
     /// Whether there is an established flow whose packets come like this.
@@ -193,11 +194,11 @@ impl World {
         match (ends.source.ip(), ends.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 let key = key(ends, source.octets(), destination.octets(), direction);
-                self.router.flows4.borrow().contains_key(&key)
+                flow_table::find(&self.router.flows4, &key).is_some()
             }
             (IpAddr::V6(source), IpAddr::V6(destination)) => {
                 let key = key(ends, source.octets(), destination.octets(), direction);
-                self.router.flows6.borrow().contains_key(&key)
+                flow_table::find(&self.router.flows6, &key).is_some()
             }
             _ => false,
         }

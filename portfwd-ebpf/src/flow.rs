@@ -8,7 +8,7 @@
 use crate::path::{self, Kernel, Route};
 use crate::table::{
     Address, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies, Mapping,
-    MappingKey, Moment, Passed, Port, Tally, Translation, flow_flags,
+    MappingKey, Passed, Port, Tally, Translation, flow_flags,
 };
 
 /// How many source ports are tried for a new flow: the one that the client has, its own, and others.
@@ -29,7 +29,7 @@ const UNPRIVILEGED: [u16; 2] = [1024, u16::MAX];
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Added {
     Yes,
-    /// Another is there.
+    /// Another is there, or is just being added.
     Exists,
     /// No room, or no memory.
     Full,
@@ -39,7 +39,7 @@ pub enum Added {
 pub trait Flows<const N: usize> {
     /// Looks at one direction of an established flow, or changes it.
     fn flow<R>(&self, key: &FlowKey<N>, look: impl FnOnce(&mut FlowHalf<N>) -> R) -> Option<R>;
-    fn add_flow(&self, key: &FlowKey<N>, half: &FlowHalf<N>) -> Added;
+    fn add_flow(&self, half: &FlowHalf<N>) -> Added;
     fn remove_flow(&self, key: &FlowKey<N>);
     /// Looks at a flow that is not established, or changes it.
     fn candidate<R>(
@@ -151,7 +151,7 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
 ) -> Result<(), Refused> {
     let Bench { packet, becomes, .. } = bench;
     let found = kernel.flow(&packet.key, |half| {
-        *becomes = half.becomes;
+        *becomes = half.becomes();
         // One of another rule is on its way out.
         (half.is(&packet.key) && half.counter == translation.counter).then(|| half.seen(packet))
     });
@@ -166,6 +166,10 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
         Begun::Proven => {
             bench.reply = bench.becomes.reversed();
             establish(kernel, bench);
+            Ok(())
+        }
+        Begun::Half => {
+            kernel.add_flow(&bench.half);
             Ok(())
         }
         Begun::NoFlow => Err(Refused::Pass(Passed::NoFlow)),
@@ -186,8 +190,8 @@ pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
     let Bench { packet, becomes, counter, hairpin, own, .. } = bench;
     let is_hairpin = |flags| u32::from(flags & flow_flags::HAIRPIN != 0);
     let found = kernel.flow(&packet.key, |half| {
-        *becomes = half.becomes;
-        (*counter, *hairpin) = (half.counter, is_hairpin(half.flags));
+        *becomes = half.becomes();
+        (*counter, *hairpin) = (half.counter, is_hairpin(half.flags.into()));
         half.is(&packet.key).then(|| half.seen(packet))
     });
     if let Some(Some(look)) = found {
@@ -237,6 +241,8 @@ enum Begun {
     Ours,
     /// Known, and the client has shown that it hears the answers.
     Proven,
+    /// Established, but its forward half is missing: it is on the bench.
+    Half,
     /// There is none, and the packet begins none.
     NoFlow,
     NoBackend,
@@ -265,9 +271,14 @@ fn begin<const N: usize, K: Kernel + Flows<N>>(
         bench.known = kernel.client_port(&bench.client).unwrap_or(Port::new(0));
     }
     for attempt in 0..TRIES {
-        match try_port(kernel, bench, attempt) {
+        let found = match try_port(kernel, bench, attempt) {
+            Found::Nothing => find_or_add(kernel, bench),
+            found => found,
+        };
+        match found {
             Found::Ours => return Begun::Ours,
             Found::Proven => return Begun::Proven,
+            Found::Half => return Begun::Half,
             Found::Anothers => {}
             Found::Nothing => return Begun::NoFlow,
             Found::NoRoom => return Begun::NoRoom,
@@ -276,7 +287,8 @@ fn begin<const N: usize, K: Kernel + Flows<N>>(
     Begun::NoPort
 }
 
-/// Whether the packet on the bench can have this source port.
+/// Whether the packet on the bench can have this source port: who has it among those that are not
+/// established.
 #[inline(never)]
 fn try_port<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
@@ -308,7 +320,7 @@ fn try_port<const N: usize, K: Kernel + Flows<N>>(
     if masquerade && !has_mapping(kernel, bench, !is_known, attempt >= TAKES_OVER) {
         return Found::Anothers;
     }
-    find_or_add(kernel, bench)
+    on_probation(kernel, bench)
 }
 
 /// What is there under a key.
@@ -316,17 +328,18 @@ fn try_port<const N: usize, K: Kernel + Flows<N>>(
 enum Found {
     Ours,
     Proven,
+    Half,
     Anothers,
-    /// And the packet begins no flow.
+    /// In the end, also: and the packet begins no flow.
     Nothing,
     /// Nothing, and nothing can be added.
     NoRoom,
 }
 
+/// Looks for it among the flows on probation.
 #[inline(always)]
-fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> Found {
-    let Bench { packet, becomes, counter, inside, reply, candidate: new, half: new_half, .. } =
-        bench;
+fn on_probation<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> Found {
+    let Bench { packet, becomes, counter, reply, candidate: new, .. } = bench;
     let counter = *counter;
     let looks = packet.segment == Segment::Looks;
     *reply = becomes.reversed();
@@ -341,33 +354,44 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Ben
         (ours, ours && candidate.is_proven(packet), packet.now.since(candidate.last))
     });
     match found {
-        Some((true, true, _)) => return Found::Proven,
-        Some((true, false, _)) => return Found::Ours,
+        Some((true, true, _)) => Found::Proven,
+        Some((true, false, _)) => Found::Ours,
         Some((false, _, idle))
             if !packet.begins() || idle <= UNPROVEN || becomes.source.is(&packet.key.source) =>
         {
-            return Found::Anothers;
+            Found::Anothers
         }
         // Whoever had it has not shown that it hears the answers, and the port is ours now.
-        Some(_) => kernel.remove_candidate(reply),
-        None => {}
+        Some(_) => {
+            kernel.remove_candidate(reply);
+            Found::Nothing
+        }
+        None => Found::Nothing,
     }
+}
+
+/// Looks for it among the established flows, or begins it.
+#[inline(never)]
+fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> Found {
+    let Bench { packet, becomes, counter, inside, reply, candidate: new, half: new_half, .. } =
+        bench;
+    let counter = *counter;
+    let looks = packet.segment == Segment::Looks;
+    let back = &new.becomes;
     let established = kernel.flow(reply, |half| {
-        (half.becomes.is(back) && half.is(reply)).then(|| {
+        (half.becomes().is(back) && half.is(reply)).then(|| {
             if !looks {
                 half.counter = counter;
             }
-            (half.created, half.flags & flow_flags::HAIRPIN)
+            (half.created, u32::from(half.flags) & flow_flags::HAIRPIN)
         })
     });
     match established {
         Some(Some(_)) if looks => return Found::Ours,
-        // Its forward half is missing.
         Some(Some((created, flags))) => {
-            *new_half = FlowHalf::new(&packet.key, *becomes, counter, flags, created);
+            new_half.fill(&packet.key, becomes, counter, flags, created);
             new_half.seen(packet);
-            kernel.add_flow(&packet.key, new_half);
-            return Found::Ours;
+            return Found::Half;
         }
         Some(None) => return Found::Anothers,
         None => {}
@@ -404,27 +428,27 @@ fn establish<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
     let Bench { reply, half, own, .. } = bench;
     let forward = kernel.candidate(reply, |candidate| {
         let flags = candidate.flags & !(flow_flags::ANSWERED | flow_flags::PROOF);
-        *half =
-            FlowHalf::new(reply, candidate.becomes, candidate.counter, flags, candidate.created);
+        let Candidate { becomes, counter, created, .. } = candidate;
+        half.fill(reply, becomes, *counter, flags, *created);
         (half.last, half.tally) = (candidate.last, candidate.tallies[1]);
         candidate.tallies[0]
     });
     let Some(forward) = forward else { return };
-    let there = kernel.add_flow(reply, half);
-    if !is_added(kernel, reply, half, there) {
+    let there = kernel.add_flow(half);
+    if !is_added(kernel, half, there) {
         return;
     }
-    let key = half.becomes.reversed();
-    (half.mark, half.becomes, half.tally) = (key.mark(), reply.reversed(), forward);
-    let added = kernel.add_flow(&key, half);
-    if !is_added(kernel, &key, half, added) {
+    half.reverse();
+    half.tally = forward;
+    let added = kernel.add_flow(half);
+    if !is_added(kernel, half, added) {
         if there == Added::Yes {
             kernel.remove_flow(reply);
         }
         return;
     }
-    if !half.becomes.source.is(&key.source) {
-        *own = mapping_key(&half.becomes);
+    if !half.goes.source.is(&half.came.source) {
+        *own = mapping_key(&half.becomes());
         kernel.mapping(own, |mapping| mapping.established = 1);
     }
     kernel.remove_candidate(reply);
@@ -434,14 +458,16 @@ fn establish<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
 #[inline(always)]
 fn is_added<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
-    key: &FlowKey<N>,
     half: &FlowHalf<N>,
     added: Added,
 ) -> bool {
     match added {
         Added::Yes => true,
         Added::Exists => {
-            kernel.flow(key, |there| there.becomes.is(&half.becomes) && there.is(key)) == Some(true)
+            let key = half.key();
+            let same =
+                |there: &mut FlowHalf<N>| there.becomes().is(&half.becomes()) && there.is(&key);
+            kernel.flow(&key, same) == Some(true)
         }
         Added::Full => {
             kernel.count(half.counter, |counter| counter.crowded += 1);
@@ -458,18 +484,18 @@ fn look_after<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Benc
     *other = becomes.reversed();
     let there = kernel.flow(other, |half| {
         if packet.segment == Segment::Opens {
-            half.flags &= !CLOSING;
+            half.flags &= !(CLOSING as u16);
         }
     });
     if there.is_some() {
         return;
     }
     let own = kernel.flow(&packet.key, |half| {
-        let flags = half.flags & flow_flags::HAIRPIN;
-        *new = FlowHalf::new(other, packet.key.reversed(), half.counter, flags, half.created);
+        let flags = u32::from(half.flags) & flow_flags::HAIRPIN;
+        new.fill(other, &packet.key.reversed(), half.counter, flags, half.created);
     });
     if own.is_some() {
-        kernel.add_flow(other, new);
+        kernel.add_flow(new);
     }
 }
 
@@ -602,25 +628,6 @@ fn mix(hash: u64) -> u64 {
 }
 
 impl<const N: usize> FlowHalf<N> {
-    #[inline(always)]
-    fn new(
-        key: &FlowKey<N>,
-        becomes: FlowKey<N>,
-        counter: u32,
-        flags: u32,
-        created: Moment,
-    ) -> Self {
-        let (mark, tally) = (key.mark(), Tally::default());
-        Self { mark, counter, becomes, last: created.into(), created, flags, tally }
-    }
-
-    /// Whether this is of `key`, and was when the rest was read.
-    #[inline(always)]
-    fn is(&self, key: &FlowKey<N>) -> bool {
-        // SAFETY: of a reference; volatile, so that it is read after the rest.
-        unsafe { (&raw const self.mark).read_volatile() == key.mark() }
-    }
-
     /// Notes a packet. Whether somebody should look after the other half.
     #[inline(always)]
     fn seen(&mut self, packet: &Packet<N>) -> bool {
@@ -631,7 +638,8 @@ impl<const N: usize> FlowHalf<N> {
         let look = opens || packet.now.since(self.last) >= PAUSE;
         // What comes after a RST says that it was not heeded (RFC 7857, section 2.1).
         let stays = if opens { !CLOSING } else { !flow_flags::RESET };
-        self.flags = self.flags & stays | packet.flags;
+        let flags = u32::from(self.flags) & stays | packet.flags;
+        self.flags = flags as u16;
         self.last = packet.now;
         self.tally.add(packet.length);
         look
@@ -641,7 +649,7 @@ impl<const N: usize> FlowHalf<N> {
 impl<const N: usize> Candidate<N> {
     #[inline(always)]
     fn is(&self, key: &FlowKey<N>) -> bool {
-        // SAFETY: as in `FlowHalf::is`.
+        // SAFETY: of a reference; volatile, so that it is read after the rest.
         unsafe { (&raw const self.mark).read_volatile() == key.mark() }
     }
 
@@ -664,7 +672,7 @@ impl<const N: usize> Candidate<N> {
             Segment::Opens | Segment::Accepts | Segment::Other | Segment::Looks => false,
             // A stream that nobody answers is one too.
             Segment::None => {
-                let long = packet.now.since(self.created.into()) > UNPROVEN;
+                let long = packet.now.since(self.created.ticks()) > UNPROVEN;
                 answered || long && self.tallies[Direction::Forward as usize].packets > STREAM
             }
         }

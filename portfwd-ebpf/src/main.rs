@@ -8,7 +8,7 @@ use core::mem::size_of;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_F_CURRENT_NETNS, BPF_F_NO_PREALLOC, BPF_FIB_LKUP_RET_BLACKHOLE,
+        BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_FIB_LKUP_RET_BLACKHOLE,
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
         BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_UNREACHABLE,
         BPF_FIB_LKUP_RET_UNSUPP_LWT, BPF_NOEXIST, bpf_fib_lookup as fib_lookup, bpf_sock_tuple,
@@ -27,14 +27,15 @@ use portfwd_ebpf::{
     answer::Answer,
     detour::{self, FlowPart, FragmentBench, Outcome},
     flow::{Added, Bench, Flows},
+    flow_table::{self, Slot, Slots},
     icmp::Icmp,
     packet::{Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Verdict},
     table::{
         Address, AnyAddress, ArrivalKey, Bucket, Candidate, ClientKey, Counter, Direction,
         Endpoint, Favourite, FirstFragment, FlowHalf, FlowKey, FragmentKey, HOP_BITS, Interface,
-        Jiffies, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, RememberedHop, RouteSet,
-        Settings, Translation, Trust,
+        Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, RememberedHop,
+        RouteSet, Settings, Translation, Trust,
     },
 };
 
@@ -72,11 +73,9 @@ static ROUTES_V6: Array<RouteSet<16>> = Array::with_max_entries(1 << 15, 0);
 #[map]
 static HOPS: Array<RememberedHop> = Array::with_max_entries(1 << HOP_BITS, 0);
 #[map]
-static FLOWS_V4: HashMap<FlowKey<4>, FlowHalf<4>> =
-    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+static FLOWS_V4: Array<Lines<FlowHalf<4>>> = Array::with_max_entries(1024, BPF_F_MMAPABLE);
 #[map]
-static FLOWS_V6: HashMap<FlowKey<16>, FlowHalf<16>> =
-    HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+static FLOWS_V6: Array<Lines<FlowHalf<16>>> = Array::with_max_entries(1024, BPF_F_MMAPABLE);
 #[map]
 static PROBATION_V4: LruHashMap<FlowKey<4>, Candidate<4>> = LruHashMap::with_max_entries(1024, 0);
 #[map]
@@ -110,6 +109,14 @@ static DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
 #[unsafe(no_mangle)]
 static ROUTE_SET_BITS: u32 = 14;
+
+/// How many places of the tables of flows are homes, and what hashes depend on there.
+#[unsafe(no_mangle)]
+static FLOW_HOMES_V4: u32 = 1017;
+#[unsafe(no_mangle)]
+static FLOW_HOMES_V6: u32 = 1017;
+#[unsafe(no_mangle)]
+static FLOW_SEED: u64 = 0;
 
 /// Ticks of the kernel's clock in a second. The control plane says so.
 #[unsafe(no_mangle)]
@@ -697,7 +704,27 @@ impl Kernel for Xdp<'_> {
 }
 
 macro_rules! flows {
-    ($size:literal, $flows:ident, $probation:ident, $bench:ident) => {
+    ($size:literal, $flows:ident, $homes:ident, $probation:ident, $bench:ident) => {
+        impl Slots<$size> for Xdp<'_> {
+            #[inline(always)]
+            fn homes(&self) -> u32 {
+                // SAFETY: a constant of the loaded program.
+                unsafe { (&raw const $homes).read_volatile() }
+            }
+
+            #[inline(always)]
+            fn seed(&self) -> u64 {
+                // SAFETY: as above.
+                unsafe { (&raw const FLOW_SEED).read_volatile() }
+            }
+
+            #[inline(always)]
+            fn slot(&self, number: u32) -> Option<&Slot<$size>> {
+                // SAFETY: memory of the map, as long as the program runs.
+                $flows.get_ptr_mut(number).map(|slot| unsafe { Slot::at(slot.cast()) })
+            }
+        }
+
         impl Flows<$size> for Xdp<'_> {
             #[inline(always)]
             fn flow<R>(
@@ -705,20 +732,18 @@ macro_rules! flows {
                 key: &FlowKey<$size>,
                 look: impl FnOnce(&mut FlowHalf<$size>) -> R,
             ) -> Option<R> {
-                // SAFETY: memory of the map. Other CPUs read and write it too, word by word: see
-                // "Flows" in ARCHITECTURE.md.
-                $flows.get_ptr_mut(key).map(|half| look(unsafe { &mut *half }))
+                flow_table::find(self, key).map(look)
             }
 
             #[inline(always)]
-            fn add_flow(&self, key: &FlowKey<$size>, half: &FlowHalf<$size>) -> Added {
-                added($flows.insert(key, half, BPF_NOEXIST.into()))
+            fn add_flow(&self, half: &FlowHalf<$size>) -> Added {
+                flow_table::add(self, half)
             }
 
             #[inline(always)]
             fn remove_flow(&self, key: &FlowKey<$size>) {
                 // Whoever removed it before did the same.
-                let _: Result<(), i32> = $flows.remove(key);
+                let _: bool = flow_table::remove(self, key);
             }
 
             #[inline(always)]
@@ -727,7 +752,8 @@ macro_rules! flows {
                 key: &FlowKey<$size>,
                 look: impl FnOnce(&mut Candidate<$size>) -> R,
             ) -> Option<R> {
-                // SAFETY: as above.
+                // SAFETY: memory of the map. Other CPUs read and write it too, word by word: see
+                // "Flows" in ARCHITECTURE.md.
                 $probation.get_ptr_mut(key).map(|candidate| look(unsafe { &mut *candidate }))
             }
 
@@ -750,8 +776,8 @@ macro_rules! flows {
         }
     };
 }
-flows!(4, FLOWS_V4, PROBATION_V4, BENCH_V4);
-flows!(16, FLOWS_V6, PROBATION_V6, BENCH_V6);
+flows!(4, FLOWS_V4, FLOW_HOMES_V4, PROBATION_V4, BENCH_V4);
+flows!(16, FLOWS_V6, FLOW_HOMES_V6, PROBATION_V6, BENCH_V6);
 
 #[inline(always)]
 fn added(result: Result<(), i32>) -> Added {

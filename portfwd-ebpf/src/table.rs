@@ -7,7 +7,7 @@ use core::mem::{align_of, size_of};
 
 /// The version of everything in this module; it stands in [`Settings`], so that halves of different
 /// builds refuse each other.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;
 
 /// A port: two bytes in network order.
 // Aligned as a number is, like the addresses below: on the BPF stack nothing else is allowed.
@@ -236,8 +236,8 @@ impl Translation {
     }
 }
 
-/// A flow's packets in one direction, as they come: key of `FLOWS_V4`, `FLOWS_V6`, and of `PROBATION_V4`,
-/// `PROBATION_V6`.
+/// A flow's packets in one direction, as they come: key of `PROBATION_V4` and `PROBATION_V6`, and of the
+/// entries of `FLOWS_V4` and `FLOWS_V6`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(C, align(8))]
 pub struct FlowKey<const N: usize> {
@@ -292,7 +292,7 @@ impl<const N: usize> FlowKey<N> {
     }
 }
 
-/// Of the key of an entry: see [`FlowHalf::mark`].
+/// Of the key of an entry: see [`Candidate::mark`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(transparent)]
 pub struct Mark(u32);
@@ -313,26 +313,208 @@ impl<const N: usize> FlowKey<N> {
     }
 }
 
-/// Value of `FLOWS_V4` and `FLOWS_V6`: one direction of an established flow.
-// With its key and what the kernel adds, an entry of IPv4 is two cache lines.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// A packet's addresses and ports.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
+pub struct Ends<const N: usize> {
+    pub source: Address<N>,
+    pub destination: Address<N>,
+    pub source_port: Port,
+    pub destination_port: Port,
+}
+
+impl<const N: usize> FlowKey<N> {
+    #[inline(always)]
+    pub const fn ends(&self) -> Ends<N> {
+        let Self { source, destination, source_port, destination_port, .. } = *self;
+        Ends { source, destination, source_port, destination_port }
+    }
+
+    #[inline(always)]
+    const fn of(ends: Ends<N>, protocol: u8, direction: u8) -> Self {
+        let Ends { source, destination, source_port, destination_port } = ends;
+        let padding = [0; 2];
+        Self { source, destination, source_port, destination_port, protocol, direction, padding }
+    }
+
+    /// What its last eight bytes say: ports, protocol and direction.
+    const LAST_WORD: u64 = u64::from_ne_bytes([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0]);
+
+    /// Where in a [table](crate::flow_table) it stands.
+    #[inline(always)]
+    pub fn hash(&self, seed: u64) -> u64 {
+        const { assert!(size_of::<Self>().is_multiple_of(8) && align_of::<Self>() == 8) };
+        let mut hash = seed;
+        let words = size_of::<Self>() / 8;
+        for word in 0..words {
+            let mask = if word + 1 == words { Self::LAST_WORD } else { !0 };
+            // SAFETY: in bounds, aligned, and without padding.
+            hash ^= unsafe { (&raw const *self).cast::<u64>().add(word).read() } & mask;
+            // Half of the finalizer of MurmurHash3.
+            hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        }
+        hash ^ hash >> 32
+    }
+}
+
+/// Value of `FLOWS_V4` and `FLOWS_V6`, each at a place of a [hash table](crate::flow_table): one direction
+/// of an established flow. One of IPv4 is a cache line, one of IPv6 two.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C, align(8))]
 pub struct FlowHalf<const N: usize> {
-    /// Of its key. The kernel gives the memory of an entry that is removed to the next at once, while
-    /// packets look at it. It writes this first, so who reads it last knows whose the rest was.
-    pub mark: Mark,
-    /// The rule's row in `COUNTERS`.
-    pub counter: u32,
-    /// What the packets are from now on. Reversed, it is the key of the other direction.
-    pub becomes: FlowKey<N>,
-    /// When the last packet came.
-    pub last: Jiffies,
+    /// Whether this is an entry, and which others are near: the table's own.
+    pub(crate) place: Place,
     /// When the flow began.
     pub created: Moment,
+    /// What the packets are as they come.
+    pub came: Ends<N>,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// [`Direction`].
+    pub direction: u8,
     /// The constants below, of what came in this direction.
-    pub flags: u32,
+    pub flags: u16,
+    /// What the packets are from now on. Reversed, it is what those of the other direction come with.
+    pub goes: Ends<N>,
+    /// The rule's row in `COUNTERS`.
+    pub counter: u32,
+    /// When the last packet came.
+    pub last: Jiffies,
     /// The packets that came. What two CPUs count at once is counted once.
     pub tally: Tally,
+}
+
+/// A value that begins with a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Lines<T>(pub T);
+
+impl<const N: usize> FlowHalf<N> {
+    /// Nothing.
+    // SAFETY: integers, and arrays of them.
+    pub const EMPTY: Self = unsafe { core::mem::zeroed() };
+
+    /// Becomes the entry of `key`, whose packets become `becomes`.
+    // In place: another beside it is more than the stack has room for.
+    #[inline(always)]
+    pub fn fill(
+        &mut self,
+        key: &FlowKey<N>,
+        becomes: &FlowKey<N>,
+        counter: u32,
+        flags: u32,
+        created: Moment,
+    ) {
+        self.created = created;
+        self.came = key.ends();
+        (self.protocol, self.direction, self.flags) = (key.protocol, key.direction, flags as u16);
+        self.goes = becomes.ends();
+        self.counter = counter;
+        self.last = created.ticks();
+        self.tally = Tally::default();
+    }
+
+    /// Becomes the entry of the other direction.
+    #[inline(always)]
+    pub fn reverse(&mut self) {
+        core::mem::swap(&mut self.came.source, &mut self.goes.destination);
+        core::mem::swap(&mut self.came.destination, &mut self.goes.source);
+        core::mem::swap(&mut self.came.source_port, &mut self.goes.destination_port);
+        core::mem::swap(&mut self.came.destination_port, &mut self.goes.source_port);
+        self.direction ^= 1;
+    }
+
+    /// The packets as they come.
+    #[inline(always)]
+    pub const fn key(&self) -> FlowKey<N> {
+        FlowKey::of(self.came, self.protocol, self.direction)
+    }
+
+    /// The same where it is: the flags stand in its padding, at which nobody looks.
+    #[inline(always)]
+    pub(crate) fn as_key(&self) -> &FlowKey<N> {
+        const {
+            assert!(core::mem::offset_of!(Self, came).is_multiple_of(8));
+            assert!(core::mem::offset_of!(FlowKey<N>, protocol) == size_of::<Ends<N>>());
+            assert!(core::mem::offset_of!(Self, flags) + 2 - 8 == size_of::<FlowKey<N>>());
+        }
+        // SAFETY: the same fields in the same places, and aligned, as was asserted.
+        unsafe { &*(&raw const self.came).cast() }
+    }
+
+    /// What they are from now on. Reversed, it is the key of the other direction.
+    #[inline(always)]
+    pub const fn becomes(&self) -> FlowKey<N> {
+        FlowKey::of(self.goes, self.protocol, self.direction)
+    }
+
+    /// Whether this is of `key`, and was when what was read before was read: who looks asks last, as
+    /// others remove and add entries meanwhile.
+    #[inline(always)]
+    pub fn is(&self, key: &FlowKey<N>) -> bool {
+        let differs = self.differs(key);
+        // SAFETY: of a reference.
+        let place = unsafe { (&raw const self.place).read_volatile() };
+        differs | u64::from(!place.is_live()) == 0
+    }
+
+    /// Bits in which its key and another differ in any of their words. Without a branch for each, as the
+    /// verifier follows each.
+    #[inline(always)]
+    pub(crate) fn differs(&self, key: &FlowKey<N>) -> u64 {
+        const { assert!(size_of::<FlowKey<N>>() == size_of::<Ends<N>>() + 4) };
+        const { assert!(core::mem::offset_of!(Self, came).is_multiple_of(8)) };
+        let words = size_of::<FlowKey<N>>() / 8;
+        let (own, other) = ((&raw const self.came).cast::<u64>(), (&raw const *key).cast::<u64>());
+        let mut differs = 0;
+        for word in 0..words {
+            let mask = if word + 1 == words { FlowKey::<N>::LAST_WORD } else { !0 };
+            // SAFETY: both begin with the ends, four bytes follow them, and both are aligned. Volatile, so
+            // that it is read after what was read before.
+            differs |= unsafe { own.add(word).read_volatile() ^ other.add(word).read() } & mask;
+        }
+        differs
+    }
+}
+
+/// What the [table of flows](crate::flow_table) notes at a place: with the word behind it, which nobody
+/// changes, it is changed in one step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(transparent)]
+pub struct Place(u32);
+
+impl Place {
+    /// Something is here, or about to be.
+    pub(crate) const TAKEN: u32 = 1 << 31;
+    /// An entry is here.
+    pub(crate) const LIVE: u32 = 1 << 30;
+    /// Somebody adds an entry whose first home is here.
+    pub(crate) const LOCKED: u32 = 1 << 29;
+
+    #[inline(always)]
+    pub(crate) const fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// Whether an entry is here.
+    #[inline(always)]
+    pub const fn is_live(self) -> bool {
+        self.has(Self::LIVE)
+    }
+
+    /// Where bits of it are in the word of eight bytes that begins with it.
+    #[inline(always)]
+    pub(crate) const fn in_word(bits: u32) -> u64 {
+        (bits as u64) << Self::SHIFT
+    }
+
+    /// Of a word of eight bytes that begins with it.
+    #[inline(always)]
+    pub(crate) const fn word(word: u64) -> u32 {
+        (word >> Self::SHIFT) as u32
+    }
+
+    const SHIFT: u32 = if cfg!(target_endian = "little") { 0 } else { 32 };
 }
 
 /// Value of `PROBATION_V4` and `PROBATION_V6`, under the key of its reply: a flow whose client did not
@@ -340,7 +522,8 @@ pub struct FlowHalf<const N: usize> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Candidate<const N: usize> {
-    /// As in [`FlowHalf`].
+    /// Of its key. The kernel gives the memory of an entry that is removed to the next at once, while
+    /// packets look at it. It writes this first, so who reads it last knows whose the rest was.
     pub mark: Mark,
     /// The rule's row in `COUNTERS`.
     pub counter: u32,
@@ -370,10 +553,10 @@ impl From<Jiffies> for Moment {
     }
 }
 
-impl From<Moment> for Jiffies {
+impl Moment {
     #[inline(always)]
-    fn from(moment: Moment) -> Self {
-        Self(u64::from(moment.0) << 4)
+    pub const fn ticks(self) -> Jiffies {
+        Jiffies((self.0 as u64) << 4)
     }
 }
 
@@ -959,7 +1142,8 @@ const _: () = {
     assert!(size_of::<Settings>() == 32 && size_of::<Trust>() == 16);
     assert!(size_of::<Interface>() == 32);
     assert!(size_of::<FlowKey<4>>() == 16 && size_of::<FlowKey<16>>() == 40);
-    assert!(size_of::<FlowHalf<4>>() == 56 && size_of::<FlowHalf<16>>() == 80);
+    assert!(size_of::<FlowHalf<4>>() == 64 && size_of::<FlowHalf<16>>() == 112);
+    assert!(size_of::<Lines<FlowHalf<4>>>() == 64 && size_of::<Lines<FlowHalf<16>>>() == 128);
     assert!(size_of::<Candidate<4>>() == 80 && size_of::<Candidate<16>>() == 104);
     assert!(size_of::<MappingKey>() == 24 && size_of::<Mapping>() == 32);
     assert!(size_of::<ClientKey>() == 40);

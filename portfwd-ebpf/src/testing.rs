@@ -12,6 +12,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::detour::{self, FlowPart, FragmentBench, Outcome};
 use crate::flow::{Added, Bench, Flows};
+use crate::flow_table::{self, Slot, Slots, WINDOW};
 use crate::icmp::Icmp;
 use crate::packet::Frame;
 use crate::path::{Flow, Kernel, Part, Role, Route, Verdict, handle, handle_flow};
@@ -72,8 +73,8 @@ pub struct Router {
     pub fib: Cell<u32>,
     pub rows: Vec<Translation>,
     pub arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
-    pub flows4: RefCell<HashMap<FlowKey<4>, FlowHalf<4>>>,
-    pub flows6: RefCell<HashMap<FlowKey<16>, FlowHalf<16>>>,
+    pub flows4: Places<4>,
+    pub flows6: Places<16>,
     /// How many of each there may be.
     pub flow_room: usize,
     pub candidates4: RefCell<HashMap<FlowKey<4>, Candidate<4>>>,
@@ -177,8 +178,8 @@ impl Router {
             fib: Cell::default(),
             rows,
             arrivals: RefCell::default(),
-            flows4: RefCell::default(),
-            flows6: RefCell::default(),
+            flows4: Places::default(),
+            flows6: Places::default(),
             flow_room: usize::MAX,
             candidates4: RefCell::default(),
             candidates6: RefCell::default(),
@@ -437,6 +438,62 @@ fn add<K: Copy + Eq + std::hash::Hash, V: Copy>(
     }
 }
 
+/// A table of flows.
+pub struct Places<const N: usize>(Box<[Slot<N>]>);
+
+impl<const N: usize> Default for Places<N> {
+    fn default() -> Self {
+        Self::with_homes(1024)
+    }
+}
+
+impl<const N: usize> Places<N> {
+    pub fn with_homes(homes: u32) -> Self {
+        Self((0..homes + WINDOW - 1).map(|_| Slot::EMPTY).collect())
+    }
+
+    /// All entries.
+    pub fn halves(&self) -> impl Iterator<Item = FlowHalf<N>> {
+        self.0.iter().filter_map(Slot::read)
+    }
+
+    pub fn halves_mut(&mut self) -> impl Iterator<Item = &mut FlowHalf<N>> {
+        self.0.iter_mut().filter_map(|slot| slot.read().is_some().then(|| slot.get_mut()))
+    }
+
+    /// Removes all.
+    pub fn clear(&mut self) {
+        self.0.iter_mut().for_each(|slot| *slot = Slot::EMPTY);
+    }
+
+    /// Removes those of a direction.
+    pub fn lose(&self, direction: Direction) {
+        for half in self.halves().filter(|half| half.direction == direction as u8) {
+            flow_table::remove(self, &half.key());
+        }
+    }
+
+    fn add(&self, half: &FlowHalf<N>, room: usize) -> Added {
+        let is_full = || room != usize::MAX && self.halves().count() >= room;
+        match flow_table::find(self, &half.key()) {
+            None if is_full() => Added::Full,
+            _ => flow_table::add(self, half),
+        }
+    }
+}
+
+impl<const N: usize> Slots<N> for Places<N> {
+    fn homes(&self) -> u32 {
+        self.0.len() as u32 - (WINDOW - 1)
+    }
+    fn seed(&self) -> u64 {
+        1
+    }
+    fn slot(&self, number: u32) -> Option<&Slot<N>> {
+        self.0.get(number as usize)
+    }
+}
+
 macro_rules! flows {
     ($size:literal, $flows:ident, $candidates:ident, $bench:ident) => {
         impl Flows<$size> for Router {
@@ -445,13 +502,13 @@ macro_rules! flows {
                 key: &FlowKey<$size>,
                 look: impl FnOnce(&mut FlowHalf<$size>) -> R,
             ) -> Option<R> {
-                self.$flows.borrow_mut().get_mut(key).map(look)
+                flow_table::find(&self.$flows, key).map(look)
             }
-            fn add_flow(&self, key: &FlowKey<$size>, half: &FlowHalf<$size>) -> Added {
-                add(&mut self.$flows.borrow_mut(), self.flow_room, key, half)
+            fn add_flow(&self, half: &FlowHalf<$size>) -> Added {
+                self.$flows.add(half, self.flow_room)
             }
             fn remove_flow(&self, key: &FlowKey<$size>) {
-                self.$flows.borrow_mut().remove(key);
+                flow_table::remove(&self.$flows, key);
             }
             fn candidate<R>(
                 &self,

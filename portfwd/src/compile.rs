@@ -543,9 +543,9 @@ pub struct FlowRoom {
 pub struct Flows(pub u32);
 
 impl Flows {
-    /// Entries of established flows: one for each direction.
-    pub fn entries(self) -> u32 {
-        self.0.saturating_mul(2)
+    /// How many places of their table are homes.
+    pub fn homes(self) -> u32 {
+        flows::homes(self.0)
     }
 
     /// How many flows may be on probation.

@@ -15,6 +15,7 @@ use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
+use portfwd_ebpf::flow_table::WINDOW;
 use portfwd_ebpf::path::{Part, Role};
 use portfwd_ebpf::table::{
     Address, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface, Jiffies,
@@ -290,6 +291,8 @@ impl Datapath {
         let bits = route_set_bits(cpus);
         let second = (Duration::from_secs(1).as_nanos() / Clock::tick().as_nanos()) as u32;
         let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
+        let FlowRoom { v4, v6 } = capacity.flows;
+        let seed = RandomState::new().hash_one(1);
         let mut ebpf = EbpfLoader::new()
             .override_global(aya_log::LEVEL, &level, true)
             .override_global("ROUTE_SET_BITS", &bits, true)
@@ -305,10 +308,13 @@ impl Datapath {
             .map_max_entries("TRANSLATIONS", capacity.translations)
             .map_max_entries("PAGES", capacity.pages)
             .map_max_entries("COUNTERS", capacity.counters)
-            .map_max_entries("FLOWS_V4", capacity.flows.v4.entries())
-            .map_max_entries("FLOWS_V6", capacity.flows.v6.entries())
-            .map_max_entries("PROBATION_V4", capacity.flows.v4.probation())
-            .map_max_entries("PROBATION_V6", capacity.flows.v6.probation())
+            .override_global("FLOW_HOMES_V4", &v4.homes(), true)
+            .override_global("FLOW_HOMES_V6", &v6.homes(), true)
+            .override_global("FLOW_SEED", &seed, true)
+            .map_max_entries("FLOWS_V4", v4.homes() + WINDOW - 1)
+            .map_max_entries("FLOWS_V6", v6.homes() + WINDOW - 1)
+            .map_max_entries("PROBATION_V4", v4.probation())
+            .map_max_entries("PROBATION_V6", v6.probation())
             .map_max_entries("MAPPINGS", capacity.mappings)
             .map_max_entries("CLIENTS", capacity.mappings)
             .load(OBJECT)
@@ -320,7 +326,6 @@ impl Datapath {
         let clock = Clock::new(read, when);
         let common = ROLES.map(program_name).into_iter().chain(DIRECTIONS.map(detour_name));
         // Those of a family that no rule has would only take their time to be verified.
-        let FlowRoom { v4, v6 } = capacity.flows;
         let is_needed = |part: &&&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
         for program in common.chain(PARTS.iter().filter(is_needed).copied()) {
             let xdp = xdp_mut(&mut ebpf, program);
@@ -337,7 +342,7 @@ impl Datapath {
         let mut take = |name| ebpf.take_map(name).unwrap_or_else(|| missing(name));
         let mut parts = ProgramArray::try_from(take("PARTS")).map_err(map_error("PARTS"))?;
         let mut detours = ProgramArray::try_from(take("DETOURS")).map_err(map_error("DETOURS"))?;
-        let flows = Arc::new(FlowTables::new(clock, &mut take)?);
+        let flows = Arc::new(FlowTables::new(clock, seed, &mut take)?);
         let trust = Array::try_from(take("TRUST")).map_err(map_error("TRUST"))?;
         for (number, program) in PARTS.iter().enumerate().filter(|(_, it)| is_needed(it)) {
             let fd = xdp_mut(&mut ebpf, program).fd();

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use portfwd_ebpf::packet::{TCP, UDP};
-use portfwd_ebpf::table::{Jiffies, Tally};
+use portfwd_ebpf::table::{FlowHalf, Jiffies, Lines, Tally};
 use serde::{Deserialize, Serialize};
 
 use crate::rule::{Invalid, invalid};
@@ -129,23 +129,26 @@ pub fn protocol_name(protocol: u8) -> Cow<'static, str> {
     }
 }
 
-/// What flow tables of this size take of the kernel's memory, in bytes, when they are full of flows of
-/// both families.
+/// What flow tables of this size take of the kernel's memory, in bytes, for flows of both families. It is
+/// taken at once.
 pub fn memory(size: u32) -> u64 {
-    /// Of an entry, for the kernel.
+    /// Of an entry on probation, for the kernel.
     const HEADER: u64 = 48;
-    // An established flow has an entry for each direction, which the kernel takes from pools of these
-    // sizes; one on probation has one, and room for all of those is taken at once.
-    let established = 2 * u64::from(size);
+    let established = u64::from(homes(size));
     let probation = u64::from(probation(size));
-    let buckets = |entries: u64| 16 * entries.next_power_of_two();
-    let family = |half: u64, key: u64, candidate: u64| {
-        established * half
+    let family = |half: usize, key: u64, candidate: u64| {
+        established * half as u64
             + probation * (HEADER + key + candidate)
-            + buckets(established)
-            + buckets(probation)
+            + 16 * probation.next_power_of_two()
     };
-    family(128, 16, 80) + family(192, 40, 104)
+    family(size_of::<Lines<FlowHalf<4>>>(), 16, 80)
+        + family(size_of::<Lines<FlowHalf<16>>>(), 40, 104)
+}
+
+/// How many [homes](portfwd_ebpf::flow_table) a table for so many flows has. Each has an entry for each
+/// direction; filled to three quarters, all but one in several hundred find a place.
+pub fn homes(size: u32) -> u32 {
+    (u64::from(size) * 2 * 4 / 3).clamp(1, u64::from(u32::MAX / 2)) as u32
 }
 
 /// How many flows may be on probation beside `size` established ones. Small tables of this kind lose
@@ -256,9 +259,10 @@ mod tests {
 
     #[test]
     fn memory_grows_with_the_flows() {
-        // Two entries of 128 and 192 bytes, half of one of 144 and 192, and five buckets of 16 bytes for
-        // each family.
-        assert_eq!(memory(1 << 20), (1 << 20) * (2 * 320 + 336 / 2 + 2 * 16 * 5 / 2));
+        // Eight thirds of an entry of 64 and one of 128 bytes, half of one of 144 and one of 192, and half
+        // of two buckets of 16 bytes.
+        let established = (3 << 20) * 2 * 4 / 3 * (64 + 128);
+        assert_eq!(memory(3 << 20), established + (3 << 19) * (144 + 192) + 2 * 16 * (2 << 20));
         assert!(memory(1024) > 5 << 20, "probation is never small");
     }
 

@@ -1,23 +1,29 @@
-//! The kernel's tables of flows: read in batches, swept, counted.
+//! The kernel's tables of flows: read, swept, counted. Those of established flows are this process's memory
+//! too; others are read in batches.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Map, MapData};
+use portfwd_ebpf::flow_table::{self, Slot, Slots, WINDOW};
 use portfwd_ebpf::table::{
-    Address, Candidate, ClientKey, Direction, FlowHalf, FlowKey, Jiffies, Mapping, MappingKey,
-    Port, flow_flags,
+    Address, Candidate, ClientKey, Direction, FlowHalf, FlowKey, Jiffies, Lines, Mapping,
+    MappingKey, Port, flow_flags,
 };
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::{Clock, DatapathError};
 use crate::flows::{FlowRow, State, Timeouts};
 
 /// How many entries are read in one system call.
 const BATCH: usize = 1024;
+/// How many places are looked at without a pause.
+const PART: u32 = 16_384;
 /// A mapping that no flow uses is kept so long: its flow may just begin.
 const FRESH: Duration = Duration::from_secs(5);
 
@@ -31,7 +37,7 @@ pub struct FlowTables {
 }
 
 struct Family<const N: usize> {
-    flows: Table<FlowKey<N>, FlowHalf<N>>,
+    flows: Places<N>,
     probation: Table<FlowKey<N>, Candidate<N>>,
 }
 
@@ -68,15 +74,16 @@ impl FlowTables {
     /// From the maps with these names, which `take` hands out.
     pub(super) fn new(
         clock: Clock,
+        seed: u64,
         mut take: impl FnMut(&'static str) -> Map,
     ) -> Result<Self, DatapathError> {
         Ok(Self {
             v4: Family {
-                flows: Table::new("FLOWS_V4", take("FLOWS_V4"))?,
+                flows: Places::new("FLOWS_V4", take("FLOWS_V4"), seed)?,
                 probation: Table::new("PROBATION_V4", take("PROBATION_V4"))?,
             },
             v6: Family {
-                flows: Table::new("FLOWS_V6", take("FLOWS_V6"))?,
+                flows: Places::new("FLOWS_V6", take("FLOWS_V6"), seed)?,
                 probation: Table::new("PROBATION_V6", take("PROBATION_V6"))?,
             },
             mappings: Table::new("MAPPINGS", take("MAPPINGS"))?,
@@ -156,22 +163,21 @@ where
         &self,
         each: &mut impl FnMut(FlowRow) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, DatapathError> {
-        let mut seen = HashSet::new();
-        let shown = self.flows.each(|key, half| {
-            // A batch may bring an entry twice while others come and go.
-            if key.direction != Direction::Forward as u8 || !seen.insert(*key) {
+        let shown = self.flows.halves().try_for_each(|half| {
+            if half.direction != Direction::Forward as u8 {
                 return ControlFlow::Continue(());
             }
             // Without its other half it is about to end.
-            match self.flows.get(&half.becomes.reversed()) {
-                Ok(Some(reply)) => each(established(key, half, &reply)),
-                _ => ControlFlow::Continue(()),
+            match self.flows.get(&half.becomes().reversed()) {
+                Some(reply) => each(established(&half, &reply)),
+                None => ControlFlow::Continue(()),
             }
-        })?;
+        });
         if shown.is_break() {
             return Ok(shown);
         }
-        seen.clear();
+        // A batch may bring an entry twice while others come and go.
+        let mut seen = HashSet::new();
         self.probation.each(|key, candidate| {
             if !seen.insert(*key) {
                 return ControlFlow::Continue(());
@@ -182,11 +188,8 @@ where
 
     fn count(&self, counts: &mut BTreeMap<u32, u64>) -> Result<(), DatapathError> {
         let mut add = |counter| *counts.entry(counter).or_default() += 1;
-        self.flows.in_batches(|batch| {
-            let forward = batch.iter().filter(|(key, _)| key.direction == Direction::Forward as u8);
-            forward.for_each(|(_, half)| add(half.counter));
-            Ok(())
-        })?;
+        let forward = |half: &FlowHalf<N>| half.direction == Direction::Forward as u8;
+        self.flows.halves().filter(forward).for_each(|half| add(half.counter));
         self.probation.in_batches(|batch| {
             batch.iter().for_each(|(_, candidate)| add(candidate.counter));
             Ok(())
@@ -204,53 +207,48 @@ where
         let idle = |last: Jiffies| clock.between(last, Instant::now());
         let gone = |counter, backend: Address<N>| !living.has(counter, backend.to_ip());
         let shortest = living.timeouts.shortest();
-        let mut over: Vec<(FlowKey<N>, Option<Jiffies>)> = Vec::new();
-        self.flows.in_batches(|batch| {
-            over.clear();
-            for (key, half) in batch {
+        self.flows.in_parts(|halves| {
+            for half in halves {
+                let key = half.key();
                 let forward = key.direction == Direction::Forward as u8;
                 if !forward && idle(half.last) <= living.timeouts.tcp_transitory {
                     continue;
                 }
-                let twin = half.becomes.reversed();
-                let backend = if forward { half.becomes.destination } else { key.source };
+                let becomes = half.becomes();
+                let backend = if forward { becomes.destination } else { key.source };
                 if forward && !gone(half.counter, backend) && idle(half.last) <= shortest {
                     // Most flows: nothing else has to be read.
                     swept.flows += 1;
-                    note_mapping(key, &half.becomes, used);
+                    note_mapping(&key, &becomes, used);
                     continue;
                 }
-                let other = self.flows.get(&twin)?;
-                let Some(reply) = other.filter(|other| other.becomes == key.reversed()) else {
+                let other = self.flows.get(&becomes.reversed());
+                let Some(reply) = other.filter(|other| other.becomes() == key.reversed()) else {
                     // One half alone. A packet of the client's makes it whole again, or anew.
                     if forward
                         || gone(half.counter, backend)
                         || idle(half.last) > living.timeouts.tcp
                     {
-                        over.push((*key, None));
+                        self.flows.remove(&key);
                     }
                     continue;
                 };
                 if !forward {
                     continue;
                 }
-                let row = established(key, half, &reply);
+                let row = established(&half, &reply);
                 if gone(half.counter, backend)
                     || idle(row.last) > living.timeouts.limit(row.protocol, row.state)
                 {
                     swept.ended += 1;
-                    over.push((*key, Some(reply.last)));
+                    self.end(&half, reply.last);
                 } else {
                     swept.flows += 1;
-                    note_mapping(key, &half.becomes, used);
+                    note_mapping(&key, &becomes, used);
                 }
             }
-            for (key, reply_seen) in &over {
-                self.end(key, *reply_seen)?;
-            }
             pause();
-            Ok(())
-        })?;
+        });
         let ends = |row: &FlowRow| {
             idle(row.last) > living.timeouts.limit(row.protocol, row.state)
                 || !living.has(row.counter, row.backend.ip())
@@ -272,21 +270,19 @@ where
 }
 
 impl<const N: usize> Family<N> {
-    /// Ends a flow, of which this is a key, and whose other half had its last packet then.
+    /// Ends a flow, of which this is the forward half, and whose other half had its last packet then.
     ///
     /// The forward half goes first: a packet of the client's in between finds the reply's and makes it
     /// whole again, so that is looked at once more; and should both cross, the forward half that was
     /// made anew goes too, as one without the other is of no use.
-    fn end(&self, key: &FlowKey<N>, reply_seen: Option<Jiffies>) -> Result<(), DatapathError> {
-        let half = self.flows.get(key)?;
-        self.flows.remove(key)?;
-        let (Some(half), Some(seen)) = (half, reply_seen) else { return Ok(()) };
-        let twin = half.becomes.reversed();
-        if self.flows.get(&twin)?.is_some_and(|reply| reply.last == seen) {
-            self.flows.remove(&twin)?;
-            self.flows.remove(key)?;
+    fn end(&self, half: &FlowHalf<N>, reply_seen: Jiffies) {
+        let key = half.key();
+        self.flows.remove(&key);
+        let twin = half.becomes().reversed();
+        if self.flows.get(&twin).is_some_and(|reply| reply.last == reply_seen) {
+            self.flows.remove(&twin);
+            self.flows.remove(&key);
         }
-        Ok(())
     }
 }
 
@@ -303,27 +299,24 @@ fn note_mapping<const N: usize>(
     }
 }
 
-fn established<const N: usize>(
-    key: &FlowKey<N>,
-    forward: &FlowHalf<N>,
-    reply: &FlowHalf<N>,
-) -> FlowRow
+fn established<const N: usize>(forward: &FlowHalf<N>, reply: &FlowHalf<N>) -> FlowRow
 where
     Address<N>: ToIp,
 {
+    let has = |half: &FlowHalf<N>, flag: u32| u32::from(half.flags) & flag != 0;
     // What comes after a RST says that it was not heeded (RFC 7857, section 2.1).
     let reset = |half: &FlowHalf<N>, other: &FlowHalf<N>| {
-        half.flags & flow_flags::RESET != 0 && other.last <= half.last
+        has(half, flow_flags::RESET) && other.last <= half.last
     };
     let reset = reset(forward, reply) || reset(reply, forward);
-    let ended = forward.flags & reply.flags & flow_flags::FIN != 0;
+    let ended = has(forward, flow_flags::FIN) && has(reply, flow_flags::FIN);
     FlowRow {
         state: if reset || ended { State::Closing } else { State::Established },
-        created: forward.created.into(),
+        created: forward.created.ticks(),
         last: forward.last.max(reply.last),
         forward: forward.tally,
         reply: reply.tally,
-        ..row(key, &forward.becomes, forward.counter)
+        ..row(&forward.key(), &forward.becomes(), forward.counter)
     }
 }
 
@@ -339,7 +332,7 @@ where
             _ if flags & flow_flags::ANSWERED != 0 => State::Answered,
             _ => State::New,
         },
-        created: (*created).into(),
+        created: created.ticks(),
         last: *last,
         forward: *forward,
         reply: *reply,
@@ -405,13 +398,104 @@ macro_rules! bytes {
 }
 bytes!(
     [const N: usize] FlowKey<N>,
-    [const N: usize] FlowHalf<N>,
     [const N: usize] Candidate<N>,
     [] MappingKey,
     [] Mapping,
     [] ClientKey,
     [] Port
 );
+
+/// The kernel's table of established flows, as memory of this process: programs read and write it too.
+struct Places<const N: usize> {
+    slots: NonNull<Lines<FlowHalf<N>>>,
+    count: u32,
+    seed: u64,
+}
+
+// SAFETY: memory that lives as long as this does; `Slot` is for many to use.
+unsafe impl<const N: usize> Send for Places<N> {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Sync for Places<N> {}
+
+impl<const N: usize> Places<N> {
+    fn new(name: &'static str, map: Map, seed: u64) -> Result<Self, DatapathError> {
+        let failed = |message: String| DatapathError::Map { map: name, message };
+        let Map::Array(map) = map else { return Err(failed("it is no array".to_owned())) };
+        let count = map.info().map_err(|error| failed(error.to_string()))?.max_entries();
+        let fd = map.fd().as_fd();
+        // SAFETY: a new mapping, of the size that the map was made with.
+        let slots = unsafe {
+            mmap(
+                std::ptr::null_mut(),
+                Self::bytes(count),
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )
+        };
+        let slots = slots.map_err(|error| failed(error.to_string()))?;
+        let slots =
+            NonNull::new(slots.cast()).ok_or_else(|| failed("mapped nowhere".to_owned()))?;
+        Ok(Self { slots, count, seed })
+    }
+
+    fn bytes(count: u32) -> usize {
+        count as usize * size_of::<Lines<FlowHalf<N>>>()
+    }
+
+    fn get(&self, key: &FlowKey<N>) -> Option<FlowHalf<N>> {
+        let entry = flow_table::find(self, key)?;
+        let half = *entry;
+        entry.is(key).then_some(half)
+    }
+
+    /// Whether it was there.
+    fn remove(&self, key: &FlowKey<N>) -> bool {
+        flow_table::remove(self, key)
+    }
+
+    /// All entries. Those that come or go meanwhile may be left out.
+    fn halves(&self) -> impl Iterator<Item = FlowHalf<N>> {
+        self.part(0..self.count)
+    }
+
+    /// The same, some at a time.
+    fn in_parts(&self, mut each: impl FnMut(&mut dyn Iterator<Item = FlowHalf<N>>)) {
+        for from in (0..self.count).step_by(PART as usize) {
+            each(&mut self.part(from..(from + PART).min(self.count)));
+        }
+    }
+
+    fn part(&self, places: Range<u32>) -> impl Iterator<Item = FlowHalf<N>> {
+        places.filter_map(|number| self.slot(number)?.read())
+    }
+}
+
+impl<const N: usize> Slots<N> for Places<N> {
+    fn homes(&self) -> u32 {
+        self.count - (WINDOW - 1)
+    }
+
+    fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    fn slot(&self, number: u32) -> Option<&Slot<N>> {
+        // SAFETY: in bounds of the mapping, which is there for as long as this is.
+        (number < self.count).then(|| unsafe {
+            Slot::at(self.slots.as_ptr().add(number as usize).cast::<FlowHalf<N>>())
+        })
+    }
+}
+
+impl<const N: usize> Drop for Places<N> {
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference into it any more. That it fails can only be a mistake above.
+        let _: rustix::io::Result<()> =
+            unsafe { munmap(self.slots.as_ptr().cast(), Self::bytes(self.count)) };
+    }
+}
 
 /// A hash map of the kernel. aya has no batch operations, and its maps cannot be used by several threads
 /// at once.
@@ -446,7 +530,6 @@ struct Batch {
 }
 
 // enum bpf_cmd (linux/bpf.h); batches since 5.6 (kernel 05799638dbb2).
-const LOOKUP: libc::c_long = 1;
 const DELETE: libc::c_long = 3;
 const LOOKUP_BATCH: libc::c_long = 24;
 
@@ -464,22 +547,6 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
 
     fn failed(&self, error: &io::Error) -> DatapathError {
         DatapathError::Map { map: self.name, message: error.to_string() }
-    }
-
-    fn get(&self, key: &K) -> Result<Option<V>, DatapathError> {
-        let mut value = V::ZERO;
-        let mut attr = Element {
-            map_fd: self.number(),
-            key: &raw const *key as u64,
-            value: &raw mut value as u64,
-            ..Element::default()
-        };
-        // SAFETY: key and value are of the map's sizes, and live until the call returns.
-        match unsafe { bpf(LOOKUP, &mut attr) } {
-            Ok(()) => Ok(Some(value)),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
-            Err(error) => Err(self.failed(&error)),
-        }
     }
 
     /// Whether it was there.

@@ -124,8 +124,8 @@ impl Talk {
     /// Packets of both directions that flows have counted.
     fn counted(&self) -> u64 {
         let router = &self.router;
-        let halves = router.flows4.borrow().values().map(|half| half.tally).collect::<Vec<_>>();
-        let halves6 = router.flows6.borrow().values().map(|half| half.tally).collect::<Vec<_>>();
+        let halves = router.flows4.halves().map(|half| half.tally).collect::<Vec<_>>();
+        let halves6 = router.flows6.halves().map(|half| half.tally).collect::<Vec<_>>();
         let candidates =
             router.candidates4.borrow().values().flat_map(|it| it.tallies).collect::<Vec<_>>();
         let candidates6 =

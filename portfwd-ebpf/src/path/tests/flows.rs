@@ -129,7 +129,7 @@ fn crowd(router: &mut Router, clients: u16) -> u64 {
 }
 
 fn established(router: &Router) -> usize {
-    let halves = router.flows4.borrow().len();
+    let halves = router.flows4.halves().count();
     assert_eq!(halves % 2, 0);
     halves / 2
 }
@@ -150,8 +150,7 @@ fn a_masqueraded_client_is_seen_as_the_box_and_gets_its_answer() {
     assert_eq!(established(&router), 1);
     assert!(router.candidates4.borrow().is_empty());
     assert_eq!(router.counter.borrow().flows, 1);
-    let packets: Vec<u64> =
-        router.flows4.borrow().values().map(|half| half.tally.packets).collect();
+    let packets: Vec<u64> = router.flows4.halves().map(|half| half.tally.packets).collect();
     assert_eq!(packets, [4, 4]);
 }
 
@@ -334,7 +333,7 @@ fn the_end_of_a_connection_is_noted_and_a_new_one_begins_afresh() {
     answer(&mut router, (SYN | ACK, 900, 101)).unwrap();
     segment(&mut router, (ACK, 101, 901)).unwrap();
     let flags = |router: &Router| -> BTreeSet<u32> {
-        router.flows4.borrow().values().map(|half| half.flags).collect()
+        router.flows4.halves().map(|half| half.flags.into()).collect()
     };
     answer(&mut router, (FIN | ACK, 901, 101)).unwrap();
     assert_eq!(flags(&router), BTreeSet::from([0, flow_flags::FIN]));
@@ -383,7 +382,7 @@ fn a_flow_that_lost_a_half_is_made_whole() {
         let (source, _) = forward(&mut router, GAMER, 8080).unwrap();
         reply(&mut router, SERVER, source).unwrap();
         forward(&mut router, GAMER, 8080).unwrap();
-        router.flows4.borrow_mut().retain(|key, _| key.direction != lost as u8);
+        router.flows4.lose(lost);
         router.now.set(1000);
         assert_eq!(forward(&mut router, GAMER, 8080), Ok((source, SERVER)), "{lost:?}");
         assert_eq!(reply(&mut router, SERVER, source), Ok(((BOX, 8080), GAMER)), "{lost:?}");
@@ -397,18 +396,9 @@ fn an_entry_whose_memory_is_anothers_now_is_not_used() {
     forward(&mut router, GAMER, 8080).unwrap();
     reply(&mut router, SERVER, GAMER).unwrap();
     forward(&mut router, GAMER, 8080).unwrap();
-    let other = FlowKey {
-        source: Address([10, 9, 9, 9]),
-        destination: Address(BOX),
-        source_port: Port::new(1),
-        destination_port: Port::new(2),
-        protocol: UDP,
-        direction: Direction::Forward as u8,
-        padding: [0; 2],
-    };
-    for half in router.flows4.borrow_mut().values_mut() {
-        half.mark = other.mark();
-        half.becomes.destination = Address([10, 9, 9, 8]);
+    for half in router.flows4.halves_mut() {
+        half.came.source = Address([10, 9, 9, 9]);
+        half.goes.destination = Address([10, 9, 9, 8]);
     }
     assert_eq!(reply(&mut router, SERVER, GAMER), Err(Verdict::Pass(Passed::NoFlow)));
 }
