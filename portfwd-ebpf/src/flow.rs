@@ -39,6 +39,12 @@ pub enum Added {
 pub trait Flows<const N: usize> {
     /// Looks at one direction of an established flow, or changes it.
     fn flow<R>(&self, key: &FlowKey<N>, look: impl FnOnce(&mut FlowHalf<N>) -> R) -> Option<R>;
+    /// The same, for where most packets pass.
+    fn flow_at_once<R>(
+        &self,
+        key: &FlowKey<N>,
+        look: impl FnOnce(&mut FlowHalf<N>) -> R,
+    ) -> Option<R>;
     fn add_flow(&self, half: &FlowHalf<N>) -> Added;
     fn remove_flow(&self, key: &FlowKey<N>);
     /// Looks at a flow that is not established, or changes it.
@@ -150,7 +156,7 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
     bench: &mut Bench<N>,
 ) -> Result<(), Refused> {
     let Bench { packet, becomes, .. } = bench;
-    let found = kernel.flow(&packet.key, |half| {
+    let found = kernel.flow_at_once(&packet.key, |half| {
         *becomes = half.becomes();
         // One of another rule is on its way out.
         (half.is(&packet.key) && half.counter == translation.counter).then(|| half.seen(packet))
@@ -189,7 +195,7 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
 pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> bool {
     let Bench { packet, becomes, counter, hairpin, own, .. } = bench;
     let is_hairpin = |flags| u32::from(flags & flow_flags::HAIRPIN != 0);
-    let found = kernel.flow(&packet.key, |half| {
+    let found = kernel.flow_at_once(&packet.key, |half| {
         *becomes = half.becomes();
         (*counter, *hairpin) = (half.counter, is_hairpin(half.flags.into()));
         half.is(&packet.key).then(|| half.seen(packet))

@@ -736,6 +736,15 @@ macro_rules! flows {
             }
 
             #[inline(always)]
+            fn flow_at_once<R>(
+                &self,
+                key: &FlowKey<$size>,
+                look: impl FnOnce(&mut FlowHalf<$size>) -> R,
+            ) -> Option<R> {
+                flow_table::find_at_once(self, key).map(look)
+            }
+
+            #[inline(always)]
             fn add_flow(&self, half: &FlowHalf<$size>) -> Added {
                 flow_table::add(self, half)
             }

@@ -591,20 +591,19 @@ impl<'a, I> Packet<'a, I> {
 
     /// What flows look at.
     #[inline(always)]
-    fn of_flow<const N: usize>(&self, direction: Direction, now: Jiffies) -> flow::Packet<N>
-    where
+    fn of_flow<const N: usize>(
+        &self,
+        direction: Direction,
+        now: Jiffies,
+        flow: &mut flow::Packet<N>,
+    ) where
         I: Ip<N>,
     {
         let Self { ip, transport, .. } = self;
-        let (segment, number) = transport.segment();
-        flow::Packet {
-            key: ip.key(transport, direction),
-            segment,
-            number,
-            flags: transport.flow_flags(),
-            length: ip.length(),
-            now,
-        }
+        ip.key(transport, direction).write_to(&mut flow.key);
+        (flow.segment, flow.number) = transport.segment();
+        flow.flags = transport.flow_flags();
+        (flow.length, flow.now) = (ip.length(), now);
     }
 }
 
@@ -700,7 +699,7 @@ fn forward_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     translation: &Translation,
     packet: &mut Packet<'_, I>,
 ) -> Result<Verdict, Passed> {
-    bench.packet = packet.of_flow(Direction::Forward, kernel.now());
+    packet.of_flow(Direction::Forward, kernel.now(), &mut bench.packet);
     // Hops to backends are the same wherever the client is.
     (bench.counter, bench.hairpin) = (translation.counter, 0);
     match flow::forward(kernel, translation, bench) {
@@ -720,7 +719,7 @@ fn reply_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     bench: &mut Bench<N>,
     packet: &mut Packet<'_, I>,
 ) -> Option<Result<Verdict, Passed>> {
-    bench.packet = packet.of_flow(Direction::Reply, kernel.now());
+    packet.of_flow(Direction::Reply, kernel.now(), &mut bench.packet);
     flow::reply(kernel, bench).then(|| send_flow::<false, N, I, K>(kernel, bench, packet))
 }
 

@@ -340,6 +340,17 @@ impl<const N: usize> FlowKey<N> {
     /// What its last eight bytes say: ports, protocol and direction.
     const LAST_WORD: u64 = u64::from_ne_bytes([0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0, 0]);
 
+    /// Writes it in words, as it will be read: a CPU waits for a word that was just written in pieces.
+    #[inline(always)]
+    pub fn write_to(&self, to: &mut Self) {
+        let (from, to) = ((&raw const *self).cast::<u64>(), (&raw mut *to).cast::<u64>());
+        for word in 0..size_of::<Self>() / 8 {
+            // SAFETY: of references, in bounds, aligned, and without padding. Volatile, so that the compiler
+            // does not take it apart.
+            unsafe { to.add(word).write_volatile(from.add(word).read()) };
+        }
+    }
+
     /// Where in a [table](crate::flow_table) it stands.
     #[inline(always)]
     pub fn hash(&self, seed: u64) -> u64 {

@@ -504,6 +504,13 @@ macro_rules! flows {
             ) -> Option<R> {
                 flow_table::find(&self.$flows, key).map(look)
             }
+            fn flow_at_once<R>(
+                &self,
+                key: &FlowKey<$size>,
+                look: impl FnOnce(&mut FlowHalf<$size>) -> R,
+            ) -> Option<R> {
+                flow_table::find_at_once(&self.$flows, key).map(look)
+            }
             fn add_flow(&self, half: &FlowHalf<$size>) -> Added {
                 self.$flows.add(half, self.flow_room)
             }

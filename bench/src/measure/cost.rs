@@ -60,8 +60,19 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         for set in &sets {
             let rules: Vec<Rule> =
                 set.rules.iter().map(|spec| control::rule(spec)).collect::<Result<_>>()?;
-            let control = Control::load(&rig, &rules)
+            let mut control = Control::load(&rig, &rules)
                 .with_context(|| format!("cannot load the rules of \"{}\"", set.name))?;
+            // A client that speaks again after an answer: what keeps flows has established this one.
+            let [first, second] = [0, 1].map(|number| set.classes.get(number));
+            if let (Some(forward), Some(reply)) = (first, second) {
+                for class in [forward, reply, forward] {
+                    let ingress = if class.role == Role::External { wan } else { lan };
+                    let mut bytes = [0; FRAME];
+                    let words = class.frames[0].0.iter().flat_map(|word| word.to_ne_bytes());
+                    bytes.iter_mut().zip(words).for_each(|(byte, new)| *byte = new);
+                    control.datapath.try_frame(class.role, ingress, &bytes)?;
+                }
+            }
             datapaths.push(control.datapath);
         }
         for round in 1..=rounds {
@@ -164,7 +175,23 @@ fn sets(quick: bool) -> Vec<Set> {
         },
         Set {
             name: "1 rule",
-            rules: vec![v6],
+            rules: vec![v6.clone()],
+            classes: vec![
+                forward("forward v6 UDP", udp, client6, v6_at(external6, 10_000)),
+                reply("reply v6 UDP", udp, v6_at(backend6, 20_000), client6),
+            ],
+        },
+        Set {
+            name: "with a flow",
+            rules: vec![v4.clone(), format!("{}:{}/udp", external(9), backend(20_000))],
+            classes: vec![
+                forward("forward v4 UDP", udp, client, external(10_000)),
+                reply("reply v4 UDP", udp, backend(20_000), client),
+            ],
+        },
+        Set {
+            name: "with a flow",
+            rules: vec![v6.clone(), format!("[{external6}]:9:[{backend6}]:20000/udp")],
             classes: vec![
                 forward("forward v6 UDP", udp, client6, v6_at(external6, 10_000)),
                 reply("reply v6 UDP", udp, v6_at(backend6, 20_000), client6),
