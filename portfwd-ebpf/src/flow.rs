@@ -155,19 +155,33 @@ pub fn forward<const N: usize, K: Kernel + Flows<N>>(
     translation: &Translation,
     bench: &mut Bench<N>,
 ) -> Result<(), Refused> {
-    let Bench { packet, becomes, .. } = bench;
+    if established(kernel, bench) { Ok(()) } else { begin(kernel, translation, bench) }
+}
+
+/// The same, if it is of an established flow, of the rule whose counter is on the bench.
+#[inline(always)]
+pub fn established<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> bool {
+    let Bench { packet, becomes, counter, .. } = bench;
     let found = kernel.flow_at_once(&packet.key, |half| {
         *becomes = half.becomes();
         // One of another rule is on its way out.
-        (half.is(&packet.key) && half.counter == translation.counter).then(|| half.seen(packet))
+        (half.is(&packet.key) && half.counter == *counter).then(|| half.seen(packet))
     });
-    if let Some(Some(look)) = found {
-        if look {
-            look_after(kernel, bench);
-        }
-        return Ok(());
+    let Some(Some(look)) = found else { return false };
+    if look {
+        look_after(kernel, bench);
     }
-    match begin(kernel, translation, bench) {
+    true
+}
+
+/// The same, if it is of none.
+#[inline(always)]
+pub fn begin<const N: usize, K: Kernel + Flows<N>>(
+    kernel: &K,
+    translation: &Translation,
+    bench: &mut Bench<N>,
+) -> Result<(), Refused> {
+    match on_probation(kernel, translation, bench) {
         Begun::Ours => Ok(()),
         Begun::Proven => {
             bench.reply = bench.becomes.reversed();
@@ -260,7 +274,7 @@ enum Begun {
 /// Looks for a flow that is not established, or begins it.
 // Not inlined, like what it calls: it is verified on its own stack, and off the common way.
 #[inline(never)]
-fn begin<const N: usize, K: Kernel + Flows<N>>(
+fn on_probation<const N: usize, K: Kernel + Flows<N>>(
     kernel: &K,
     translation: &Translation,
     bench: &mut Bench<N>,
@@ -326,7 +340,7 @@ fn try_port<const N: usize, K: Kernel + Flows<N>>(
     if masquerade && !has_mapping(kernel, bench, !is_known, attempt >= TAKES_OVER) {
         return Found::Anothers;
     }
-    on_probation(kernel, bench)
+    find(kernel, bench)
 }
 
 /// What is there under a key.
@@ -344,7 +358,7 @@ enum Found {
 
 /// Looks for it among the flows on probation.
 #[inline(always)]
-fn on_probation<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> Found {
+fn find<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> Found {
     let Bench { packet, becomes, counter, reply, candidate: new, .. } = bench;
     let counter = *counter;
     let looks = packet.segment == Segment::Looks;

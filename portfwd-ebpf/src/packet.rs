@@ -10,7 +10,7 @@ use network_types::{
 };
 
 use crate::checksum::{Change, Checksum};
-use crate::flow::Segment;
+use crate::flow::{Bench, Flows, Segment};
 use crate::path::Kernel;
 use crate::table::{
     Address, Claims, Direction, Endpoint, FlowKey, LinkAddresses, Passed, Port, Ports, RouteSet,
@@ -437,6 +437,10 @@ pub trait Ip<const N: usize>: Header {
     /// Whether the FIB refuses some packets for their source: those are not for remembered routes.
     fn is_source_strict(&self) -> bool;
 
+    /// This CPU's bench for flows of this family.
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn bench<K: Kernel>(kernel: &K) -> Option<&mut Bench<N>>;
+
     /// How far remembered routes of this family can be relied on.
     fn trust<K: Kernel>(kernel: &K) -> Trust;
 
@@ -523,6 +527,11 @@ impl Ip<4> for Ipv4Hdr {
     #[inline(always)]
     fn is_source_strict(&self) -> bool {
         false
+    }
+
+    #[inline(always)]
+    fn bench<K: Kernel>(kernel: &K) -> Option<&mut Bench<4>> {
+        Flows::<4>::bench(kernel)
     }
 
     #[inline(always)]
@@ -649,6 +658,11 @@ impl Ip<16> for Ipv6Hdr {
     fn is_source_strict(&self) -> bool {
         // Multicast, link-local, loopback (rt6_need_strict), and a few more that begin alike.
         matches!(self.src_addr[0], 0x00 | 0xfe | 0xff)
+    }
+
+    #[inline(always)]
+    fn bench<K: Kernel>(kernel: &K) -> Option<&mut Bench<16>> {
+        Flows::<16>::bench(kernel)
     }
 
     #[inline(always)]

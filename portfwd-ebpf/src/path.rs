@@ -550,10 +550,25 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
         return Ok(Verdict::Flow(Part::Hairpin.program::<N>()));
     }
     let hairpin = part == Part::Hairpin;
+    packet.of_flow(Direction::Forward, kernel.now(), &mut bench.packet);
+    // Hops to backends are the same wherever the client is.
+    (bench.inside, bench.hairpin) = (hairpin.into(), 0);
+    if !hairpin && flow::established(kernel, bench) {
+        return send_flow::<true, N, I, K>(kernel, bench, &mut packet);
+    }
     match claimed(&packet, Direction::Forward) {
         Ok(translation) => {
-            bench.inside = hairpin.into();
-            forward_flow(kernel, bench, translation, &mut packet)
+            bench.counter = translation.counter;
+            let known = hairpin && flow::established(kernel, bench);
+            let known = if known { Ok(()) } else { flow::begin(kernel, translation, bench) };
+            match known {
+                Ok(()) => send_flow::<true, N, I, K>(kernel, bench, &mut packet),
+                Err(Refused::Pass(reason)) => Err(reason),
+                Err(Refused::Drop(reason)) => {
+                    kernel.note(|| Flow::of(packet.ip, &packet.transport));
+                    Ok(drop_counted(kernel, bench.counter, reason))
+                }
+            }
         }
         Err(Passed::Ttl) => Ok(Verdict::Flow(Part::FindForward.program::<N>())),
         // A backend's, but of no flow, and not to us.
@@ -641,7 +656,13 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     };
     if translation.has(Translation::STATEFUL) {
         let part = match direction {
-            Direction::Forward => Part::Forward,
+            Direction::Forward => {
+                // So that it need not look for the rule again.
+                if let Some(bench) = I::bench(kernel) {
+                    bench.counter = translation.counter;
+                }
+                Part::Forward
+            }
             Direction::Reply => Part::Reply,
         };
         return Ok(Verdict::Flow(part.program::<N>()));
@@ -689,27 +710,6 @@ fn claimed<'k, const N: usize, I: Ip<N>, K: Kernel>(
         return Err(Passed::Ttl);
     }
     Ok(translation)
-}
-
-/// A packet to a backend, of a flow that it may begin.
-#[inline(always)]
-fn forward_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
-    kernel: &K,
-    bench: &mut Bench<N>,
-    translation: &Translation,
-    packet: &mut Packet<'_, I>,
-) -> Result<Verdict, Passed> {
-    packet.of_flow(Direction::Forward, kernel.now(), &mut bench.packet);
-    // Hops to backends are the same wherever the client is.
-    (bench.counter, bench.hairpin) = (translation.counter, 0);
-    match flow::forward(kernel, translation, bench) {
-        Ok(()) => send_flow::<true, N, I, K>(kernel, bench, packet),
-        Err(Refused::Pass(reason)) => Err(reason),
-        Err(Refused::Drop(reason)) => {
-            kernel.note(|| Flow::of(packet.ip, &packet.transport));
-            Ok(drop_counted(kernel, translation.counter, reason))
-        }
-    }
 }
 
 /// A packet from a backend, if it is of a flow.
