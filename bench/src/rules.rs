@@ -98,7 +98,7 @@ impl Rules {
     pub fn stateful_toml(self, flows: u32) -> String {
         let (listen, to) = (SocketAddrV4::new(rig::EXTERNAL, 9), self.backends());
         let to = SocketAddrV4::new(Ipv4Addr::from_bits(to.address), to.port as u16);
-        let size = (2 * flows).max(16_384);
+        let size = (2 * flows).max(65_536);
         let rule = format!(
             "[flows]\nsize = {size}\n[[rule]]\nname = \"twin\"\nprotocol = \"udp\"\nlisten = \"{listen}\"\nto = \"{to}\"\n"
         );

@@ -820,7 +820,13 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => (target, source),
         Direction::Reply => (source, target),
     };
-    if both {
+    let (source_port, destination_port) = transport.ports();
+    let came = match direction {
+        Direction::Forward => (ip.source(), source_port),
+        Direction::Reply => (ip.destination(), destination_port),
+    };
+    // Without masquerade it stays as it is.
+    if both && !(came.0.is(&other.0) && came.1 == other.1) {
         let addresses = ip.rewrite(direction.opposite(), other.0, 0);
         transport.rewrite(direction.opposite(), other.1, addresses);
     }

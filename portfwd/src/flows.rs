@@ -28,7 +28,7 @@ pub struct FlowSettings {
 
 impl Default for FlowSettings {
     fn default() -> Self {
-        FlowSettings { size: 262_144, timeouts: Timeouts::default() }
+        FlowSettings { size: 65_536, timeouts: Timeouts::default() }
     }
 }
 

@@ -610,8 +610,8 @@ fn check_of_a_good_file() {
     assert_eq!(json["rules"][0]["name"], "web");
     assert_eq!(json["rules"][0]["stateful"], false);
     assert!(json["rules"][1]["explanation"].as_str().unwrap().contains("any *"));
-    assert_eq!(json["flows"]["size"], 262_144);
-    assert!(json["flows"]["memory"].as_u64().unwrap() > 262_144 * 256);
+    assert_eq!(json["flows"]["size"], 65_536);
+    assert!(json["flows"]["memory"].as_u64().unwrap() > 65_536 * 256);
     assert!(json.get("programs").is_none());
 
     let verified = check("-v");

@@ -123,7 +123,7 @@ fn an_empty_file_has_the_defaults() {
     assert_eq!(good("\u{feff}# nothing\r\n[names]\r\nrefresh = \"30s\"\r\n"), Config::default());
     assert_eq!(Config::default().refresh, Duration::from_secs(30));
     assert_eq!(Config::default().attach, Attach::Auto);
-    assert_eq!(Config::default().flows.size, 262_144);
+    assert_eq!(Config::default().flows.size, 65_536);
     assert_eq!(Config::default().masquerade, 40000..=60999);
     assert_eq!(good("[flows]\nudp = \"5m\"\n[masquerade]\n"), Config::default());
 }
