@@ -46,6 +46,7 @@ pub struct Talk {
 pub const TALKS: &[Talk] = &[
     Talk { name: "datagrams", state: On, weight: 10, make: Maker::datagrams },
     Talk { name: "connection", state: On, weight: 10, make: Maker::connection },
+    Talk { name: "hairpin", state: On, weight: 4, make: Maker::hairpin },
     Talk { name: "disorder", state: On, weight: 3, make: Maker::disorder },
     Talk { name: "to the box", state: On, weight: 3, make: Maker::at_the_box },
     Talk { name: "echo", state: On, weight: 1, make: Maker::echo },
@@ -72,19 +73,18 @@ struct Shape {
 const SHAPES: &[Shape] = &[
     Shape { name: "many ports to one", state: On, once_in: 4, applies: |rule| rule.listen != ANY && !is_shifted(rule),
         change: |_, rule| rule.one_port = true },
-    Shape { name: "several backends", state: Off(FLOWS), once_in: 4, applies: |rule| !is_shifted(rule) || rule.one_port,
+    Shape { name: "several backends", state: On, once_in: 4, applies: |rule| !is_shifted(rule) || rule.one_port,
         change: |random, rule| {
             let others = (0..SERVERS).map(|number| server(rule.backend.is_ipv6(), number));
             let count = 1 + random.below(3);
             rule.others = others.filter(|other| *other != rule.backend.ip()).take(count).collect();
         } },
-    Shape { name: "masquerade", state: Off(FLOWS), once_in: 4, applies: |_| true,
+    Shape { name: "masquerade", state: On, once_in: 4, applies: |_| true,
         change: |_, rule| rule.masquerade = true },
 ];
 
 /// Whether rules may send to one port of a backend and answer differently.
 pub const SHARED_PORTS: State = On;
-const FLOWS: &str = "each keeps flows in its own way: compare up to renaming";
 
 /// Whether each of several ports becomes another.
 fn is_shifted(rule: &Rule) -> bool {
@@ -104,7 +104,6 @@ pub fn shape(random: &mut Random, extent: Extent, rule: &mut Rule) {
 #[rustfmt::skip]
 const NOT_YET: &[(&str, &str)] = &[
     ("one client socket at two addresses of a rule", "nftables changes the later one's source port: compare up to renaming"),
-    ("hairpin", "needs a client on the server's side"),
     ("fragments out of order", "portfwd will not hold them, nftables does: a wanted difference"),
     ("larger than the MTU", "the rig needs a narrow network"),
 ];

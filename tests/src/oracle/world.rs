@@ -165,9 +165,9 @@ impl Lane {
             _ => step.frame(),
         };
         for frame in step.frames(frame) {
-            self.taps[step.from as usize].send(&frame)?;
+            self.taps[step.at as usize].send(&frame)?;
         }
-        let mut seen = self.settle()?;
+        let mut seen = self.settle(step.at)?;
         if has_ports && step.from == Side::Client {
             self.note_arrival(step, flow, &mut seen)?;
         }
@@ -179,20 +179,18 @@ impl Lane {
     /// for the client, and which backend it is.
     fn note_arrival(&mut self, step: &Step, flow: &Flow, seen: &mut Seen) -> Result<()> {
         let (protocol, transport) = (step.packet.protocol, step.packet.transport_at());
-        let [frame] = seen.0[Side::Server as usize].as_mut_slice() else { return Ok(()) };
+        let [frame] = seen.0[step.to as usize].as_mut_slice() else { return Ok(()) };
         let Some(ends) = packet::ends(frame, transport) else { return Ok(()) };
-        let first = *self.arrived.entry(step.flow).or_insert(ends);
+        let (source, destination) = ends;
+        let arrives = format!("{source} -> {destination} at the server");
         let owner = *self.flows.entry((protocol, ends)).or_insert(step.flow);
-        ensure!(
-            owner == step.flow,
-            "{} -> {} at the server is flow {owner}, and now flow {} as well",
-            ends.0,
-            ends.1,
-            step.flow
-        );
-        if flow.chooses && ends == first {
-            let source = SocketAddr::new(ends.0.ip(), flow.client.port());
-            let destination = SocketAddr::new(flow.server.ip(), ends.1.port());
+        ensure!(owner == step.flow, "{arrives} is flow {owner}, and now flow {} too", step.flow);
+        let first = *self.arrived.entry(step.flow).or_insert(ends);
+        if flow.chooses {
+            ensure!(ends == first, "{arrives} was {} -> {} before", first.0, first.1);
+            ensure!(flow.backends.contains(&destination.ip()), "{arrives} is no backend's");
+            let source = SocketAddr::new(source.ip(), flow.appears.port());
+            let destination = SocketAddr::new(flow.server.ip(), destination.port());
             packet::set_ends(frame, protocol, transport, (source, destination));
         }
         Ok(())
@@ -201,11 +199,11 @@ impl Lane {
     /// Waits until everything that was sent so far has come out.
     ///
     /// A marker sent behind it comes out behind it, if both go the same way. What XDP redirects waits
-    /// for the end of its poll, and the stack's answers take the other interface: so there are two in
-    /// each direction, each sent when the one before has come.
-    fn settle(&mut self) -> Result<Seen> {
+    /// for the end of its poll, and answers take the other interface: so there are two in each
+    /// direction, each sent when the one before has come.
+    fn settle(&mut self, at: Side) -> Result<Seen> {
         let mut seen = Seen::default();
-        for side in [Side::Client, Side::Server, Side::Client, Side::Server] {
+        for side in [at, at.other(), at, at.other()] {
             self.markers += 1;
             let marker = marker(side, self.markers);
             self.taps[side as usize].send(&marker)?;
@@ -305,6 +303,7 @@ fn prepared() -> Result<Rig> {
         ("net.ipv6.auto_flowlabels", "0"),
         ("net.ipv4.conf.all.send_redirects", "0"),
         ("net.ipv4.conf.wan0.send_redirects", "0"),
+        ("net.ipv4.conf.lan0.send_redirects", "0"),
     ] {
         rig.router.set_sysctl(key, value)?;
     }
