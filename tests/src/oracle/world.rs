@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::rules::{self, SECOND_WAN, SERVERS, server};
 use super::stream::{CLIENT_MAC, Flow, LAN_MAC, SERVER_MAC, Side, Step, WAN_MAC};
 use crate::netns::{self, Namespace};
-use crate::packet::{self, Packet, TCP, UDP};
+use crate::packet::{self, ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::portfwd::Portfwd;
 use crate::rig::{self, Options, Rig};
 use crate::rule::Rule;
@@ -180,7 +180,9 @@ impl Lane {
     fn note_arrival(&mut self, step: &Step, flow: &Flow, seen: &mut Seen) -> Result<()> {
         let (protocol, transport) = (step.packet.protocol, step.packet.transport_at());
         let [frame] = seen.0[step.to as usize].as_mut_slice() else { return Ok(()) };
-        let Some(ends) = packet::ends(frame, transport) else { return Ok(()) };
+        let Some(ends) = packet::ends(frame, transport).filter(|_| !is_icmp(frame)) else {
+            return Ok(());
+        };
         let (source, destination) = ends;
         let arrives = format!("{source} -> {destination} at the server");
         let owner = *self.flows.entry((protocol, ends)).or_insert(step.flow);
@@ -247,6 +249,14 @@ fn marker(from: Side, number: u32) -> Vec<u8> {
 
 fn is_marker(frame: &[u8]) -> bool {
     frame[12..14] == [8, 0] && frame.get(23) == Some(&MARKER)
+}
+
+/// What the router itself says of a packet.
+fn is_icmp(frame: &[u8]) -> bool {
+    match frame[12..packet::ETHERNET] {
+        [0x08, 0x00] => frame.get(packet::ETHERNET + 9) == Some(&ICMP),
+        _ => frame.get(packet::ETHERNET + 6) == Some(&ICMPV6),
+    }
 }
 
 /// What hosts say to find each other: to all of a group, and ARP.
