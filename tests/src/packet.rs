@@ -264,6 +264,42 @@ pub fn set_ends(frame: &mut [u8], protocol: u8, transport: usize, ends: (SocketA
     }
 }
 
+/// Changes the ends of the packet that an ICMP error quotes, if they are as expected, and so whom the
+/// error goes to. The transport header began at `transport` in the packet's frame.
+pub fn set_quoted_ends(
+    frame: &mut [u8],
+    protocol: u8,
+    transport: usize,
+    expected: (SocketAddr, SocketAddr),
+    ends: (SocketAddr, SocketAddr),
+) {
+    let [source, destination] = addresses_at(frame);
+    let quoted_at = destination.end + 8;
+    let mut quoted = [&frame[..ETHERNET], &frame[quoted_at..]].concat();
+    if self::ends(&quoted, transport) != Some(expected) {
+        return;
+    }
+    set_ends(&mut quoted, protocol, transport, ends);
+    frame[quoted_at..].copy_from_slice(&quoted[ETHERNET..]);
+    let sum = destination.end + 2;
+    frame[sum..sum + 2].fill(0);
+    let mut covered = Vec::new();
+    match ends.0.ip() {
+        IpAddr::V4(address) => {
+            frame[destination.clone()].copy_from_slice(&address.octets());
+            repair_ipv4(frame);
+        }
+        IpAddr::V6(address) => {
+            frame[destination.clone()].copy_from_slice(&address.octets());
+            covered.extend(&frame[source.start..destination.end]);
+            covered.extend(((frame.len() - destination.end) as u32).to_be_bytes());
+            covered.extend([0, 0, 0, ICMPV6]);
+        }
+    }
+    covered.extend(&frame[destination.end..]);
+    frame[sum..sum + 2].copy_from_slice(&checksum(&covered).to_be_bytes());
+}
+
 /// Where the addresses are: source, destination.
 fn addresses_at(frame: &[u8]) -> [Range<usize>; 2] {
     let (first, length) = if frame[12..ETHERNET] == [0x08, 0x00] { (12, 4) } else { (8, 16) };
@@ -322,6 +358,103 @@ pub fn fragments(frame: &[u8], identification: u16, size: usize) -> Vec<Vec<u8>>
         [&fragment, part].concat()
     });
     parts.collect()
+}
+
+/// Puts fragments together that came in order, one packet's after the other's, and whose headers agree.
+/// All else stays as it is.
+pub fn reassembled(frames: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    let (mut packets, mut open) = (Vec::new(), Vec::new());
+    for frame in frames {
+        let Some(fragment) = Fragment::of(&frame) else {
+            packets.push(frame);
+            continue;
+        };
+        let is_last = !fragment.has_more;
+        open.push((fragment, frame));
+        if is_last && let Some(packet) = whole(&open) {
+            packets.push(packet);
+            open.clear();
+        }
+    }
+    packets.extend(open.into_iter().map(|(_, frame)| frame));
+    packets
+}
+
+/// What stands in the headers of a fragment.
+struct Fragment {
+    /// What all fragments of a packet have in common.
+    common: Vec<u8>,
+    offset: usize,
+    has_more: bool,
+    /// Where its part of the payload begins in the frame.
+    payload_at: usize,
+}
+
+impl Fragment {
+    /// If it is one, and its header is valid.
+    fn of(frame: &[u8]) -> Option<Self> {
+        crate::wire::verify(frame).ok()?.filter(|packet| packet.fragment)?;
+        let is_v4 = frame[12] == 8;
+        // What differs: lengths, places, and IPv4's checksum.
+        let (place, common, payload_at) = if is_v4 {
+            let common = [&frame[..16], &frame[18..20], &frame[22..24], &frame[26..34]];
+            (20, common, ETHERNET + usize::from(frame[ETHERNET] & 0xf) * 4)
+        } else if frame[20] == 44 {
+            (56, [&frame[..18], &frame[20..55], &frame[58..62], &[]], 62)
+        } else {
+            return None;
+        };
+        let place = u16::from_be_bytes([frame[place], frame[place + 1]]);
+        let (offset, has_more) = match is_v4 {
+            true => (usize::from(place & 0x1fff) * 8, place & 0x2000 != 0),
+            false => (usize::from(place & !7), place & 1 != 0),
+        };
+        Some(Self { common: common.concat(), offset, has_more, payload_at })
+    }
+}
+
+/// The frame of the packet of which these are all fragments.
+fn whole(fragments: &[(Fragment, Vec<u8>)]) -> Option<Vec<u8>> {
+    let (first, frame) = fragments.first()?;
+    let mut payload: Vec<u8> = Vec::new();
+    for (fragment, frame) in fragments {
+        if fragment.offset != payload.len() || fragment.common != first.common {
+            return None;
+        }
+        payload.extend(&frame[fragment.payload_at..]);
+    }
+    let mut packet = frame[..first.payload_at].to_vec();
+    if packet[12] == 8 {
+        let length = (first.payload_at - ETHERNET + payload.len()) as u16;
+        packet[16..18].copy_from_slice(&length.to_be_bytes());
+        packet[20] &= !0x20;
+        repair_ipv4(&mut packet);
+    } else {
+        packet[20] = packet[54];
+        packet.truncate(54);
+        packet[18..20].copy_from_slice(&(payload.len() as u16).to_be_bytes());
+    }
+    packet.extend(payload);
+    Some(packet)
+}
+
+#[test]
+fn fragments_are_reassembled() {
+    for (from, to) in [("10.0.0.1:5000", "10.0.0.2:80"), ("[fd00::1]:5000", "[fd00::2]:80")] {
+        let ends = [from, to].map(|text| text.parse().unwrap());
+        let packet =
+            Packet { payload: vec![7; 100], fragment: 0, ..Packet::new(UDP, ends[0], ends[1]) };
+        let frame = packet.bytes();
+        let parts = fragments(&frame, 0x1234, 32);
+        assert_eq!(parts.len(), 4);
+        assert_eq!(reassembled(parts.clone()), std::slice::from_ref(&frame));
+        assert_eq!(reassembled([parts.clone(), parts.clone()].concat()), [&frame[..], &frame]);
+        // One that is lost, or has another number of hops.
+        assert_eq!(reassembled(parts[1..].to_vec()), parts[1..]);
+        let mut others = parts.clone();
+        others[1] = fragments(&Packet { hops: 9, ..packet }.bytes(), 0x1234, 32).remove(1);
+        assert_eq!(reassembled(others.clone()), others);
+    }
 }
 
 #[test]

@@ -16,8 +16,11 @@ use crate::packet::{self, ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::portfwd::Portfwd;
 use crate::rig::{self, Options, Rig};
 use crate::rule::Rule;
-use crate::wire::Tap;
+use crate::wire::{self, Tap};
 use tempfile::TempDir;
+
+/// The MTU of the ways to servers, and to clients beyond the router's network.
+const NARROW: u16 = 1450;
 
 /// A protocol that is nobody's (RFC 3692), of the frames that say that all before them has come.
 const MARKER: u8 = 253;
@@ -168,10 +171,28 @@ impl Lane {
             self.taps[step.at as usize].send(&frame)?;
         }
         let mut seen = self.settle(step.at)?;
-        if has_ports && step.from == Side::Client {
-            self.note_arrival(step, flow, &mut seen)?;
+        // How it is cut is each one's own affair.
+        for frames in &mut seen.0 {
+            *frames = packet::reassembled(std::mem::take(frames));
+        }
+        match step.from {
+            Side::Client if has_ports => self.note_arrival(step, flow, &mut seen)?,
+            Side::Server if flow.chooses => self.rename_errors(step, flow, &mut seen),
+            _ => {}
         }
         Ok(seen)
+    }
+
+    /// Takes out of what the router says of a server's packet what it chose before: as in
+    /// [`note_arrival`](Self::note_arrival).
+    fn rename_errors(&self, step: &Step, flow: &Flow, seen: &mut Seen) {
+        let Some((client, server)) = self.arrived.get(&step.flow) else { return };
+        let (protocol, transport) = (step.packet.protocol, step.packet.transport_at());
+        let errors = seen.0[step.at as usize].iter_mut().filter(|frame| is_icmp(frame));
+        for error in errors.filter(|frame| wire::verify(frame).is_ok()) {
+            let renamed = (flow.server, flow.appears);
+            packet::set_quoted_ends(error, protocol, transport, (*server, *client), renamed);
+        }
     }
 
     /// Takes down how the server sees a flow, and looks whether it stays so and is no other's. What
@@ -295,7 +316,14 @@ fn prepared() -> Result<Rig> {
         neighbour(server(true, number), SERVER_MAC, "lan0");
     }
     neighbour(MARKED.into(), SERVER_MAC, "lan0");
-    lines.extend(rig::CLIENT.both().map(|client| format!("route add default via {client}")));
+    let narrow = format!("mtu lock {NARROW}");
+    for client in rig::CLIENT.both() {
+        lines.push(format!("route add default via {client} {narrow}"));
+    }
+    // To all: each router chooses among them.
+    for server in [false, true].map(|v6| (0..SERVERS).map(move |number| server(v6, number))) {
+        lines.extend(server.map(|server| format!("route add {server} dev lan0 {narrow}")));
+    }
     rig.router.ip_batch(&lines)?;
 
     for (key, value) in [
