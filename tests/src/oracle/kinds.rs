@@ -129,6 +129,11 @@ fn any(_: &Flow, _: &Step) -> bool {
     true
 }
 
+/// There is room for more, whatever its way is.
+fn is_short(_: &Flow, step: &Step) -> bool {
+    step.packet.payload.len() < 1300
+}
+
 fn has_ports(_: &Flow, step: &Step) -> bool {
     matches!(step.packet.protocol, TCP | UDP)
 }
@@ -167,8 +172,9 @@ fn has_plain_answer(flow: &Flow, step: &Step) -> bool {
 /// It begins no flow and no connection, which there would be at one of the two only.
 fn may_be_refused(flow: &Flow, step: &Step) -> bool {
     let opens = step.packet.protocol == TCP && step.packet.tcp.flags & SYN != 0;
-    let may = has_ports(flow, step) && step.strange.is_none() && has_plain_answer(flow, step);
-    may && !step.begins && !opens
+    let is_sound = step.strange.is_none() && step.damage.is_none();
+    let may = has_ports(flow, step) && has_plain_answer(flow, step);
+    is_sound && may && !step.begins && !opens
 }
 
 #[rustfmt::skip]
@@ -213,7 +219,7 @@ const KINDS: &[Kind] = &[
     Kind { name: "checksum comes out as zero", state: On, once_in: 16, applies: has_checksum, change: tune },
     Kind { name: "wrong checksum", state: On, once_in: 16, applies: has_checksum,
         change: |random, _, step| step.damage = Some(Damage::Checksum(random.between(1, 0xfffe))) },
-    Kind { name: "padding", state: On, once_in: 10, applies: |_, step| step.packet.payload.len() < 1300,
+    Kind { name: "padding", state: On, once_in: 10, applies: is_short,
         change: |random, _, step| {
             let length = 1 + random.below(20);
             step.packet.padding = random.bytes(length);
@@ -230,8 +236,8 @@ const KINDS: &[Kind] = &[
             step.packet.fragment = 0;
         } },
     // What follows is lost at one of the two, or at both.
-    // At its last hop the stack drops it untold, and portfwd tells the client.
-    Kind { name: "wrong header checksum", state: On, once_in: 60, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step) && step.packet.hops > 1,
+    // At its last hop, or if it is too large, the stack drops it untold, and portfwd tells the client.
+    Kind { name: "wrong header checksum", state: On, once_in: 60, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step) && step.packet.hops > 1 && is_short(flow, step),
         change: |random, _, step| {
             step.damage = Some(Damage::HeaderChecksum(random.between(1, 0xfffe)));
             step.strange = Some(Strange::WrongHeaderChecksum);
