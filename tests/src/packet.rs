@@ -265,39 +265,42 @@ pub fn set_ends(frame: &mut [u8], protocol: u8, transport: usize, ends: (SocketA
 }
 
 /// Changes the ends of the packet that an ICMP error quotes, if they are as expected, and so whom the
-/// error goes to. The transport header began at `transport` in the packet's frame.
+/// error goes to. Its header begins at `icmp` in the frame, the quoted transport header `transport`
+/// behind that. As in [`set_ends`], what was wrong stays wrong.
 pub fn set_quoted_ends(
     frame: &mut [u8],
+    [icmp, transport]: [usize; 2],
     protocol: u8,
-    transport: usize,
     expected: (SocketAddr, SocketAddr),
     ends: (SocketAddr, SocketAddr),
 ) {
-    let [source, destination] = addresses_at(frame);
-    let quoted_at = destination.end + 8;
-    let mut quoted = [&frame[..ETHERNET], &frame[quoted_at..]].concat();
+    let quote = icmp + ICMP_HEADER;
+    let Some(quoted) = frame.get(quote..) else { return };
+    let mut quoted = [&frame[..ETHERNET], quoted].concat();
+    let transport = transport - ICMP_HEADER + ETHERNET;
     if self::ends(&quoted, transport) != Some(expected) {
         return;
     }
     set_ends(&mut quoted, protocol, transport, ends);
-    frame[quoted_at..].copy_from_slice(&quoted[ETHERNET..]);
-    let sum = destination.end + 2;
-    frame[sum..sum + 2].fill(0);
-    let mut covered = Vec::new();
-    match ends.0.ip() {
-        IpAddr::V4(address) => {
-            frame[destination.clone()].copy_from_slice(&address.octets());
-            repair_ipv4(frame);
+    let (to, sum) = match ends.0.ip() {
+        IpAddr::V4(address) => (address.octets().to_vec(), ETHERNET + 10),
+        IpAddr::V6(address) => (address.octets().to_vec(), icmp + 2),
+    };
+    let [_, destination] = addresses_at(frame);
+    replace(frame, destination.start, &to, sum);
+    replace(frame, quote, &quoted[ETHERNET..], icmp + 2);
+}
+
+const ICMP_HEADER: usize = 8;
+
+/// Puts other bytes where a checksum is over them.
+fn replace(frame: &mut [u8], at: usize, new: &[u8], sum: usize) {
+    for (at, new) in (at..).step_by(2).zip(new.chunks(2)) {
+        if let [old, more] = frame[at..at + new.len()] {
+            amend(frame, sum, [old, more], new);
         }
-        IpAddr::V6(address) => {
-            frame[destination.clone()].copy_from_slice(&address.octets());
-            covered.extend(&frame[source.start..destination.end]);
-            covered.extend(((frame.len() - destination.end) as u32).to_be_bytes());
-            covered.extend([0, 0, 0, ICMPV6]);
-        }
+        frame[at..at + new.len()].copy_from_slice(new);
     }
-    covered.extend(&frame[destination.end..]);
-    frame[sum..sum + 2].copy_from_slice(&checksum(&covered).to_be_bytes());
 }
 
 /// Where the addresses are: source, destination.
@@ -502,6 +505,36 @@ fn packets_are_what_another_library_makes_of_the_same_fields() {
                 ip.udp(from.port(), to.port()).write(&mut bytes, &packet.payload).unwrap();
             }
             assert_eq!(packet.bytes(), bytes);
+        }
+    }
+}
+
+#[test]
+fn an_error_with_changed_ends_is_one_about_a_packet_that_had_them() {
+    for [from, to, other, another] in [
+        ["10.0.0.1:5000", "10.0.0.2:80", "10.0.0.3:1", "10.0.0.4:7"],
+        ["[fd00::1]:5000", "[fd00::2]:80", "[fd00::3]:1", "[fd00::4]:7"],
+    ] {
+        let ends = |from: &str, to: &str| (from.parse().unwrap(), to.parse().unwrap());
+        for (protocol, length) in [(TCP, 7), (UDP, 8)] {
+            let error = |(from, to): (SocketAddr, SocketAddr)| {
+                let payload = vec![1; length];
+                let quoted = Packet { payload, ..Packet::new(protocol, from, to) };
+                let transport = quoted.transport_at() - ETHERNET + ICMP_HEADER;
+                let source = if from.is_ipv4() { "10.0.0.9" } else { "fd00::9" };
+                let source = source.parse().unwrap();
+                let quoted = &quoted.bytes()[ETHERNET..];
+                let error = Packet::error(source, from.ip(), [3, 1], [0; 4], quoted);
+                let padding = vec![7; 5];
+                let places = [error.transport_at(), transport];
+                (places, Packet { padding, ..error }.bytes())
+            };
+            let (was, is) = (ends(from, to), ends(other, another));
+            let (places, mut frame) = error(was);
+            set_quoted_ends(&mut frame, places, protocol, is, was);
+            assert_eq!(frame, error(was).1);
+            set_quoted_ends(&mut frame, places, protocol, was, is);
+            assert_eq!(frame, error(is).1);
         }
     }
 }

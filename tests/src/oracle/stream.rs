@@ -121,6 +121,28 @@ impl Step {
         self.damaged(&Packet { source: destination, destination: source, ..self.packet.clone() })
     }
 
+    /// The frame of an ICMP error about what arrived with these ends.
+    pub fn error(&self, flow: &Flow, ends: (SocketAddr, SocketAddr)) -> Vec<u8> {
+        let mut frame = self.frame();
+        let expected = (flow.appears, flow.server);
+        packet::set_quoted_ends(&mut frame, self.quotes(), flow.protocol, expected, ends);
+        frame
+    }
+
+    /// Of an ICMP error that is a step of its own: where its header is, and how far behind that the
+    /// transport header that it quotes.
+    pub fn quotes(&self) -> [usize; 2] {
+        let ip = if self.packet.is_v4() { 20 } else { 40 };
+        [self.packet.transport_at(), 8 + ip]
+    }
+
+    /// The same of an error that the router makes about this step.
+    pub fn quoted(&self) -> [usize; 2] {
+        let ip = if self.packet.is_v4() { 20 } else { 40 };
+        let transport = self.packet.transport_at() - packet::ETHERNET;
+        [packet::ETHERNET + ip, 8 + transport]
+    }
+
     /// The frames as which a frame of this step goes.
     pub fn frames(&self, frame: Vec<u8>) -> Vec<Vec<u8>> {
         match self.cut {
@@ -530,15 +552,19 @@ impl Maker {
         script
     }
 
-    /// A client inside that uses an address of the router's; it may be the backend itself.
-    pub fn hairpin(&mut self) -> Option<Script> {
-        let protocol = self.protocol();
-        let number = self.claimed(protocol)?;
+    fn bring_inside(&mut self, number: usize) {
         let inside = server(self.flows[number].asks.is_ipv6(), self.any_number());
         let flow = &mut self.flows[number];
         flow.client.set_ip(inside);
         flow.appears = masqueraded(flow.client);
         (flow.inside, flow.chooses) = (true, true);
+    }
+
+    /// A client inside that uses an address of the router's; it may be the backend itself.
+    pub fn hairpin(&mut self) -> Option<Script> {
+        let protocol = self.protocol();
+        let number = self.claimed(protocol)?;
+        self.bring_inside(number);
         Some(if protocol == UDP { self.exchange(number) } else { self.tcp(number) })
     }
 
@@ -683,8 +709,10 @@ impl Maker {
     /// ICMP errors about packets in both directions, from the ends and from routers on the way.
     pub fn errors(&mut self) -> Option<Script> {
         let protocol = self.protocol();
-        // What is quoted must be what arrived. Errors about flows portfwd leaves to the stack.
-        let number = self.claimed_without_flow(protocol)?;
+        let number = self.claimed(protocol)?;
+        if self.random.one_in(4) {
+            self.bring_inside(number);
+        }
         let flow = self.flows[number].clone();
         let mut script: Script = if protocol == UDP {
             Side::BOTH.map(|from| self.step(number, from)).into()
@@ -710,7 +738,7 @@ impl Maker {
             let mut source = step.packet.source.ip();
             if self.random.one_in(2) {
                 // A router beyond the end.
-                source = match (from, quoted.is_v4()) {
+                source = match (step.at, quoted.is_v4()) {
                     (Side::Server, v4) => server(!v4, 40),
                     (_, true) => Ipv4Addr::new(203, 0, 113, 254).into(),
                     (_, false) => Ipv6Addr::from_bits(0x2001_0db8_000f << 80 | 0xfe).into(),

@@ -16,7 +16,7 @@ use crate::packet::{self, ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::portfwd::Portfwd;
 use crate::rig::{self, Options, Rig};
 use crate::rule::Rule;
-use crate::wire::{self, Tap};
+use crate::wire::Tap;
 use tempfile::TempDir;
 
 /// The MTU of the ways to servers, and to clients beyond the router's network.
@@ -165,6 +165,7 @@ impl Lane {
         let has_ports = matches!(step.packet.protocol, TCP | UDP);
         let frame = match self.arrived.get(&step.flow) {
             Some(ends) if has_ports && step.from == Side::Server => step.answer(ends.0, ends.1),
+            Some(ends) if flow.chooses && step.from == Side::Server => step.error(flow, *ends),
             _ => step.frame(),
         };
         for frame in step.frames(frame) {
@@ -175,23 +176,25 @@ impl Lane {
         for frames in &mut seen.0 {
             *frames = packet::reassembled(std::mem::take(frames));
         }
-        match step.from {
-            Side::Client if has_ports => self.note_arrival(step, flow, &mut seen)?,
-            Side::Server if flow.chooses => self.rename_errors(step, flow, &mut seen),
-            _ => {}
+        if has_ports && step.from == Side::Client {
+            self.note_arrival(step, flow, &mut seen)?;
+        } else if flow.chooses {
+            self.rename_errors(step, flow, &mut seen);
         }
         Ok(seen)
     }
 
-    /// Takes out of what the router says of a server's packet what it chose before: as in
-    /// [`note_arrival`](Self::note_arrival).
+    /// Takes what the router chose out of the ICMP errors about a server's packets: those that it makes
+    /// itself, and those that are a client's. As in [`note_arrival`](Self::note_arrival).
     fn rename_errors(&self, step: &Step, flow: &Flow, seen: &mut Seen) {
         let Some((client, server)) = self.arrived.get(&step.flow) else { return };
-        let (protocol, transport) = (step.packet.protocol, step.packet.transport_at());
-        let errors = seen.0[step.at as usize].iter_mut().filter(|frame| is_icmp(frame));
-        for error in errors.filter(|frame| wire::verify(frame).is_ok()) {
-            let renamed = (flow.server, flow.appears);
-            packet::set_quoted_ends(error, protocol, transport, (*server, *client), renamed);
+        let (at, places) = match step.from {
+            Side::Client => (step.to, step.quotes()),
+            Side::Server => (step.at, step.quoted()),
+        };
+        let renamed = (flow.server, flow.appears);
+        for error in &mut seen.0[at as usize] {
+            packet::set_quoted_ends(error, places, flow.protocol, (*server, *client), renamed);
         }
     }
 
