@@ -103,8 +103,8 @@ pub fn shape(random: &mut Random, extent: Extent, rule: &mut Rule) {
 /// What no maker of flows or rules knows yet, why, and what it needs here.
 #[rustfmt::skip]
 const NOT_YET: &[(&str, &str)] = &[
-    ("one client socket at two addresses of a rule", "nftables changes the later one's source port: compare up to renaming"),
-    ("fragments out of order", "portfwd will not hold them, nftables does: a wanted difference"),
+    ("one client socket at two addresses or ports of a rule", "nftables changes the later one's source port, anew for each connection, and tells of errors by the client's address"),
+    ("fragments out of order, or larger than the MTU", "portfwd will not hold them, nftables does: a wanted difference"),
 ];
 
 /// Something special about a packet.
