@@ -93,6 +93,14 @@ impl Way for Detour {
                 Part::FindReply
             }
             (Direction::Reply, Passed::NoFlow | Passed::Inside | Passed::Ttl) => Part::FindReply,
+            // Of a client inside, and whole, maybe: it came here as its extension headers could have hidden
+            // ICMP.
+            (Direction::Reply, Passed::NoRule)
+                if !has(Direction::Reply, ip.source())
+                    && has(Direction::Forward, ip.destination()) =>
+            {
+                Part::Hairpin
+            }
             (Direction::Reply, Passed::NoRule | Passed::Icmp | Passed::Fragment)
                 if has(Direction::Reply, ip.source())
                     || has(Direction::Forward, ip.destination()) =>

@@ -264,6 +264,45 @@ pub fn set_ends(frame: &mut [u8], protocol: u8, transport: usize, ends: (SocketA
     }
 }
 
+/// Changes the ends of the packet that an ICMP error quotes, if they are as expected, and so whom the
+/// error goes to. Its header begins at `icmp` in the frame, the quoted transport header `transport`
+/// behind that. As in [`set_ends`], what was wrong stays wrong.
+pub fn set_quoted_ends(
+    frame: &mut [u8],
+    [icmp, transport]: [usize; 2],
+    protocol: u8,
+    expected: (SocketAddr, SocketAddr),
+    ends: (SocketAddr, SocketAddr),
+) {
+    let quote = icmp + ICMP_HEADER;
+    let Some(quoted) = frame.get(quote..) else { return };
+    let mut quoted = [&frame[..ETHERNET], quoted].concat();
+    let transport = transport - ICMP_HEADER + ETHERNET;
+    if self::ends(&quoted, transport) != Some(expected) {
+        return;
+    }
+    set_ends(&mut quoted, protocol, transport, ends);
+    let (to, sum) = match ends.0.ip() {
+        IpAddr::V4(address) => (address.octets().to_vec(), ETHERNET + 10),
+        IpAddr::V6(address) => (address.octets().to_vec(), icmp + 2),
+    };
+    let [_, destination] = addresses_at(frame);
+    replace(frame, destination.start, &to, sum);
+    replace(frame, quote, &quoted[ETHERNET..], icmp + 2);
+}
+
+const ICMP_HEADER: usize = 8;
+
+/// Puts other bytes where a checksum is over them.
+fn replace(frame: &mut [u8], at: usize, new: &[u8], sum: usize) {
+    for (at, new) in (at..).step_by(2).zip(new.chunks(2)) {
+        if let [old, more] = frame[at..at + new.len()] {
+            amend(frame, sum, [old, more], new);
+        }
+        frame[at..at + new.len()].copy_from_slice(new);
+    }
+}
+
 /// Where the addresses are: source, destination.
 fn addresses_at(frame: &[u8]) -> [Range<usize>; 2] {
     let (first, length) = if frame[12..ETHERNET] == [0x08, 0x00] { (12, 4) } else { (8, 16) };
@@ -324,6 +363,103 @@ pub fn fragments(frame: &[u8], identification: u16, size: usize) -> Vec<Vec<u8>>
     parts.collect()
 }
 
+/// Puts fragments together that came in order, one packet's after the other's, and whose headers agree.
+/// All else stays as it is.
+pub fn reassembled(frames: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
+    let (mut packets, mut open) = (Vec::new(), Vec::new());
+    for frame in frames {
+        let Some(fragment) = Fragment::of(&frame) else {
+            packets.push(frame);
+            continue;
+        };
+        let is_last = !fragment.has_more;
+        open.push((fragment, frame));
+        if is_last && let Some(packet) = whole(&open) {
+            packets.push(packet);
+            open.clear();
+        }
+    }
+    packets.extend(open.into_iter().map(|(_, frame)| frame));
+    packets
+}
+
+/// What stands in the headers of a fragment.
+struct Fragment {
+    /// What all fragments of a packet have in common.
+    common: Vec<u8>,
+    offset: usize,
+    has_more: bool,
+    /// Where its part of the payload begins in the frame.
+    payload_at: usize,
+}
+
+impl Fragment {
+    /// If it is one, and its header is valid.
+    fn of(frame: &[u8]) -> Option<Self> {
+        crate::wire::verify(frame).ok()?.filter(|packet| packet.fragment)?;
+        let is_v4 = frame[12] == 8;
+        // What differs: lengths, places, and IPv4's checksum.
+        let (place, common, payload_at) = if is_v4 {
+            let common = [&frame[..16], &frame[18..20], &frame[22..24], &frame[26..34]];
+            (20, common, ETHERNET + usize::from(frame[ETHERNET] & 0xf) * 4)
+        } else if frame[20] == 44 {
+            (56, [&frame[..18], &frame[20..55], &frame[58..62], &[]], 62)
+        } else {
+            return None;
+        };
+        let place = u16::from_be_bytes([frame[place], frame[place + 1]]);
+        let (offset, has_more) = match is_v4 {
+            true => (usize::from(place & 0x1fff) * 8, place & 0x2000 != 0),
+            false => (usize::from(place & !7), place & 1 != 0),
+        };
+        Some(Self { common: common.concat(), offset, has_more, payload_at })
+    }
+}
+
+/// The frame of the packet of which these are all fragments.
+fn whole(fragments: &[(Fragment, Vec<u8>)]) -> Option<Vec<u8>> {
+    let (first, frame) = fragments.first()?;
+    let mut payload: Vec<u8> = Vec::new();
+    for (fragment, frame) in fragments {
+        if fragment.offset != payload.len() || fragment.common != first.common {
+            return None;
+        }
+        payload.extend(&frame[fragment.payload_at..]);
+    }
+    let mut packet = frame[..first.payload_at].to_vec();
+    if packet[12] == 8 {
+        let length = (first.payload_at - ETHERNET + payload.len()) as u16;
+        packet[16..18].copy_from_slice(&length.to_be_bytes());
+        packet[20] &= !0x20;
+        repair_ipv4(&mut packet);
+    } else {
+        packet[20] = packet[54];
+        packet.truncate(54);
+        packet[18..20].copy_from_slice(&(payload.len() as u16).to_be_bytes());
+    }
+    packet.extend(payload);
+    Some(packet)
+}
+
+#[test]
+fn fragments_are_reassembled() {
+    for (from, to) in [("10.0.0.1:5000", "10.0.0.2:80"), ("[fd00::1]:5000", "[fd00::2]:80")] {
+        let ends = [from, to].map(|text| text.parse().unwrap());
+        let packet =
+            Packet { payload: vec![7; 100], fragment: 0, ..Packet::new(UDP, ends[0], ends[1]) };
+        let frame = packet.bytes();
+        let parts = fragments(&frame, 0x1234, 32);
+        assert_eq!(parts.len(), 4);
+        assert_eq!(reassembled(parts.clone()), std::slice::from_ref(&frame));
+        assert_eq!(reassembled([parts.clone(), parts.clone()].concat()), [&frame[..], &frame]);
+        // One that is lost, or has another number of hops.
+        assert_eq!(reassembled(parts[1..].to_vec()), parts[1..]);
+        let mut others = parts.clone();
+        others[1] = fragments(&Packet { hops: 9, ..packet }.bytes(), 0x1234, 32).remove(1);
+        assert_eq!(reassembled(others.clone()), others);
+    }
+}
+
 #[test]
 fn packets_are_what_another_library_makes_of_the_same_fields() {
     use etherparse::PacketBuilder;
@@ -369,6 +505,36 @@ fn packets_are_what_another_library_makes_of_the_same_fields() {
                 ip.udp(from.port(), to.port()).write(&mut bytes, &packet.payload).unwrap();
             }
             assert_eq!(packet.bytes(), bytes);
+        }
+    }
+}
+
+#[test]
+fn an_error_with_changed_ends_is_one_about_a_packet_that_had_them() {
+    for [from, to, other, another] in [
+        ["10.0.0.1:5000", "10.0.0.2:80", "10.0.0.3:1", "10.0.0.4:7"],
+        ["[fd00::1]:5000", "[fd00::2]:80", "[fd00::3]:1", "[fd00::4]:7"],
+    ] {
+        let ends = |from: &str, to: &str| (from.parse().unwrap(), to.parse().unwrap());
+        for (protocol, length) in [(TCP, 7), (UDP, 8)] {
+            let error = |(from, to): (SocketAddr, SocketAddr)| {
+                let payload = vec![1; length];
+                let quoted = Packet { payload, ..Packet::new(protocol, from, to) };
+                let transport = quoted.transport_at() - ETHERNET + ICMP_HEADER;
+                let source = if from.is_ipv4() { "10.0.0.9" } else { "fd00::9" };
+                let source = source.parse().unwrap();
+                let quoted = &quoted.bytes()[ETHERNET..];
+                let error = Packet::error(source, from.ip(), [3, 1], [0; 4], quoted);
+                let padding = vec![7; 5];
+                let places = [error.transport_at(), transport];
+                (places, Packet { padding, ..error }.bytes())
+            };
+            let (was, is) = (ends(from, to), ends(other, another));
+            let (places, mut frame) = error(was);
+            set_quoted_ends(&mut frame, places, protocol, is, was);
+            assert_eq!(frame, error(was).1);
+            set_quoted_ends(&mut frame, places, protocol, was, is);
+            assert_eq!(frame, error(is).1);
         }
     }
 }

@@ -43,11 +43,6 @@ pub const WANTED: &[Wanted] = &[
         grants: Without(|step, side, frame| without_identification(step, side, frame)),
     },
     Wanted {
-        name: "identification of fragments",
-        reason: "nftables reassembles IPv6 packets, and numbers the fragments anew",
-        grants: Without(|_, _, frame| without_number(frame)),
-    },
-    Wanted {
         name: "out of state",
         reason: "connection tracking refuses TCP that is in no state that it knows; stateless rules \
                  leave that to the two ends",
@@ -107,10 +102,9 @@ pub fn compare(step: &Step, flow: &Flow, nftables: &Seen, portfwd: &Seen) -> Ver
                 theirs == ours
             }
             ByTheRule(strange) => {
-                let to = step.from.other();
                 step.strange == Some(strange)
-                    && ours.at(to) == step.frames(step.expected(flow))
-                    && ours.at(step.from).is_empty()
+                    && ours.at(step.to) == [step.expected(flow)]
+                    && ours.at(step.to.other()).is_empty()
             }
         };
         if granted {
@@ -144,26 +138,20 @@ fn without_padding(_: &Step, _: Side, frame: &mut Vec<u8>) {
 
 /// Only of answers that are right: a wrong one is not made alike.
 fn without_identification(step: &Step, side: Side, frame: &mut [u8]) {
-    if side == step.from && frame[12..ETHERNET] == [8, 0] && wire::verify(frame).is_ok() {
-        frame[ETHERNET + 4..ETHERNET + 6].fill(0);
+    if frame[12..ETHERNET] == [8, 0] && wire::verify(frame).is_ok() {
         const DO_NOT_FRAGMENT: u8 = 0x40;
         let is_error =
             frame[ETHERNET + 9] == ICMP && matches!(frame.get(ETHERNET + 20), Some(3 | 11));
+        // Of the router's own.
+        if side != step.at || (side == step.to && !is_error) {
+            return;
+        }
+        frame[ETHERNET + 4..ETHERNET + 6].fill(0);
         if is_error {
             frame[ETHERNET + 6] &= !DO_NOT_FRAGMENT;
             frame[ETHERNET + 1] = 0xc0;
         }
         repair_ipv4(frame);
-    }
-}
-
-fn without_number(frame: &mut [u8]) {
-    let number = ETHERNET + 40 + 4;
-    if frame[12..ETHERNET] == [0x86, 0xdd]
-        && frame.get(ETHERNET + 6) == Some(&FRAGMENT)
-        && let Some(number) = frame.get_mut(number..number + 4)
-    {
-        number.fill(0);
     }
 }
 
@@ -376,13 +364,13 @@ mod tests {
         for step in stream.steps.iter().filter(ordinary).take(40) {
             let flow = &stream.flows[step.flow];
             let frame = step.expected(flow);
-            let right = Seen::one(step.from.other(), frame.clone());
+            let right = Seen::one(step.to, frame.clone());
             assert_eq!(compare(step, flow, &right, &right.clone()), Verdict::Same);
             for bit in 0..frame.len() * 8 {
                 let mut changed = frame.clone();
                 changed[bit / 8] ^= 1 << (bit % 8);
                 assert_ne!(fields(&frame), fields(&changed), "bit {bit} of {}", hex(&frame));
-                let wrong = Seen::one(step.from.other(), changed);
+                let wrong = Seen::one(step.to, changed);
                 assert_eq!(compare(step, flow, &right, &wrong), Verdict::Wrong);
             }
         }
@@ -393,7 +381,7 @@ mod tests {
         let stream = Stream::new(5, 400, Extent::Now);
         for step in &stream.steps {
             let flow = &stream.flows[step.flow];
-            let frame = Seen::one(step.from.other(), step.expected(flow));
+            let frame = Seen::one(step.to, step.expected(flow));
             let nothing = Seen::default();
             assert_eq!(compare(step, flow, &frame, &nothing), Verdict::Wrong);
             let granted = matches!(compare(step, flow, &nothing, &frame), Verdict::Wanted(_));

@@ -2,7 +2,7 @@
 //! does not do yet is off, with the reason; who builds it switches it on.
 
 use super::rules::{SERVERS, server};
-use super::stream::{Damage, Flow, Maker, Script, Side, Step, Strange};
+use super::stream::{Damage, Flow, Maker, SYN, Script, Side, Step, Strange};
 use crate::packet::{Packet, TCP, UDP};
 use crate::random::Random;
 use crate::rule::{ANY, Rule};
@@ -46,6 +46,7 @@ pub struct Talk {
 pub const TALKS: &[Talk] = &[
     Talk { name: "datagrams", state: On, weight: 10, make: Maker::datagrams },
     Talk { name: "connection", state: On, weight: 10, make: Maker::connection },
+    Talk { name: "hairpin", state: On, weight: 4, make: Maker::hairpin },
     Talk { name: "disorder", state: On, weight: 3, make: Maker::disorder },
     Talk { name: "to the box", state: On, weight: 3, make: Maker::at_the_box },
     Talk { name: "echo", state: On, weight: 1, make: Maker::echo },
@@ -72,19 +73,18 @@ struct Shape {
 const SHAPES: &[Shape] = &[
     Shape { name: "many ports to one", state: On, once_in: 4, applies: |rule| rule.listen != ANY && !is_shifted(rule),
         change: |_, rule| rule.one_port = true },
-    Shape { name: "several backends", state: Off(FLOWS), once_in: 4, applies: |rule| !is_shifted(rule) || rule.one_port,
+    Shape { name: "several backends", state: On, once_in: 4, applies: |rule| !is_shifted(rule) || rule.one_port,
         change: |random, rule| {
             let others = (0..SERVERS).map(|number| server(rule.backend.is_ipv6(), number));
             let count = 1 + random.below(3);
             rule.others = others.filter(|other| *other != rule.backend.ip()).take(count).collect();
         } },
-    Shape { name: "masquerade", state: Off(FLOWS), once_in: 4, applies: |_| true,
+    Shape { name: "masquerade", state: On, once_in: 4, applies: |_| true,
         change: |_, rule| rule.masquerade = true },
 ];
 
 /// Whether rules may send to one port of a backend and answer differently.
 pub const SHARED_PORTS: State = On;
-const FLOWS: &str = "each keeps flows in its own way: compare up to renaming";
 
 /// Whether each of several ports becomes another.
 fn is_shifted(rule: &Rule) -> bool {
@@ -103,10 +103,8 @@ pub fn shape(random: &mut Random, extent: Extent, rule: &mut Rule) {
 /// What no maker of flows or rules knows yet, why, and what it needs here.
 #[rustfmt::skip]
 const NOT_YET: &[(&str, &str)] = &[
-    ("one client socket at two addresses of a rule", "nftables changes the later one's source port: compare up to renaming"),
-    ("hairpin", "needs a client on the server's side"),
-    ("fragments out of order", "portfwd will not hold them, nftables does: a wanted difference"),
-    ("larger than the MTU", "the rig needs a narrow network"),
+    ("one client socket at two addresses or ports of a rule", "nftables changes the later one's source port, anew for each connection, and tells of errors by the client's address"),
+    ("fragments out of order, or larger than the MTU", "portfwd will not hold them, nftables does: a wanted difference"),
 ];
 
 /// Something special about a packet.
@@ -131,6 +129,11 @@ fn any(_: &Flow, _: &Step) -> bool {
     true
 }
 
+/// There is room for more, whatever its way is.
+fn is_short(_: &Flow, step: &Step) -> bool {
+    step.packet.payload.len() < 1300
+}
+
 fn has_ports(_: &Flow, step: &Step) -> bool {
     matches!(step.packet.protocol, TCP | UDP)
 }
@@ -152,12 +155,26 @@ fn is_forward(flow: &Flow, step: &Step) -> bool {
 fn may_be_cut(flow: &Flow, step: &Step) -> bool {
     let Packet { options, extensions, padding, payload, .. } = &step.packet;
     let is_plain = options.is_empty() && extensions.is_empty() && padding.is_empty();
-    is_plain && payload.len() >= 8 && has_ports(flow, step) && step.packet.hops > 1 && !flow.chooses
+    is_plain && payload.len() >= 8 && has_ports(flow, step) && step.packet.hops > 1
 }
 
 /// Of a flow that there is already, and goes on if this one is lost.
 fn may_be_lost(flow: &Flow, step: &Step) -> bool {
     is_forward(flow, step) && is_udp(flow, step) && !step.begins
+}
+
+/// The stack copies some options into its answers, portfwd none: it answers what goes to an address of
+/// the router's.
+fn has_plain_answer(flow: &Flow, step: &Step) -> bool {
+    step.packet.options.is_empty() || (!is_forward(flow, step) && !flow.chooses)
+}
+
+/// It begins no flow and no connection, which there would be at one of the two only.
+fn may_be_refused(flow: &Flow, step: &Step) -> bool {
+    let opens = step.packet.protocol == TCP && step.packet.tcp.flags & SYN != 0;
+    let is_sound = step.strange.is_none() && step.damage.is_none();
+    let may = has_ports(flow, step) && has_plain_answer(flow, step);
+    is_sound && may && !step.begins && !opens
 }
 
 #[rustfmt::skip]
@@ -182,11 +199,17 @@ const KINDS: &[Kind] = &[
         change: |random, _, step| step.packet.extensions = vec![(51, [&[0, 4][..], &random.bytes(22)].concat())] },
     Kind { name: "two hops left", state: On, once_in: 20, applies: any,
         change: |_, _, step| step.packet.hops = 2 },
-    Kind { name: "last hop", state: On, once_in: 20, applies: |flow, step| !is_forward(flow, step) && step.strange.is_none() && !flow.chooses,
+    Kind { name: "last hop", state: On, once_in: 20, applies: |flow, step| !is_forward(flow, step) && step.strange.is_none() && has_plain_answer(flow, step),
         change: |_, _, step| step.packet.hops = 1 },
-    // The stack copies some options into its answer, portfwd none.
-    Kind { name: "last hop, to a rule", state: On, once_in: 20, applies: |flow, step| may_be_lost(flow, step) && step.packet.options.is_empty(),
+    Kind { name: "last hop, to a rule", state: On, once_in: 20, applies: |flow, step| may_be_lost(flow, step) && has_plain_answer(flow, step),
         change: |_, _, step| step.packet.hops = 1 },
+    Kind { name: "as large as may be", state: On, once_in: 10, applies: may_be_refused,
+        change: |random, _, step| {
+            // Larger than the MTU of some ways.
+            let headers = step.packet.length() - step.packet.payload.len();
+            let length = 1500 - random.below(80);
+            step.packet.payload = random.bytes(length - headers);
+        } },
     Kind { name: "zeros", state: On, once_in: 16, applies: has_ports,
         change: |_, _, step| step.packet.payload.fill(0) },
     Kind { name: "ones", state: On, once_in: 16, applies: has_ports,
@@ -196,23 +219,25 @@ const KINDS: &[Kind] = &[
     Kind { name: "checksum comes out as zero", state: On, once_in: 16, applies: has_checksum, change: tune },
     Kind { name: "wrong checksum", state: On, once_in: 16, applies: has_checksum,
         change: |random, _, step| step.damage = Some(Damage::Checksum(random.between(1, 0xfffe))) },
-    Kind { name: "padding", state: On, once_in: 10, applies: any,
+    Kind { name: "padding", state: On, once_in: 10, applies: is_short,
         change: |random, _, step| {
             let length = 1 + random.below(20);
             step.packet.padding = random.bytes(length);
         } },
-    Kind { name: "fragments", state: Off("nftables sends some whole: compare what the receiver reassembles"), once_in: 20, applies: may_be_cut,
+    Kind { name: "fragments", state: On, once_in: 20, applies: may_be_cut,
         change: |random, _, step| {
             let packet = &step.packet;
-            // The first fragment of IPv6 has the whole header, or is dropped (RFC 7112).
-            let whole = !packet.is_v4() && packet.protocol == TCP;
-            let head = if whole { 20 + packet.tcp.options.len() } else { 8 };
-            step.cut = Some(8 * (head.div_ceil(8) + random.below(packet.payload.len() / 8)));
+            // The first has the whole header, or portfwd passes it: that is an attack (RFC 1858, 7112).
+            let is_tcp = packet.protocol == TCP;
+            let head = if is_tcp { 20 + packet.tcp.options.len() } else { 8 };
+            let size = 8 * (head.div_ceil(8) + random.below(packet.payload.len() / 8));
+            // Each fits: nftables asks that of the whole packet.
+            step.cut = Some(size.min(1280));
             step.packet.fragment = 0;
         } },
     // What follows is lost at one of the two, or at both.
-    // At its last hop the stack drops it untold, and portfwd tells the client.
-    Kind { name: "wrong header checksum", state: On, once_in: 60, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step) && step.packet.hops > 1,
+    // At its last hop, or if it is too large, the stack drops it untold, and portfwd tells the client.
+    Kind { name: "wrong header checksum", state: On, once_in: 60, applies: |flow, step| v4(flow, step) && may_be_lost(flow, step) && step.packet.hops > 1 && is_short(flow, step),
         change: |random, _, step| {
             step.damage = Some(Damage::HeaderChecksum(random.between(1, 0xfffe)));
             step.strange = Some(Strange::WrongHeaderChecksum);

@@ -20,7 +20,7 @@ use anyhow::{Context, Result, bail};
 
 use self::compare::{Verdict, WANTED, compare};
 use self::kinds::Extent;
-use self::stream::{Side, Step, Stream};
+use self::stream::{Flow, Side, Step, Stream};
 use self::world::{Seen, Subject, World};
 
 /// How many packets share their rules.
@@ -125,7 +125,9 @@ fn send(
     let mut world = World::new(&stream.rules, stream.attach, subject)?;
     for (number, step) in stream.steps.iter().enumerate().filter(|(number, _)| chosen(*number)) {
         let flow = &stream.flows[step.flow];
-        let seen = world.try_step(step, flow).with_context(|| format!("packet {number}"))?;
+        let seen = world
+            .try_step(step, flow)
+            .with_context(|| format!("packet {number}\n{}", about(stream, flow)))?;
         let [nftables, portfwd] = seen;
         summary.packets += 1;
         match compare(step, flow, &nftables, &portfwd) {
@@ -178,21 +180,12 @@ fn explained(seed: u64, stream: &Stream, found: Found, subject: Subject<'_>) -> 
     let flow = &stream.flows[step.flow];
     let mut text = format!(
         "packet {} of seed {seed} comes out differently; portfwd is attached as {}.\n\
-         again: cargo xtask oracle --seed {seed} --packets {}\n\n\
-         flow: {}: client {}, to {}, server {}, answers from {}\n",
+         again: cargo xtask oracle --seed {seed} --packets {}\n\n{}",
         found.step,
         stream.attach,
         found.step + 1,
-        flow.talk,
-        flow.client,
-        flow.asks,
-        flow.server,
-        flow.answers
+        about(stream, flow)
     );
-    match flow.rule {
-        Some(rule) => text.push_str(&stream.rules[rule].toml()),
-        None => text.push_str("no rule claims it\n"),
-    }
     let _ = writeln!(text, "\n{} of {} packets show it; its flow's:", needed.len(), found.step + 1);
     for number in needed.iter().filter(|number| stream.steps[**number].flow == step.flow) {
         let _ = writeln!(text, "  {}", line(*number, &stream.steps[*number]));
@@ -203,6 +196,18 @@ fn explained(seed: u64, stream: &Stream, found: Found, subject: Subject<'_>) -> 
     }
     let _ = write!(text, "\ncame out:\n{}", compare::report(&found.nftables, &found.portfwd));
     Ok(text)
+}
+
+/// A flow and its rule.
+fn about(stream: &Stream, flow: &Flow) -> String {
+    let Flow { talk, client, asks, server, answers, .. } = flow;
+    let rule = match flow.rule {
+        Some(rule) => stream.rules[rule].toml(),
+        None => "no rule claims it\n".into(),
+    };
+    format!(
+        "flow: {talk}: client {client}, to {asks}, server {server}, answers from {answers}\n{rule}"
+    )
 }
 
 fn line(number: usize, step: &Step) -> String {

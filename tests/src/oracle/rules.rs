@@ -113,6 +113,11 @@ fn width(rule: &Rule) -> (bool, u8, bool) {
 /// The ports that portfwd masquerades with. No rule may listen there by number.
 const MASQUERADE: RangeInclusive<u16> = 40_000..=60_999;
 
+/// Whether `*` leaves a port to the clients that rules masquerade.
+fn leaves(rules: &[Rule], port: u16) -> bool {
+    MASQUERADE.contains(&port) && rules.iter().any(|rule| rule.masquerade)
+}
+
 /// Whether a rule that masquerades keeps another from listening there.
 fn bars(one: &Rule, other: &Rule) -> bool {
     let is_there = |rule: &Rule| {
@@ -179,10 +184,19 @@ pub fn is_stateless(rules: &[Rule], number: usize) -> bool {
 
 /// The rule that gets what is sent to an address of the router, and where it goes.
 pub fn claim(rules: &[Rule], protocol: u8, at: SocketAddr) -> Option<(usize, SocketAddr)> {
-    let number = rules.iter().position(|rule| rule.listens(protocol, at))?;
+    let is_left = leaves(rules, at.port());
+    let is_its = |rule: &Rule| rule.listens(protocol, at) && !(is_left && rule.listen == ANY);
+    let number = rules.iter().position(is_its)?;
     let Rule { backend, listen, one_port, .. } = &rules[number];
     let port = backend.port() + if *one_port { 0 } else { at.port() - listen.start() };
     Some((number, SocketAddr::new(backend.ip(), port)))
+}
+
+/// A masqueraded client as the backend sees it, but for a port that is the router's choice.
+pub fn masqueraded(client: SocketAddr) -> SocketAddr {
+    let Addresses { v4, v6 } = rig::LAN;
+    let address = if client.is_ipv4() { v4.into() } else { v6.into() };
+    SocketAddr::new(address, client.port())
 }
 
 /// A map of nftables.
@@ -191,11 +205,32 @@ fn map(pairs: impl Iterator<Item = (usize, String)>) -> String {
     format!("map {{ {} }}", pairs.collect::<Vec<_>>().join(", "))
 }
 
+/// How nftables knows a rule's packets by one of their ends.
+fn matches(rules: &[Rule], rule: &Rule, end: &str, ports: (u16, u16)) -> Vec<String> {
+    let (left, up_to) = (MASQUERADE.start(), MASQUERADE.end());
+    let ports = match ports {
+        (0, u16::MAX) if leaves(rules, *left) => format!("th {end} != {left}-{up_to}"),
+        (0, u16::MAX) => String::new(),
+        (first, last) if first == last => format!("th {end} {first}"),
+        (first, last) => format!("th {end} {first}-{last}"),
+    };
+    let protocols = match rule.protocol {
+        "any" | "tcp+udp" => "tcp, udp",
+        protocol => protocol,
+    };
+    let mut matches = vec![format!("meta l4proto {{ {protocols} }} {ports}")];
+    if rule.protocol == "any" {
+        matches.push("meta l4proto != { tcp, udp, icmp, ipv6-icmp }".into());
+    }
+    matches
+}
+
 /// The rules in nftables.
 ///
 /// What connection tracking takes for no part of a flow it does not translate: it would go on with
 /// the wrong address, or open a flow of its own that stands in the way of later ones. Where portfwd's
-/// stateless rules claim it, it is dropped instead.
+/// stateless rules claim it, it is dropped instead. Clients inside are masqueraded whatever the rule
+/// is; that there is a shorter way they are not told.
 pub fn nft(rules: &[Rule]) -> String {
     let mut strange = String::new();
     let mut nat = String::new();
@@ -205,21 +240,6 @@ pub fn nft(rules: &[Rule]) -> String {
         let (first, last) = (*listen.start(), *listen.end());
         let [one, two] = externals(backend.is_ipv6()).map(|address| address.to_string());
         let address = rule.address.map_or(format!("{{ {one}, {two} }}"), |it| it.to_string());
-        let protocols = [(TCP, "tcp"), (UDP, "udp")].into_iter();
-        let protocols: Vec<_> =
-            protocols.filter(|(number, _)| rule.has(*number)).map(|(_, name)| name).collect();
-        let protocols = if rule.protocol == "any" {
-            "meta l4proto != { icmp, ipv6-icmp }".into()
-        } else {
-            format!("meta l4proto {{ {} }}", protocols.join(", "))
-        };
-        let ports = |end: &str, (first, last): (u16, u16)| match (first, last) {
-            (0, u16::MAX) => String::new(),
-            (first, last) if first == last => format!("th {end} {first} "),
-            (first, last) => format!("th {end} {first}-{last} "),
-        };
-        let claimed = format!("iifname wan0 {family} daddr {address} {protocols} ");
-        let claimed = claimed + &ports("dport", (first, last));
         let keeps = first == backend.port() && !rule.one_port;
         let has_one = rule.answering().0 == rule.answering().1;
         let at = |address: IpAddr, port: u16| format!("{address} . {port}");
@@ -240,21 +260,28 @@ pub fn nft(rules: &[Rule]) -> String {
             }
         };
         let mark = if rule.masquerade { "ct mark set 1 " } else { "" };
-        let _ = writeln!(nat, "{claimed}{mark}dnat {family} to {target}");
-        if rule.protocol == "any" && is_stateless(rules, number) {
+        let to_us = format!("{family} daddr {address}");
+        for claimed in matches(rules, rule, "dport", (first, last)) {
+            let _ = writeln!(nat, "{to_us} {claimed} {mark}dnat {family} to {target}");
+            if is_stateless(rules, number) {
+                let _ = writeln!(strange, "iifname wan0 {to_us} {claimed} ct state invalid drop");
+            }
+        }
+        if !is_stateless(rules, number) {
+            continue;
+        }
+        if rule.protocol == "any" {
             let icmp = if backend.is_ipv4() { "icmp" } else { "icmpv6" };
             let _ = writeln!(
                 nat,
-                "iifname wan0 {family} daddr {address} {icmp} type echo-request dnat {family} to {target}"
+                "iifname wan0 {to_us} {icmp} type echo-request dnat {family} to {target}"
             );
         }
-        if is_stateless(rules, number) {
-            let _ = writeln!(strange, "{claimed}ct state invalid drop");
+        for claimed in matches(rules, rule, "sport", rule.answering()) {
             let _ = writeln!(
                 strange,
-                "iifname lan0 {family} saddr {} {protocols} {}ct state {{ new, invalid }} drop",
+                "iifname lan0 {family} saddr {} fib daddr type != local {claimed} ct state {{ new, invalid }} drop",
                 backend.ip(),
-                ports("sport", rule.answering())
             );
         }
     }
@@ -262,6 +289,8 @@ pub fn nft(rules: &[Rule]) -> String {
         "table inet oracle {{\n\
          chain strange {{\ntype filter hook prerouting priority mangle\n{strange}}}\n\
          chain nat {{\ntype nat hook prerouting priority dstnat\n{nat}}}\n\
-         chain leave {{\ntype nat hook postrouting priority srcnat\nct mark 1 masquerade\n}}\n}}\n"
+         chain leave {{\ntype nat hook postrouting priority srcnat\n\
+         ct mark 1 masquerade\niifname lan0 ct status dnat masquerade\n}}\n\
+         chain tell {{\ntype filter hook output priority filter\nicmpv6 type nd-redirect drop\n}}\n}}\n"
     )
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::kinds::{self, Extent};
-use super::rules::{self, any_port, externals, server};
+use super::rules::{self, any_port, externals, masqueraded, server};
 use crate::packet::{self, ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::random::Random;
 use crate::rig;
@@ -43,8 +43,14 @@ pub struct Flow {
     pub rule: Option<usize>,
     /// The backend, or how it sees the client, is the router's choice.
     pub chooses: bool,
+    /// Among these backends.
+    pub backends: Vec<IpAddr>,
+    /// The client is at the server's end.
+    pub inside: bool,
     pub protocol: u8,
     pub client: SocketAddr,
+    /// The client, as the server sees it, but for a port that is the router's choice.
+    pub appears: SocketAddr,
     /// Where the client sends to.
     pub asks: SocketAddr,
     /// Where that arrives.
@@ -89,6 +95,10 @@ pub struct Step {
     /// The number of its flow.
     pub flow: usize,
     pub from: Side,
+    /// The end where it is sent.
+    pub at: Side,
+    /// The end where it is to come out.
+    pub to: Side,
     /// It is the first of its flow.
     pub begins: bool,
     pub packet: Packet,
@@ -111,6 +121,28 @@ impl Step {
         self.damaged(&Packet { source: destination, destination: source, ..self.packet.clone() })
     }
 
+    /// The frame of an ICMP error about what arrived with these ends.
+    pub fn error(&self, flow: &Flow, ends: (SocketAddr, SocketAddr)) -> Vec<u8> {
+        let mut frame = self.frame();
+        let expected = (flow.appears, flow.server);
+        packet::set_quoted_ends(&mut frame, self.quotes(), flow.protocol, expected, ends);
+        frame
+    }
+
+    /// Of an ICMP error that is a step of its own: where its header is, and how far behind that the
+    /// transport header that it quotes.
+    pub fn quotes(&self) -> [usize; 2] {
+        let ip = if self.packet.is_v4() { 20 } else { 40 };
+        [self.packet.transport_at(), 8 + ip]
+    }
+
+    /// The same of an error that the router makes about this step.
+    pub fn quoted(&self) -> [usize; 2] {
+        let ip = if self.packet.is_v4() { 20 } else { 40 };
+        let transport = self.packet.transport_at() - packet::ETHERNET;
+        [packet::ETHERNET + ip, 8 + transport]
+    }
+
     /// The frames as which a frame of this step goes.
     pub fn frames(&self, frame: Vec<u8>) -> Vec<Vec<u8>> {
         match self.cut {
@@ -122,21 +154,14 @@ impl Step {
     /// The packet as its flow's rule translates it.
     pub fn translated(&self, flow: &Flow) -> Packet {
         let hops = self.packet.hops.saturating_sub(1);
-        let packet = Packet { hops, padding: Vec::new(), ..self.packet.clone() };
-        match self.from {
-            Side::Client => Packet {
-                link_source: LAN_MAC,
-                link_destination: SERVER_MAC,
-                destination: flow.server,
-                ..packet
-            },
-            Side::Server => Packet {
-                link_source: WAN_MAC,
-                link_destination: CLIENT_MAC,
-                source: flow.answers,
-                ..packet
-            },
-        }
+        let (source, destination) = match self.from {
+            Side::Client => (flow.appears, flow.server),
+            Side::Server => (flow.answers, flow.client),
+        };
+        let (link_destination, link_source) = link_addresses(self.to);
+        let packet = self.packet.clone();
+        let padding = Vec::new();
+        Packet { hops, padding, link_source, link_destination, source, destination, ..packet }
     }
 
     /// The frame that the rule makes of it. What was wrong with it stays wrong by as much.
@@ -172,6 +197,14 @@ impl Step {
             Some(Damage::Station(address)) => set(&mut frame, 0, address),
         }
         frame
+    }
+}
+
+/// Of a host at an end, and of the router there.
+fn link_addresses(side: Side) -> ([u8; 6], [u8; 6]) {
+    match side {
+        Side::Client => (CLIENT_MAC, WAN_MAC),
+        Side::Server => (SERVER_MAC, LAN_MAC),
     }
 }
 
@@ -321,8 +354,11 @@ impl Maker {
             talk: "",
             rule: Some(rule),
             chooses: self.rules[rule].chooses(),
+            backends: self.rules[rule].backends().collect(),
+            inside: false,
             protocol,
             client,
+            appears: if self.rules[rule].masquerade { masqueraded(client) } else { client },
             asks,
             server,
             answers: asks,
@@ -355,8 +391,11 @@ impl Maker {
             talk: "",
             rule: None,
             chooses: false,
+            backends: Vec::new(),
+            inside: false,
             protocol,
             client,
+            appears: client,
             asks: at,
             server: at,
             answers: at,
@@ -366,7 +405,12 @@ impl Maker {
 
     fn any_server(&mut self) -> IpAddr {
         let v6 = self.random.one_in(2);
-        server(v6, self.random.below(rules::SERVERS.into()) as u8)
+        server(v6, self.any_number())
+    }
+
+    /// Of a server.
+    fn any_number(&mut self) -> u8 {
+        self.random.below(rules::SERVERS.into()) as u8
     }
 
     fn any_external(&mut self) -> IpAddr {
@@ -379,12 +423,10 @@ impl Maker {
         let flow = &self.flows[number];
         let (source, destination) = match from {
             Side::Client => (flow.client, flow.asks),
-            Side::Server => (flow.server, flow.client),
+            Side::Server => (flow.server, flow.appears),
         };
-        let (link_source, link_destination) = match from {
-            Side::Client => (CLIENT_MAC, WAN_MAC),
-            Side::Server => (SERVER_MAC, LAN_MAC),
-        };
+        let [at, to] = if flow.inside { [Side::Server; 2] } else { [from, from.other()] };
+        let (link_source, link_destination) = link_addresses(at);
         let random = &mut self.random;
         let length = match random.below(8) {
             0 => 0,
@@ -404,6 +446,8 @@ impl Maker {
         Step {
             flow: number,
             from,
+            at,
+            to,
             begins: false,
             packet,
             damage: None,
@@ -508,6 +552,22 @@ impl Maker {
         script
     }
 
+    fn bring_inside(&mut self, number: usize) {
+        let inside = server(self.flows[number].asks.is_ipv6(), self.any_number());
+        let flow = &mut self.flows[number];
+        flow.client.set_ip(inside);
+        flow.appears = masqueraded(flow.client);
+        (flow.inside, flow.chooses) = (true, true);
+    }
+
+    /// A client inside that uses an address of the router's; it may be the backend itself.
+    pub fn hairpin(&mut self) -> Option<Script> {
+        let protocol = self.protocol();
+        let number = self.claimed(protocol)?;
+        self.bring_inside(number);
+        Some(if protocol == UDP { self.exchange(number) } else { self.tcp(number) })
+    }
+
     /// TCP with any flags in any order, once there is a connection.
     pub fn disorder(&mut self) -> Option<Script> {
         let flow = self.claimed_without_flow(TCP)?;
@@ -556,8 +616,11 @@ impl Maker {
             talk: "",
             rule,
             chooses: false,
+            backends: Vec::new(),
+            inside: false,
             protocol,
             client,
+            appears: client,
             asks: at,
             server,
             answers: at,
@@ -622,7 +685,7 @@ impl Maker {
     /// From an address that no client has.
     pub fn forged(&mut self) -> Option<Script> {
         let flow = self.claimed_without_flow(UDP)?;
-        let client = &mut self.flows[flow].client;
+        let Flow { client, appears, .. } = &mut self.flows[flow];
         client.set_ip(if client.is_ipv4() {
             let octets: [u8; 4] = *self.random.pick(&[
                 [127, 0, 0, 1],
@@ -637,6 +700,7 @@ impl Maker {
             let addresses = [Ipv6Addr::LOCALHOST, rig::WAN.v6, rig::LAN.v6];
             (*self.random.pick(&addresses)).into()
         });
+        *appears = *client;
         let mut step = self.step(flow, Side::Client);
         step.strange = Some(Strange::ForgedSource);
         Some(vec![step])
@@ -645,8 +709,10 @@ impl Maker {
     /// ICMP errors about packets in both directions, from the ends and from routers on the way.
     pub fn errors(&mut self) -> Option<Script> {
         let protocol = self.protocol();
-        // What is quoted must be what arrived. Errors about flows portfwd leaves to the stack.
-        let number = self.claimed_without_flow(protocol)?;
+        let number = self.claimed(protocol)?;
+        if self.random.one_in(4) {
+            self.bring_inside(number);
+        }
         let flow = self.flows[number].clone();
         let mut script: Script = if protocol == UDP {
             Side::BOTH.map(|from| self.step(number, from)).into()
@@ -672,7 +738,7 @@ impl Maker {
             let mut source = step.packet.source.ip();
             if self.random.one_in(2) {
                 // A router beyond the end.
-                source = match (from, quoted.is_v4()) {
+                source = match (step.at, quoted.is_v4()) {
                     (Side::Server, v4) => server(!v4, 40),
                     (_, true) => Ipv4Addr::new(203, 0, 113, 254).into(),
                     (_, false) => Ipv6Addr::from_bits(0x2001_0db8_000f << 80 | 0xfe).into(),
@@ -696,7 +762,8 @@ impl Maker {
         let flow = &mut self.flows[number];
         // ESP, and one that nobody knows: connection tracking has a flow for each pair of addresses.
         flow.protocol = *self.random.pick(&[50, 200]);
-        for end in [&mut flow.client, &mut flow.asks, &mut flow.server, &mut flow.answers] {
+        let Flow { client, appears, asks, server, answers, .. } = flow;
+        for end in [client, appears, asks, server, answers] {
             end.set_port(0);
         }
         // By way of another address of ours the server could not tell it apart: nftables drops it.

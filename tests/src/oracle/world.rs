@@ -12,12 +12,15 @@ use anyhow::{Context, Result, bail, ensure};
 use super::rules::{self, SECOND_WAN, SERVERS, server};
 use super::stream::{CLIENT_MAC, Flow, LAN_MAC, SERVER_MAC, Side, Step, WAN_MAC};
 use crate::netns::{self, Namespace};
-use crate::packet::{self, Packet, TCP, UDP};
+use crate::packet::{self, ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::portfwd::Portfwd;
 use crate::rig::{self, Options, Rig};
 use crate::rule::Rule;
 use crate::wire::Tap;
 use tempfile::TempDir;
+
+/// The MTU of the ways to servers, and to clients beyond the router's network.
+const NARROW: u16 = 1450;
 
 /// A protocol that is nobody's (RFC 3692), of the frames that say that all before them has come.
 const MARKER: u8 = 253;
@@ -162,16 +165,37 @@ impl Lane {
         let has_ports = matches!(step.packet.protocol, TCP | UDP);
         let frame = match self.arrived.get(&step.flow) {
             Some(ends) if has_ports && step.from == Side::Server => step.answer(ends.0, ends.1),
+            Some(ends) if flow.chooses && step.from == Side::Server => step.error(flow, *ends),
             _ => step.frame(),
         };
         for frame in step.frames(frame) {
-            self.taps[step.from as usize].send(&frame)?;
+            self.taps[step.at as usize].send(&frame)?;
         }
-        let mut seen = self.settle()?;
+        let mut seen = self.settle(step.at)?;
+        // How it is cut is each one's own affair.
+        for frames in &mut seen.0 {
+            *frames = packet::reassembled(std::mem::take(frames));
+        }
         if has_ports && step.from == Side::Client {
             self.note_arrival(step, flow, &mut seen)?;
+        } else if flow.chooses {
+            self.rename_errors(step, flow, &mut seen);
         }
         Ok(seen)
+    }
+
+    /// Takes what the router chose out of the ICMP errors about a server's packets: those that it makes
+    /// itself, and those that are a client's. As in [`note_arrival`](Self::note_arrival).
+    fn rename_errors(&self, step: &Step, flow: &Flow, seen: &mut Seen) {
+        let Some((client, server)) = self.arrived.get(&step.flow) else { return };
+        let (at, places) = match step.from {
+            Side::Client => (step.to, step.quotes()),
+            Side::Server => (step.at, step.quoted()),
+        };
+        let renamed = (flow.server, flow.appears);
+        for error in &mut seen.0[at as usize] {
+            packet::set_quoted_ends(error, places, flow.protocol, (*server, *client), renamed);
+        }
     }
 
     /// Takes down how the server sees a flow, and looks whether it stays so and is no other's. What
@@ -179,20 +203,20 @@ impl Lane {
     /// for the client, and which backend it is.
     fn note_arrival(&mut self, step: &Step, flow: &Flow, seen: &mut Seen) -> Result<()> {
         let (protocol, transport) = (step.packet.protocol, step.packet.transport_at());
-        let [frame] = seen.0[Side::Server as usize].as_mut_slice() else { return Ok(()) };
-        let Some(ends) = packet::ends(frame, transport) else { return Ok(()) };
-        let first = *self.arrived.entry(step.flow).or_insert(ends);
+        let [frame] = seen.0[step.to as usize].as_mut_slice() else { return Ok(()) };
+        let Some(ends) = packet::ends(frame, transport).filter(|_| !is_icmp(frame)) else {
+            return Ok(());
+        };
+        let (source, destination) = ends;
+        let arrives = format!("{source} -> {destination} at the server");
         let owner = *self.flows.entry((protocol, ends)).or_insert(step.flow);
-        ensure!(
-            owner == step.flow,
-            "{} -> {} at the server is flow {owner}, and now flow {} as well",
-            ends.0,
-            ends.1,
-            step.flow
-        );
-        if flow.chooses && ends == first {
-            let source = SocketAddr::new(ends.0.ip(), flow.client.port());
-            let destination = SocketAddr::new(flow.server.ip(), ends.1.port());
+        ensure!(owner == step.flow, "{arrives} is flow {owner}, and now flow {} too", step.flow);
+        let first = *self.arrived.entry(step.flow).or_insert(ends);
+        if flow.chooses {
+            ensure!(ends == first, "{arrives} was {} -> {} before", first.0, first.1);
+            ensure!(flow.backends.contains(&destination.ip()), "{arrives} is no backend's");
+            let source = SocketAddr::new(source.ip(), flow.appears.port());
+            let destination = SocketAddr::new(flow.server.ip(), destination.port());
             packet::set_ends(frame, protocol, transport, (source, destination));
         }
         Ok(())
@@ -201,11 +225,11 @@ impl Lane {
     /// Waits until everything that was sent so far has come out.
     ///
     /// A marker sent behind it comes out behind it, if both go the same way. What XDP redirects waits
-    /// for the end of its poll, and the stack's answers take the other interface: so there are two in
-    /// each direction, each sent when the one before has come.
-    fn settle(&mut self) -> Result<Seen> {
+    /// for the end of its poll, and answers take the other interface: so there are two in each
+    /// direction, each sent when the one before has come.
+    fn settle(&mut self, at: Side) -> Result<Seen> {
         let mut seen = Seen::default();
-        for side in [Side::Client, Side::Server, Side::Client, Side::Server] {
+        for side in [at, at.other(), at, at.other()] {
             self.markers += 1;
             let marker = marker(side, self.markers);
             self.taps[side as usize].send(&marker)?;
@@ -251,6 +275,14 @@ fn is_marker(frame: &[u8]) -> bool {
     frame[12..14] == [8, 0] && frame.get(23) == Some(&MARKER)
 }
 
+/// What the router itself says of a packet.
+fn is_icmp(frame: &[u8]) -> bool {
+    match frame[12..packet::ETHERNET] {
+        [0x08, 0x00] => frame.get(packet::ETHERNET + 9) == Some(&ICMP),
+        _ => frame.get(packet::ETHERNET + 6) == Some(&ICMPV6),
+    }
+}
+
 /// What hosts say to find each other: to all of a group, and ARP.
 fn is_chatter(frame: &[u8]) -> bool {
     frame[0] & 1 == 1 || frame[12..14] == [8, 6]
@@ -287,7 +319,14 @@ fn prepared() -> Result<Rig> {
         neighbour(server(true, number), SERVER_MAC, "lan0");
     }
     neighbour(MARKED.into(), SERVER_MAC, "lan0");
-    lines.extend(rig::CLIENT.both().map(|client| format!("route add default via {client}")));
+    let narrow = format!("mtu lock {NARROW}");
+    for client in rig::CLIENT.both() {
+        lines.push(format!("route add default via {client} {narrow}"));
+    }
+    // To all: each router chooses among them.
+    for server in [false, true].map(|v6| (0..SERVERS).map(move |number| server(v6, number))) {
+        lines.extend(server.map(|server| format!("route add {server} dev lan0 {narrow}")));
+    }
     rig.router.ip_batch(&lines)?;
 
     for (key, value) in [
@@ -305,6 +344,7 @@ fn prepared() -> Result<Rig> {
         ("net.ipv6.auto_flowlabels", "0"),
         ("net.ipv4.conf.all.send_redirects", "0"),
         ("net.ipv4.conf.wan0.send_redirects", "0"),
+        ("net.ipv4.conf.lan0.send_redirects", "0"),
     ] {
         rig.router.set_sysctl(key, value)?;
     }

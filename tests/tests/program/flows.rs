@@ -10,7 +10,8 @@ use portfwd::flows::{FlowRow, State, Timeouts};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Dropped, Passed};
 use portfwd_tests::is_root;
-use portfwd_tests::packet::{Packet, TCP, UDP};
+use portfwd_tests::packet::{self, Packet, TCP, UDP};
+use portfwd_tests::wire;
 
 use crate::router::*;
 
@@ -38,7 +39,7 @@ fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
 fn goes(router: &mut Router, role: Role, link: u8, packet: &Packet) -> (SocketAddr, SocketAddr) {
     let seen = router.try_frame(role, link, &packet.bytes());
     assert_eq!(seen.outcome, Outcome::Redirect, "{packet:?}");
-    portfwd_tests::wire::verify(&seen.frame).unwrap();
+    wire::verify(&seen.frame).unwrap();
     let hops = if packet.is_v4() { seen.frame[22] } else { seen.frame[21] };
     assert_eq!(hops, packet.hops - 1);
     ends(&seen.frame)
@@ -225,6 +226,27 @@ fn who_uses_the_external_address_from_inside_gets_an_answer() {
             }
         });
     }
+}
+
+#[test]
+fn who_is_inside_may_begin_with_extension_headers() {
+    if !is_root() {
+        return;
+    }
+    with_router(|router| {
+        router.load(&in_both(&["8080:@12.10:80/tcp+udp"]));
+        let version = Version::V6;
+        let (client, listen) = (version.at(LAN, 12, 5000), version.at(WAN, 1, 8080));
+        for protocol in [TCP, UDP] {
+            let plain = packet(protocol, LAN, client, listen);
+            let came = Packet { extensions: vec![(60, vec![0, 0, 1, 4, 0, 0, 0, 0])], ..plain };
+            let seen = router.try_frame(Role::Internal, LAN, &came.bytes());
+            assert_eq!(seen.outcome, Outcome::Redirect);
+            wire::verify(&seen.frame).unwrap();
+            let (source, to) = packet::ends(&seen.frame, came.transport_at()).unwrap();
+            assert_eq!((source.ip(), to), (version.address(LAN, 1), version.at(LAN, 10, 80)));
+        }
+    });
 }
 
 #[test]
