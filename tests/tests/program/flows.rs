@@ -399,8 +399,9 @@ fn a_full_table_keeps_its_flows_and_says_who_has_no_place() {
         let version = Version::V4;
         let listen = version.at(WAN, 1, 8080);
         let mut clients = Vec::new();
-        // Room for 1,024.
-        for port in 1..=1200 {
+        // Room for 1,024, and for some more: as hashes fall.
+        const CLIENTS: u16 = 2000;
+        for port in 1..=CLIENTS {
             let client = version.at(DISTANT, 2, port);
             let (source, backend) = forward(router, UDP, client, listen);
             reply(router, UDP, backend, source);
@@ -409,8 +410,9 @@ fn a_full_table_keeps_its_flows_and_says_who_has_no_place() {
         }
         let established =
             flows(router).iter().filter(|row| row.state == State::Established).count();
-        assert_eq!(established, 1024);
-        assert_eq!(router.counts(&version.rule(rule)).crowded, 176);
+        assert!((1020..1365 + 4).contains(&established), "{established}");
+        let crowded = router.counts(&version.rule(rule)).crowded;
+        assert_eq!(crowded, u64::from(CLIENTS) - established as u64);
         // All of them go on.
         for client in clients {
             let (source, backend) = forward(router, UDP, client, listen);
