@@ -206,7 +206,8 @@ impl Contender {
     }
 }
 
-fn portfwd(binary: &Path, rig: &Rig, text: &str) -> Result<Running> {
+/// portfwd with this configuration.
+pub fn portfwd(binary: &Path, rig: &Rig, text: &str) -> Result<Running> {
     ensure!(
         binary.exists(),
         "{}: there is no such file; name portfwd with --portfwd FILE",

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::ops::RangeInclusive;
 
 use portfwd_bench_ebpf::{PORTS, Services};
 
@@ -104,6 +105,16 @@ impl Rules {
         );
         // Tables that are not rules come first.
         self.toml("native").replacen("[[rule]]", &format!("{rule}[[rule]]"), 1)
+    }
+}
+
+impl Rules {
+    /// portfwd's configuration, with masquerade on these ports.
+    pub fn masquerade_toml(self, ports: RangeInclusive<u16>) -> String {
+        let (first, last) = ports.into_inner();
+        let table = format!("[masquerade]\nports = \"{first}-{last}\"\n[[rule]]");
+        let text = self.toml("native").replace("[[rule]]\n", "[[rule]]\nsource = \"masquerade\"\n");
+        text.replacen("[[rule]]", &table, 1)
     }
 }
 

@@ -1,5 +1,7 @@
-//! What a flood of invented clients does to flows that are there, and what memory flows take.
+//! What a flood of invented clients does to flows that are there, what memory flows take, and what becomes of
+//! clients for whom there are not ports enough.
 
+use std::ops::RangeInclusive;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -7,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use portfwd_bench_ebpf::Services;
 use portfwd_tests::Portfwd;
 
-use crate::contender::{Contender, Running};
+use crate::contender::{self, Contender, Running};
 use crate::measure::memory::maps;
 use crate::measure::throughput::{SMALL, load};
 use crate::measure::{Bench, Reading};
@@ -40,7 +42,53 @@ pub fn run(bench: &mut Bench) -> Result<()> {
         let running = contender.start_for(options, &rig, Rules::Single(1), flows)?;
         many(&rig, &running, flows, waits, &case)
     });
+    let clients = if bench.options.quick { 100_000 } else { 1_000_000 };
+    let case =
+        format!("{} clients for {} ports", thousands(clients), thousands(PORTS.len() as u32));
+    bench.case(NAME, &case, &[Contender::Stateful], |options, _| {
+        let rig = Rig::new(Wire::Frames)?;
+        let rules = Rules::Single(1);
+        let running = contender::portfwd(&options.portfwd, &rig, &rules.masquerade_toml(PORTS))?;
+        exhaust(&rig, &running, clients, &case)
+    });
     Ok(())
+}
+
+/// Those for masquerade, when they are to be too few.
+const PORTS: RangeInclusive<u16> = 50_000..=51_023;
+
+/// More clients than there are ports: each packet is either translated or counted as `no_port`.
+fn exhaust(rig: &Rig, running: &Running, clients: u32, case: &str) -> Result<Vec<Reading>> {
+    let Running::Portfwd { portfwd, .. } = running else { bail!("this is not portfwd") };
+    let reading =
+        |what: &str, value, unit| Reading { case: format!("{case}, {what}"), value, unit };
+    let load = load(Contender::Stateful, Rules::Single(1), SMALL, clients);
+    let _receivers = receivers(rig, &load)?;
+    let began = maps(portfwd)?;
+    let start = Instant::now();
+    Generator::new(rig, Direction::Forward, &load)?.send(clients)?;
+    let took = start.elapsed();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let refused = loop {
+        let stats = portfwd.stats()?;
+        let rule = &stats["rules"][0];
+        let counts = [&rule["forward"]["packets"], &rule["dropped"]["no_port"]];
+        let [translated, refused] = counts.map(|count| count.as_u64().unwrap_or_default());
+        if translated + refused == u64::from(clients) {
+            break refused;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "of {clients} packets {translated} were translated and {refused} refused"
+        );
+        thread::sleep(Duration::from_millis(20));
+    };
+    ensure!(refused > 0, "there were ports for all {clients} clients");
+    Ok(vec![
+        reading("packets", f64::from(clients) / took.as_secs_f64(), Unit::PacketsPerSecond),
+        reading("maps before", began as f64, Unit::Bytes),
+        reading("maps after", maps(portfwd)? as f64, Unit::Bytes),
+    ])
 }
 
 /// Those of the rule that shares the backend's port with the one that is flooded.
