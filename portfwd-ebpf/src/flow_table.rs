@@ -35,8 +35,10 @@ pub struct Slot<const N: usize>(core::cell::UnsafeCell<FlowHalf<N>>);
 unsafe impl<const N: usize> Sync for Slot<N> {}
 
 impl<const N: usize> Slot<N> {
-    /// Empty.
-    pub const EMPTY: Self = Self(core::cell::UnsafeCell::new(FlowHalf::EMPTY));
+    /// Nothing is here.
+    pub const fn empty() -> Self {
+        Self(core::cell::UnsafeCell::new(FlowHalf::EMPTY))
+    }
 
     /// The place at an address.
     ///
@@ -50,6 +52,7 @@ impl<const N: usize> Slot<N> {
     }
 
     /// The entry of `key`, if this is it. It can become another's at any time: see [`FlowHalf::is`].
+    #[expect(clippy::mut_from_ref, reason = "others write there in any case")]
     #[inline(always)]
     fn entry(&self, key: &FlowKey<N>) -> Option<&mut FlowHalf<N>> {
         // SAFETY: in bounds, of integers; what others write meanwhile is looked at afterwards.
@@ -152,7 +155,6 @@ impl Homes {
 
 /// The entry of a key.
 // Not inlined, like the others: the verifier would follow all that comes after it once for each place.
-#[expect(clippy::mut_from_ref, reason = "others write there in any case")]
 #[inline(never)]
 pub fn find<'a, const N: usize, S: Slots<N>>(
     slots: &'a S,
@@ -166,7 +168,6 @@ pub fn find<'a, const N: usize, S: Slots<N>>(
 }
 
 /// The same, for where most packets pass: most entries stand where they are found without a call.
-#[expect(clippy::mut_from_ref, reason = "others write there in any case")]
 #[inline(always)]
 pub fn find_at_once<'a, const N: usize, S: Slots<N>>(
     slots: &'a S,

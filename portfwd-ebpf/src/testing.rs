@@ -449,7 +449,7 @@ impl<const N: usize> Default for Places<N> {
 
 impl<const N: usize> Places<N> {
     pub fn with_homes(homes: u32) -> Self {
-        Self((0..homes + WINDOW - 1).map(|_| Slot::EMPTY).collect())
+        Self((0..homes + WINDOW - 1).map(|_| Slot::empty()).collect())
     }
 
     /// All entries.
@@ -463,7 +463,7 @@ impl<const N: usize> Places<N> {
 
     /// Removes all.
     pub fn clear(&mut self) {
-        self.0.iter_mut().for_each(|slot| *slot = Slot::EMPTY);
+        self.0.iter_mut().for_each(|slot| *slot = Slot::empty());
     }
 
     /// Removes those of a direction.
