@@ -29,8 +29,10 @@ const UNPRIVILEGED: [u16; 2] = [1024, u16::MAX];
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Added {
     Yes,
-    /// Another is there, or is just being added.
+    /// Another is there.
     Exists,
+    /// Somebody adds one nearby: it may be this one.
+    Busy,
     /// No room, or no memory.
     Full,
 }
@@ -189,7 +191,9 @@ pub fn begin<const N: usize, K: Kernel + Flows<N>>(
             Ok(())
         }
         Begun::Half => {
-            kernel.add_flow(&bench.half);
+            if kernel.add_flow(&bench.half) == Added::Exists {
+                take_over(kernel, bench);
+            }
             Ok(())
         }
         Begun::NoFlow => Err(Refused::Pass(Passed::NoFlow)),
@@ -252,6 +256,18 @@ pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
         establish(kernel, bench);
     }
     true
+}
+
+/// Has the forward half of the flow of the packet on the bench counted for the rule that claims it now.
+#[inline(never)]
+fn take_over<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) {
+    let Bench { packet, becomes, counter, .. } = bench;
+    kernel.flow(&packet.key, |half| {
+        if half.becomes().is(becomes) && half.is(&packet.key) {
+            half.counter = *counter;
+            half.seen(packet);
+        }
+    });
 }
 
 /// What became of a flow that is not established.
@@ -399,11 +415,12 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Ben
     let looks = packet.segment == Segment::Looks;
     let back = &new.becomes;
     let established = kernel.flow(reply, |half| {
+        let (created, flags) = (half.created, u32::from(half.flags) & flow_flags::HAIRPIN);
         (half.becomes().is(back) && half.is(reply)).then(|| {
             if !looks {
                 half.counter = counter;
             }
-            (half.created, u32::from(half.flags) & flow_flags::HAIRPIN)
+            (created, flags)
         })
     });
     match established {
@@ -432,7 +449,7 @@ fn find_or_add<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Ben
             Found::Ours
         }
         // By another CPU, meanwhile.
-        Added::Exists => {
+        Added::Exists | Added::Busy => {
             let ours = |it: &mut Candidate<N>| it.becomes.is(&new.becomes) && it.is(reply);
             if kernel.candidate(reply, ours) == Some(true) { Found::Ours } else { Found::Anothers }
         }
@@ -462,9 +479,14 @@ fn establish<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
     half.tally = forward;
     let added = kernel.add_flow(half);
     if !is_added(kernel, half, added) {
-        if there == Added::Yes {
+        // Who is just adding it relies on the other half.
+        if there == Added::Yes && added != Added::Busy {
             kernel.remove_flow(reply);
         }
+        return;
+    }
+    // Whoever added that half may have taken it back meanwhile. Then the next packet adds it.
+    if there != Added::Yes && kernel.flow(reply, |_| ()).is_none() {
         return;
     }
     if !half.goes.source.is(&half.came.source) {
@@ -489,6 +511,8 @@ fn is_added<const N: usize, K: Kernel + Flows<N>>(
                 |there: &mut FlowHalf<N>| there.becomes().is(&half.becomes()) && there.is(&key);
             kernel.flow(&key, same) == Some(true)
         }
+        // The next packet tries again.
+        Added::Busy => false,
         Added::Full => {
             kernel.count(half.counter, |counter| counter.crowded += 1);
             false
@@ -513,8 +537,9 @@ fn look_after<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Benc
     let own = kernel.flow(&packet.key, |half| {
         let flags = u32::from(half.flags) & flow_flags::HAIRPIN;
         new.fill(other, &packet.key.reversed(), half.counter, flags, half.created);
+        half.is(&packet.key)
     });
-    if own.is_some() {
+    if own == Some(true) {
         kernel.add_flow(new);
     }
 }

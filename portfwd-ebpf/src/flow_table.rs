@@ -6,9 +6,11 @@
 //! at home there, so a search looks only where something is: for most entries at one place, and for one of
 //! IPv4 that is one cache line, where the kernel's own hash map reads three.
 //!
-//! Nothing is ever moved. Whoever adds takes its key's first home for as long as that takes, so one of two
-//! who add the same key at once is refused; nobody waits. Removing needs no such care. What is at a place
-//! can change while packets look at it, so they look last whose it is.
+//! Nothing is ever moved. Whoever adds locks its key's first home for as long as that takes, so one of two
+//! who add the same key at once is refused; nobody waits. Who removes takes no lock, as the control plane
+//! could be stopped while it has one; if two remove one key at once, and the second sleeps until its place
+//! is another's, that one is not found for a moment. What is at a place can change while packets look at it,
+//! so they look last whose it is.
 
 use crate::flow::Added;
 use crate::table::{FlowHalf, FlowKey, Place};
@@ -84,12 +86,14 @@ impl<const N: usize> Slot<N> {
     #[inline(always)]
     fn write(&self, half: &FlowHalf<N>) {
         let to = self.0.get();
-        // SAFETY: in bounds; the place is taken, so nobody else writes there.
+        // SAFETY: in bounds; the place is taken, so nobody else writes there. Others may change bits of the
+        // place, in the same word as `created`: that leaves `created` as it is, and does not lose it, as it
+        // is one step. Whose it is comes first, and volatile: who reads that last knows whose the rest was.
         unsafe {
+            (&raw mut (*to).came).write_volatile(half.came);
+            (&raw mut (*to).protocol).write_volatile(half.protocol);
+            (&raw mut (*to).direction).write_volatile(half.direction);
             (&raw mut (*to).created).write(half.created);
-            (&raw mut (*to).came).write(half.came);
-            (&raw mut (*to).protocol).write(half.protocol);
-            (&raw mut (*to).direction).write(half.direction);
             (&raw mut (*to).flags).write(half.flags);
             (&raw mut (*to).goes).write(half.goes);
             (&raw mut (*to).counter).write(half.counter);
@@ -105,10 +109,14 @@ impl<const N: usize> Slot<N> {
 
     /// What is here, if something is.
     pub fn read(&self) -> Option<FlowHalf<N>> {
-        let before = self.place();
+        // Most places are empty.
+        if !self.place().is_live() {
+            return None;
+        }
         // SAFETY: in bounds, of integers.
         let half = unsafe { self.0.get().read_volatile() };
-        (before.is_live() && half.place.is_live() && self.place().is_live()).then_some(half)
+        // SAFETY: as above.
+        unsafe { (*self.0.get()).is(half.as_key()) }.then_some(half)
     }
 }
 
@@ -212,14 +220,14 @@ fn window() -> u32 {
     WINDOW
 }
 
-/// Adds an entry, if none of its key is there. One that is just being added by another counts as there.
+/// Adds an entry, if none of its key is there.
 #[inline(never)]
 pub fn add<const N: usize, S: Slots<N>>(slots: &S, half: &FlowHalf<N>) -> Added {
     let key = half.as_key();
     let homes = Homes::of(slots, key);
     let Some(lock) = slots.slot(homes.first) else { return Added::Full };
     if lock.set(Place::LOCKED) & Place::LOCKED != 0 {
-        return Added::Exists;
+        return Added::Busy;
     }
     let added = match find(slots, key) {
         Some(_) => Added::Exists,

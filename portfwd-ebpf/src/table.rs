@@ -364,7 +364,9 @@ impl<const N: usize> FlowKey<N> {
             // Half of the finalizer of MurmurHash3.
             hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
         }
-        hash ^ hash >> 32
+        // The other half: without it the ports of one client stand in steps that are all the same.
+        hash = (hash ^ hash >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+        hash ^ hash >> 33
     }
 }
 
@@ -461,6 +463,8 @@ impl<const N: usize> FlowHalf<N> {
 
     /// Whether this is of `key`, and was when what was read before was read: who looks asks last, as
     /// others remove and add entries meanwhile.
+    // The processor may read in another order, on arm64; and what else is read by plain loads the compiler may
+    // put behind this: it did so with a copy of all, not in the programs.
     #[inline(always)]
     pub fn is(&self, key: &FlowKey<N>) -> bool {
         let differs = self.differs(key);
@@ -488,8 +492,8 @@ impl<const N: usize> FlowHalf<N> {
     }
 }
 
-/// What the [table of flows](crate::flow_table) notes at a place: with the word behind it, which nobody
-/// changes, it is changed in one step.
+/// What the [table of flows](crate::flow_table) notes at a place. It is changed in one step, together with the
+/// word behind it, which that leaves as it is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(transparent)]
 pub struct Place(u32);

@@ -353,7 +353,7 @@ impl Checked {
             text.push_str(&format!("\n{lack}"));
         }
         let CheckedFlows { size, memory } = self.flows;
-        text.push_str(&format!("\nroom for {size} flows takes {} MiB", memory >> 20));
+        text.push_str(&format!("\nroom for {size} flows takes {} MiB at most", memory >> 20));
         for CheckedRule { rule, explanation } in &self.rules {
             let Some(explanation) = explanation else { continue };
             text.push_str(&format!("\n\n{}", rule.name));

@@ -129,8 +129,8 @@ pub fn protocol_name(protocol: u8) -> Cow<'static, str> {
     }
 }
 
-/// What flow tables of this size take of the kernel's memory, in bytes, for flows of both families. It is
-/// taken at once.
+/// What flow tables of this size take of the kernel's memory at most, in bytes: where rules of both
+/// families keep flows. It is taken at once.
 pub fn memory(size: u32) -> u64 {
     /// Of an entry on probation, for the kernel.
     const HEADER: u64 = 48;
@@ -145,8 +145,8 @@ pub fn memory(size: u32) -> u64 {
         + family(size_of::<Lines<FlowHalf<16>>>(), 40, 104)
 }
 
-/// How many [homes](portfwd_ebpf::flow_table) a table for so many flows has. Each has an entry for each
-/// direction; filled to three quarters, all but one in several hundred find a place.
+/// How many [homes](portfwd_ebpf::flow_table) a table for so many flows has, each of which has an entry for
+/// each direction: filled to three quarters, all but one in several hundred find a place.
 pub fn homes(size: u32) -> u32 {
     (u64::from(size) * 2 * 4 / 3).clamp(1, u64::from(u32::MAX / 2)) as u32
 }

@@ -597,7 +597,7 @@ fn check_of_a_good_file() {
     };
     let short = check("");
     let lacks = "no external interface: `portfwd run` needs -i IFACE beside it";
-    let text = format!("portfwd.toml: 2 rules, no mistakes\n{lacks}\nroom for 262144 flows takes ");
+    let text = format!("portfwd.toml: 2 rules, no mistakes\n{lacks}\nroom for 65536 flows takes ");
     assert!(short.contains(&text), "{short}");
     let long = check("--explain");
     for line in [

@@ -12,7 +12,7 @@ use crate::datapath::{FlowTables, Living};
 
 /// How often all flows are looked at.
 const ROUND: Duration = Duration::from_secs(10);
-/// How often few flows are.
+/// How often few flows are, in tables that are not large.
 const SHORT_ROUND: Duration = Duration::from_secs(1);
 /// So many are few.
 const FEW: u64 = 10_000;
@@ -90,7 +90,8 @@ impl Sweeper {
             };
             match tables.sweep(&living, pause) {
                 Ok(swept) => {
-                    let round = if swept.flows < FEW { SHORT_ROUND } else { ROUND };
+                    let is_short = swept.flows < FEW && !tables.are_large();
+                    let round = if is_short { SHORT_ROUND } else { ROUND };
                     wait = round.saturating_sub(start.elapsed());
                     if swept.ended > 0 {
                         debug!("{} flows ended, {} go on", swept.ended, swept.flows);

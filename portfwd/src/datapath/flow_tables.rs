@@ -22,6 +22,8 @@ use crate::flows::{FlowRow, State, Timeouts};
 
 /// How many entries are read in one system call.
 const BATCH: usize = 1024;
+/// So many places are many.
+const LARGE: u32 = 1 << 20;
 /// How many places are looked at without a pause.
 const PART: u32 = 16_384;
 /// A mapping that no flow uses is kept so long: its flow may just begin.
@@ -90,6 +92,11 @@ impl FlowTables {
             clients: Table::new("CLIENTS", take("CLIENTS"))?,
             clock,
         })
+    }
+
+    /// Whether it takes long to look at all places, whatever there is.
+    pub fn are_large(&self) -> bool {
+        self.v4.flows.count.saturating_add(self.v6.flows.count) > LARGE
     }
 
     /// The clock of the rows' times.
@@ -446,7 +453,8 @@ impl<const N: usize> Places<N> {
 
     fn get(&self, key: &FlowKey<N>) -> Option<FlowHalf<N>> {
         let entry = flow_table::find(self, key)?;
-        let half = *entry;
+        // SAFETY: of a reference. Volatile: a plain copy the compiler puts behind the question whose it is.
+        let half = unsafe { (&raw const *entry).read_volatile() };
         entry.is(key).then_some(half)
     }
 

@@ -255,7 +255,7 @@ const KINDS: &[Kind] = &[
         change: |random, _, step| step.damage = Some(Damage::Transport(4, vec![0, random.below(8) as u8])) },
     Kind { name: "UDP shorter than the packet", state: On, once_in: 60, applies: may_be_lost,
         change: |_, _, step| step.damage = Some(Damage::Transport(4, vec![0, 8])) },
-    Kind { name: "VLAN tag", state: On, once_in: 60, applies: may_be_lost,
+    Kind { name: "VLAN tag", state: On, once_in: 60, applies: |flow, step| may_be_lost(flow, step) && is_short(flow, step),
         change: |random, _, step| step.damage = Some(Damage::Tag(random.pick(&[[0x81, 0, 0, 7], [0x88, 0xa8, 0, 7]]).to_vec())) },
     Kind { name: "for another station", state: Off("translated; the stack leaves it to its station"), once_in: 60, applies: may_be_lost,
         change: |_, _, step| step.damage = Some(Damage::Station([2, 0, 0, 0, 9, 9])) },
