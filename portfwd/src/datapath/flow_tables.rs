@@ -414,6 +414,8 @@ bytes!(
 
 /// The kernel's table of established flows, as memory of this process: programs read and write it too.
 struct Places<const N: usize> {
+    /// Whoever asks what maps this process has finds it.
+    _map: MapData,
     slots: NonNull<Lines<FlowHalf<N>>>,
     count: u32,
     seed: u64,
@@ -444,7 +446,7 @@ impl<const N: usize> Places<N> {
         let slots = slots.map_err(|error| failed(error.to_string()))?;
         let slots =
             NonNull::new(slots.cast()).ok_or_else(|| failed("mapped nowhere".to_owned()))?;
-        Ok(Self { slots, count, seed })
+        Ok(Self { _map: map, slots, count, seed })
     }
 
     fn bytes(count: u32) -> usize {
