@@ -12,6 +12,8 @@
 //! is another's, that one is not found for a moment. What is at a place can change while packets look at it,
 //! so they look last whose it is.
 
+use core::mem::size_of;
+
 use crate::flow::Added;
 use crate::table::{FlowHalf, FlowKey, Place};
 
@@ -86,15 +88,17 @@ impl<const N: usize> Slot<N> {
     #[inline(always)]
     fn write(&self, half: &FlowHalf<N>) {
         let to = self.0.get();
+        let (from, words) = (half.as_key(), size_of::<FlowKey<N>>() / 8);
+        let from = (&raw const *from).cast::<u64>();
         // SAFETY: in bounds; the place is taken, so nobody else writes there. Others may change bits of the
         // place, in the same word as `created`: that leaves `created` as it is, and does not lose it, as it
         // is one step. Whose it is comes first, and volatile: who reads that last knows whose the rest was.
         unsafe {
-            (&raw mut (*to).came).write_volatile(half.came);
-            (&raw mut (*to).protocol).write_volatile(half.protocol);
-            (&raw mut (*to).direction).write_volatile(half.direction);
+            let key = (&raw mut (*to).came).cast::<u64>();
+            for word in 0..words {
+                key.add(word).write_volatile(from.add(word).read());
+            }
             (&raw mut (*to).created).write(half.created);
-            (&raw mut (*to).flags).write(half.flags);
             (&raw mut (*to).goes).write(half.goes);
             (&raw mut (*to).counter).write(half.counter);
             (&raw mut (*to).last).write(half.last);

@@ -3,7 +3,7 @@
 #![no_main]
 
 use core::cell::Cell;
-use core::mem::size_of;
+use core::mem::{MaybeUninit, size_of};
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -475,9 +475,8 @@ impl Kernel for Xdp<'_> {
 
     #[inline(always)]
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>) {
-        // SAFETY: all integers and arrays of them.
-        let mut aligned: Aligned<fib_lookup> = unsafe { core::mem::zeroed() };
-        let fib = &mut aligned.0;
+        let mut fib = MaybeUninit::uninit();
+        let fib = zeroed::<fib_lookup>(&mut fib);
         fib.family = flow.family;
         fib.l4_protocol = flow.protocol;
         fib.sport = u16::from_ne_bytes(flow.source_port.0);
@@ -797,6 +796,20 @@ fn added(result: Result<(), i32>) -> Added {
         Err(EXISTS) => Added::Exists,
         Err(_) => Added::Full,
     }
+}
+
+/// Makes a struct of integers all zeros, word by word: the compiler would call a function for it, which has a
+/// stack of its own.
+#[inline(always)]
+fn zeroed<T>(to: &mut MaybeUninit<Aligned<T>>) -> &mut T {
+    const { assert!(size_of::<Aligned<T>>().is_multiple_of(8)) };
+    let words = to.as_mut_ptr().cast::<u64>();
+    for word in 0..size_of::<Aligned<T>>() / 8 {
+        // SAFETY: in bounds, and aligned.
+        unsafe { words.add(word).write_volatile(0) };
+    }
+    // SAFETY: of integers and arrays of them, all of which are zero now.
+    unsafe { &mut to.assume_init_mut().0 }
 }
 
 /// A struct of the kernel's, aligned as what the compiler copies into it: on the stack nothing else is

@@ -345,7 +345,9 @@ impl Payload {
     #[inline(always)]
     pub fn forgotten(self, nothing: u32) -> Result<Self, Passed> {
         let Self { protocol, offset, len, fragment } = self;
-        let offset = forgotten(offset as u32, nothing) as usize;
+        // Linux before 6.3 forgets a comparison with what is on the stack, and wants the bound there itself.
+        const BOUND: usize = (2 * LONGEST_EXTENSIONS).next_power_of_two() - 1;
+        let offset = forgotten(offset as u32, nothing) as usize & BOUND;
         if offset > LONGEST_EXTENSIONS {
             return Err(Passed::Extension);
         }

@@ -625,8 +625,9 @@ impl<'a, I> Packet<'a, I> {
 /// What a packet becomes.
 struct Goes<'a, const N: usize> {
     ends: &'a FlowKey<N>,
-    /// Whether both ends may have changed, or just the one that the direction translates.
-    both: bool,
+    /// The packet as it came, if it is of a flow. Then both ends may have changed, else just the one that the
+    /// direction translates.
+    came: Option<&'a FlowKey<N>>,
     /// The flags of its translation that count once it is known to go.
     flags: u32,
     counter: u32,
@@ -683,7 +684,7 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     *end = address;
     *port = port.shifted(translation.shift);
     let Translation { flags, counter, .. } = *translation;
-    let goes = Goes { ends: &ends, both: false, flags, counter, hairpin: false };
+    let goes = Goes { ends: &ends, came: None, flags, counter, hairpin: false };
     send(kernel, direction, goes, packet, kernel.now())
 }
 
@@ -733,7 +734,8 @@ fn send_flow<const FORWARD: bool, const N: usize, I: Ip<N>, K: Kernel>(
 ) -> Result<Verdict, Passed> {
     let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
     let Bench { becomes: ends, counter, hairpin, .. } = bench;
-    let goes = Goes { ends, both: true, flags: 0, counter: *counter, hairpin: *hairpin != 0 };
+    let came = Some(&bench.packet.key);
+    let goes = Goes { ends, came, flags: 0, counter: *counter, hairpin: *hairpin != 0 };
     send(kernel, direction, goes, packet, bench.packet.now)
 }
 
@@ -762,7 +764,7 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     now: Jiffies,
 ) -> Result<Verdict, Passed> {
     let Packet { ethernet, ip, transport } = packet;
-    let Goes { ends, both, flags, counter, hairpin } = goes;
+    let Goes { ends, came, flags, counter, hairpin } = goes;
     let length = ip.length();
     let destination = ends.destination;
     // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
@@ -776,11 +778,11 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
             let asked = Flow::of_key(ends);
             let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, &asked)?;
             match verdict {
-                Verdict::ForwardDetour(_) if both => {
+                Verdict::ForwardDetour(_) if came.is_some() => {
                     return Ok(Verdict::Flow(Part::SendForward.program::<N>()));
                 }
                 Verdict::ForwardDetour(_) => return Ok(verdict),
-                Verdict::ReplyDetour(_) if both && !destination.is(&ip.destination()) => {
+                Verdict::ReplyDetour(_) if came.is_some() && !destination.is(&ip.destination()) => {
                     return Ok(Verdict::Flow(Part::SendReply.program::<N>()));
                 }
                 // As it came, so that the stack's answer reaches the backend with the header that it
@@ -820,13 +822,12 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
         Direction::Forward => (target, source),
         Direction::Reply => (source, target),
     };
-    let (source_port, destination_port) = transport.ports();
-    let came = match direction {
-        Direction::Forward => (ip.source(), source_port),
-        Direction::Reply => (ip.destination(), destination_port),
+    // Without masquerade that end stays as it is.
+    let stays = |came: &FlowKey<N>| {
+        let end = came.end(direction.opposite());
+        end.0.is(&other.0) && end.1 == other.1
     };
-    // Without masquerade it stays as it is.
-    if both && !(came.0.is(&other.0) && came.1 == other.1) {
+    if came.is_some_and(|came| !stays(came)) {
         let addresses = ip.rewrite(direction.opposite(), other.0, 0);
         transport.rewrite(direction.opposite(), other.1, addresses);
     }
