@@ -330,7 +330,7 @@ impl Datapath {
         for program in common.chain(PARTS.iter().filter(is_needed).copied()) {
             let xdp = xdp_mut(&mut ebpf, program);
             let start = Instant::now();
-            xdp.load().map_err(|error| verifier_error(program, error))?;
+            load(xdp).map_err(|error| verifier_error(program, error))?;
             let info = xdp.info().map_err(|error| verifier_error(program, error))?;
             verified.push(Verified {
                 program,
@@ -874,6 +874,19 @@ fn load_error(error: EbpfError) -> DatapathError {
         Some(libc::ENOSYS) => DatapathError::NoBpf(message),
         _ => DatapathError::Load(message),
     }
+}
+
+/// Loads a program. A signal that comes meanwhile has the verifier give up with EAGAIN: then again, as libbpf
+/// does.
+fn load(program: &mut Xdp) -> Result<(), ProgramError> {
+    const ATTEMPTS: u32 = 5;
+    for _ in 1..ATTEMPTS {
+        match program.load() {
+            Err(error) if os_error(&error) == Some(libc::EAGAIN) => {}
+            result => return result,
+        }
+    }
+    program.load()
 }
 
 fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
