@@ -64,6 +64,19 @@ impl Change {
         new.0.as_chunks::<2>().0.iter().fold(self, |sum, word| sum.word(*word))
     }
 
+    /// The sum as the kernel has it: 32 bits, in native order.
+    #[inline(always)]
+    pub fn sum(self) -> u32 {
+        let sum = (self.0 & 0xffff_ffff) + (self.0 >> 32);
+        ((sum & 0xffff_ffff) + (sum >> 32)) as u32
+    }
+
+    /// Of such a sum.
+    #[inline(always)]
+    pub fn from_sum(sum: u32) -> Self {
+        Self(sum.into())
+    }
+
     /// Adds what changed elsewhere.
     #[inline(always)]
     #[must_use]

@@ -4,21 +4,21 @@
 //!
 //! Each starts anew and takes any packet. Everything is decided before the first byte is changed.
 
+use network_types::{tcp::TcpHdr, udp::UdpHdr};
+
 use crate::answer::{About, Answer};
 use crate::checksum::Change;
 use crate::flow::{self, Bench, Flows, Refused};
 use crate::icmp::{Error, Icmp};
-use crate::packet::{
-    Ethernet, Fragment, Frame, ICMP, ICMPV6, Ip, Payload, Reads, TCP, UDP, forgotten,
-};
+use crate::packet::{Fragment, Frame, ICMP, ICMPV6, Ip, Link, Payload, Reads, TCP, UDP, forgotten};
 use crate::path::{
-    Asked, Flow, Kernel, Part, Verdict, Way, ask, claims, count, drop_counted, ethernet,
+    Asked, Flow, Kernel, OnWire, Part, Verdict, Way, ask, claims, count, drop_counted, network,
     remember_arrival, translation,
 };
 use crate::segment::Segment;
 use crate::table::{
     Address, Direction, Dropped, FirstFragment, FlowKey, FragmentKey, Hop, Interface, Jiffies,
-    Passed, Port, Translation,
+    Passed, Port, Size, Translation,
 };
 
 /// What becomes of a packet.
@@ -32,7 +32,7 @@ pub enum Outcome {
 /// Decides and does what becomes of a packet that goes in `direction`, but for sending an answer.
 #[inline(always)]
 pub fn handle<K: Kernel>(kernel: &K, direction: Direction, mut frame: Frame<'_>) -> Outcome {
-    done(kernel, ethernet(kernel, Detour(direction), &mut frame))
+    done(kernel, network(kernel, Detour(direction), &mut frame))
 }
 
 /// The part of the detour that flows decide. `frame` is as it came.
@@ -72,14 +72,14 @@ impl Way for Detour {
     fn ip<const N: usize, I: Icmp<N>, K: Kernel>(
         self,
         kernel: &K,
-        ethernet: &mut Ethernet,
+        mut link: Link<'_>,
         frame: &mut Frame<'_>,
     ) -> Result<Outcome, Passed> {
         let Self(direction) = self;
-        let available = frame.remaining();
+        let available = kernel.available(frame);
         let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
         let decided =
-            translate::<N, I, K, _>(kernel, Alone, direction, ethernet, ip, available, frame);
+            translate::<N, I, K, _>(kernel, Alone, direction, &mut link, ip, available, frame);
         let Err(reason) = decided else { return decided };
         let has = |direction, address| claims::<N, I, K>(kernel, direction, &address).is_some();
         let next = match (direction, reason) {
@@ -119,18 +119,18 @@ fn of_flow<const N: usize, I: Icmp<N>, K: Kernel + Flows<N>>(
     part: FlowPart,
     frame: &mut Frame<'_>,
 ) -> Result<Outcome, Passed> {
-    let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
-    let available = frame.remaining();
+    let link = &mut frame.take_link().ok_or(Passed::Malformed)?;
+    let available = kernel.available(frame);
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
     let bench = kernel.bench().ok_or(Passed::NoFlow)?;
     let (direction, decided) = match part {
         FlowPart::Find(direction) => {
             let finds = Finds(bench);
-            (direction, translate(kernel, finds, direction, ethernet, ip, available, frame))
+            (direction, translate(kernel, finds, direction, link, ip, available, frame))
         }
         FlowPart::Send(direction) => {
             let found = Found(bench);
-            (direction, translate(kernel, found, direction, ethernet, ip, available, frame))
+            (direction, translate(kernel, found, direction, link, ip, available, frame))
         }
     };
     let is_claimed = || claims::<N, I, K>(kernel, Direction::Forward, &ip.destination()).is_some();
@@ -176,8 +176,7 @@ struct Other<const N: usize> {
 struct Asks {
     /// It may begin a flow, and counts in it.
     begins: bool,
-    /// Bytes of the IP packet.
-    length: u16,
+    size: Size,
     /// It has no hop left.
     ends_here: bool,
 }
@@ -209,7 +208,7 @@ impl Asks {
             },
             number: 0,
             flags: 0,
-            length: self.length,
+            size: self.size,
             now: kernel.now(),
         }
     }
@@ -514,7 +513,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
     kernel: &K,
     mut decides: D,
     direction: Direction,
-    ethernet: &mut Ethernet,
+    link: &mut Link<'_>,
     ip: &mut I,
     available: usize,
     frame: &mut Frame<'_>,
@@ -571,7 +570,8 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
             Err(otherwise) => return otherwise.map(Outcome::Done),
         }
     } else {
-        let asks = Asks { begins: is_first && !ends_here, length: ip.length(), ends_here };
+        let size = Size::one(ip.length());
+        let asks = Asks { begins: is_first && !ends_here, size, ends_here };
         match decides.becomes::<I>(kernel, direction, &ends, asks) {
             Ok(to) => to,
             Err(Err(Passed::NoRule | Passed::Protocol)) if protocol == I::PROTOCOL => {
@@ -589,37 +589,32 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
         Direction::Reply => decides.other(direction).is_some_and(|client| !client.stays),
     };
     let Asked { verdict, hop, narrow } = if ends_here {
-        Asked { verdict: Verdict::detour(direction, Passed::Ttl), hop: None, narrow: None }
+        Asked { verdict: Verdict::detour(direction, Passed::Ttl), hop: None, narrow: 0 }
     } else {
         let hairpin = decides.flags() & FirstFragment::HAIRPIN != 0;
         let other = decides.other(direction);
         let goes = goes(came(), direction, &to, other, is(Holds::Segment));
-        ask(kernel, direction, hairpin, ip, &goes)?
+        let longest = on_wire(kernel, ip, frame, &payload).longest;
+        ask(kernel, direction, hairpin, ip, longest, &goes)?
     };
     let (reason, about) = match verdict {
         Verdict::ForwardDetour(reason) | Verdict::ReplyDetour(reason) if !is_to_box => {
             return Err(reason);
         }
         Verdict::ForwardDetour(Passed::Ttl) | Verdict::ReplyDetour(Passed::Ttl) => {
-            (Some(Dropped::TtlExpired), Some(About::TimeExceeded))
+            (Some(Dropped::TtlExpired), About::TIME_EXCEEDED)
         }
         Verdict::ForwardDetour(_) | Verdict::ReplyDetour(_) => {
-            (Some(Dropped::TooBig), Some(About::TooBig(narrow.unwrap_or_default())))
+            (Some(Dropped::TooBig), About::too_big(narrow))
         }
-        Verdict::Drop(reason) => (Some(reason), None),
-        _ => (None, None),
+        Verdict::Drop(reason) => (Some(reason), About::NOTHING),
+        _ => (None, About::NOTHING),
     };
     kernel.note(came);
     if let Some(reason) = reason {
-        let answer = match about {
-            Some(about) if is(Holds::Segment) => {
-                // As before; there is little room to keep it. Without the mask the compiler would do
-                // sums with the end of the frame, which the verifier does not let it do.
-                let rest = frame.remaining() & 0xffff;
-                let available = size_of::<I>() + payload.offset + rest;
-                answer(kernel, about, ethernet, ip, available)
-            }
-            _ => None,
+        let answer = match about != About::NOTHING && is(Holds::Segment) {
+            true => answer(kernel, about, link, ip),
+            false => None,
         };
         let dropped = drop_counted(kernel, to.counter, reason);
         let Some(answer) = answer else { return Ok(Outcome::Done(dropped)) };
@@ -643,22 +638,29 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
         let goes = goes(came(), direction, &to, None, true);
         remember_arrival(kernel, first, &came(), &goes);
     }
-    let length = ip.length();
+    let size = on_wire(kernel, ip, frame, &payload).size;
     let both = Both { direction, end: (to.address, to.port), other: decides.other(direction) };
     if is(Holds::Segment) {
         let mut segment = segment(frame, &payload)?;
-        both.rewrite(ethernet, ip, hop, |direction, _, port, addresses| {
-            segment.rewrite(direction, port, addresses);
+        both.rewrite(kernel, link, ip, hop, |direction, _, port, addresses| {
+            segment.rewrite(kernel, direction, port, addresses);
+            if N == 16 && !segment.has_checksum() {
+                kernel.unbalanced(addresses);
+            }
         });
     } else if is(Holds::Error) {
         let mut error = Error::<I>::take(frame, direction, payload.len)?;
-        both.rewrite(ethernet, ip, hop, |direction, address, port, addresses| {
+        both.rewrite(kernel, link, ip, hop, |direction, address, port, addresses| {
             error.rewrite(direction, address, port, addresses);
         });
     } else {
-        both.rewrite(ethernet, ip, hop, |_, _, _, _| {});
+        both.rewrite(kernel, link, ip, hop, |_, _, _, addresses| {
+            if N == 16 {
+                kernel.unbalanced(addresses);
+            }
+        });
     }
-    count(kernel, to.counter, direction, length, kernel.now(), verdict);
+    count(kernel, to.counter, direction, size, kernel.now(), verdict);
     Ok(Outcome::Done(verdict))
 }
 
@@ -710,9 +712,10 @@ impl<const N: usize> Both<N> {
     /// Rewrites the headers before the transport header, and lets `rest` rewrite the rest: what a
     /// direction translates, to this address and port, with what changed for the pseudo header.
     #[inline(always)]
-    fn rewrite<I: Ip<N>>(
+    fn rewrite<I: Ip<N>, K: Kernel>(
         self,
-        ethernet: &mut Ethernet,
+        kernel: &K,
+        link: &mut Link<'_>,
         ip: &mut I,
         hop: Option<Hop>,
         mut rest: impl FnMut(Direction, Address<N>, Port, Change),
@@ -728,7 +731,9 @@ impl<const N: usize> Both<N> {
         // The stack takes a hop off and writes the link addresses itself.
         let mut hops = 0;
         if let Some(hop) = hop {
-            ethernet.set_link(&hop.link);
+            if !link.set(&hop.link) {
+                kernel.leave_by(&hop.link);
+            }
             hops = 1;
         }
         let (address, port) = end;
@@ -776,20 +781,34 @@ fn key_of<const N: usize, I: Ip<N>>(
     }
 }
 
-/// The answer to the sender of a packet, in a frame that had `available` bytes for it, if it may have
-/// one: by the interface that the packet came by, to the neighbour that it came from.
+/// The answer to the sender of a packet, if it may have one: by the interface that the packet came by, to the neighbour that it came from.
 #[inline(always)]
 fn answer<const N: usize, I: Icmp<N>, K: Kernel>(
     kernel: &K,
     about: About,
-    ethernet: &Ethernet,
+    link: &mut Link<'_>,
     ip: &I,
-    available: usize,
 ) -> Option<Answer> {
-    let interface = kernel.ingress()?;
+    let device = kernel.back()?;
     let may = I::is_host(&ip.source())
-        && !ethernet.back().is_group()
-        && interface.has(Interface::TRANSMITS)
+        && !link.ethernet().is_some_and(|ethernet| ethernet.back().is_group())
         && kernel.bucket(|bucket| bucket.take(kernel.now(), kernel.second()))?;
-    may.then(|| Answer::new(about, ip, available, interface.device))
+    may.then(|| Answer::new(about, ip, device))
+}
+
+/// What a packet is on a wire whose payload `frame` goes on with.
+#[inline(always)]
+fn on_wire<const N: usize, I: Icmp<N>, K: Kernel>(
+    kernel: &K,
+    ip: &I,
+    frame: &Frame<'_>,
+    payload: &Payload,
+) -> OnWire {
+    OnWire::new(kernel, ip.length(), || {
+        let transport = match payload.protocol {
+            TCP => frame.peek::<TcpHdr>(0).map_or(0, |tcp| usize::from(tcp.doff()) * 4),
+            _ => UdpHdr::LEN,
+        };
+        size_of::<I>() + payload.offset + transport
+    })
 }

@@ -8,7 +8,7 @@
 use crate::path::{self, Kernel, Route};
 use crate::table::{
     Address, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies, Mapping,
-    MappingKey, Passed, Port, Tally, Translation, flow_flags,
+    MappingKey, Passed, Port, Size, Tally, Translation, flow_flags,
 };
 
 /// How many source ports are tried for a new flow: the one that the client has, its own, and others.
@@ -112,8 +112,7 @@ pub struct Packet<const N: usize> {
     pub number: u32,
     /// [`flow_flags`] that it brings: FIN, RESET.
     pub flags: u32,
-    /// Bytes of the IP packet.
-    pub length: u16,
+    pub size: Size,
     pub now: Jiffies,
 }
 
@@ -686,7 +685,7 @@ impl<const N: usize> FlowHalf<N> {
         let flags = u32::from(self.flags) & stays | packet.flags;
         self.flags = flags as u16;
         self.last = packet.now;
-        self.tally.add(packet.length);
+        self.tally.add(packet.size);
         look
     }
 }
@@ -702,7 +701,7 @@ impl<const N: usize> Candidate<N> {
     fn seen(&mut self, direction: Direction, packet: &Packet<N>) {
         self.flags |= packet.flags;
         self.last = packet.now;
-        self.tallies[direction as usize].add(packet.length);
+        self.tallies[direction as usize].add(packet.size);
     }
 
     /// Whether this packet, from the client, shows that it hears the answers.

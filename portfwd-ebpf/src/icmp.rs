@@ -4,7 +4,7 @@
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
 use crate::checksum::{Change, Checksum};
-use crate::packet::{Frame, Header, ICMP, ICMPV6, Ip, Payload, Reads};
+use crate::packet::{Frame, Header, ICMP, ICMPV6, Ip, Payload, Reads, TCP, UDP};
 use crate::path::Flow;
 use crate::segment::Segment;
 use crate::table::{Address, Direction, Passed, Port};
@@ -46,6 +46,12 @@ pub trait Icmp<const N: usize>: Ip<N> {
     /// Whether an address may be one of a single host.
     fn is_host(address: &Address<N>) -> bool;
 
+    /// Its length with options and the protocol that it carries, if no extension header follows.
+    fn plain(&self) -> Option<(usize, u8)>;
+
+    /// The sum of its bytes, which are `Self`'s and options.
+    fn sum(&self) -> Change;
+
     /// Makes this the header of an error with `len` bytes behind it. Returns what the error's checksum
     /// has to cover of it.
     fn begin_error(&mut self, source: Address<N>, destination: Address<N>, len: u16) -> Change;
@@ -77,6 +83,17 @@ impl Icmp<4> for Ipv4Hdr {
     fn is_host(address: &Address<4>) -> bool {
         let [first, ..] = address.0;
         matches!(first, 1..=126 | 128..=223)
+    }
+
+    #[inline(always)]
+    fn plain(&self) -> Option<(usize, u8)> {
+        Some((usize::from(self.vihl & 0xf) * 4, self.proto))
+    }
+
+    #[inline(always)]
+    fn sum(&self) -> Change {
+        // Its checksum sees to that.
+        Change::default()
     }
 
     #[inline(always)]
@@ -134,6 +151,19 @@ impl Icmp<16> for Ipv6Hdr {
         let number = u128::from_be_bytes(address.0);
         // Neither a group, nor "unspecified" or "loopback".
         number >> 120 != 0xff && number > 1
+    }
+
+    #[inline(always)]
+    fn plain(&self) -> Option<(usize, u8)> {
+        matches!(self.next_hdr, TCP | UDP).then_some((Self::LEN, self.next_hdr))
+    }
+
+    #[inline(always)]
+    fn sum(&self) -> Change {
+        let [a, b, c, d] = self.vcf;
+        let first = Change::default().word([a, b]).word([c, d]).word(self.payload_len);
+        let (source, destination) = (self.source(), self.destination());
+        first.word([self.next_hdr, self.hop_limit]).words(&source).words(&destination)
     }
 
     #[inline(always)]
@@ -218,7 +248,7 @@ impl<'a, I> Error<'a, I> {
         let end = direction.opposite();
         // An IPv4 header sums to the same as before: its checksum sees to that.
         let quoted = self.ip.rewrite(end, address, 0);
-        let mut change = self.segment.rewrite(end, port, quoted);
+        let mut change = self.segment.rewrite_quoted(end, port, quoted);
         if I::PSEUDO_HEADER {
             change = change.and(quoted).and(addresses);
         }

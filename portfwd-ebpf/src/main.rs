@@ -1,12 +1,14 @@
-//! The XDP entry points: the kernel's maps and helpers for the path in the library. Glue only.
+//! The entry points, at each hook: the kernel's maps and helpers for the path in the library. Glue only.
 #![no_std]
 #![no_main]
+
+mod hook;
 
 use core::cell::Cell;
 use core::mem::{MaybeUninit, size_of};
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::{
         BPF_F_CURRENT_NETNS, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_FIB_LKUP_RET_BLACKHOLE,
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
@@ -16,28 +18,30 @@ use aya_ebpf::{
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skc_lookup_tcp, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_skc_lookup_tcp,
     },
-    macros::{map, xdp},
+    macros::{classifier, map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, xdp::DevMap},
-    programs::XdpContext,
+    programs::{TcContext, XdpContext},
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
-    answer::Answer,
+    checksum::Change,
     detour::{self, FlowPart, FragmentBench, Outcome},
     flow::{Added, Bench, Flows},
     flow_table::{self, Slot, Slots},
     icmp::Icmp,
-    packet::{Frame, Ip, TCP},
+    packet::{Check, EtherType, Ethernet, Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Verdict},
     table::{
-        Address, AnyAddress, ArrivalKey, Bucket, Candidate, ClientKey, Counter, Direction,
+        self, Address, AnyAddress, ArrivalKey, Bucket, Candidate, ClientKey, Counter, Direction,
         Endpoint, Favourite, FirstFragment, FlowHalf, FlowKey, FragmentKey, HOP_BITS, Interface,
         Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, RememberedHop,
         RouteSet, Settings, Translation, Trust,
     },
 };
+
+use crate::hook::{Hook, Tc, Xdp};
 
 // The control plane sets the sizes of the tables that grow with the rules when it loads this.
 #[map]
@@ -105,6 +109,14 @@ static NOTED: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
 /// By [`Direction`].
 #[map]
 static DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
+/// At TC: the link addresses of a packet that came without a link header and leaves with one.
+#[map]
+static LEAVE_BY: PerCpuArray<LinkAddresses> = PerCpuArray::with_max_entries(1, 0);
+// The same of TC.
+#[map]
+static TC_PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
+#[map]
+static TC_DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
 
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
 #[unsafe(no_mangle)]
@@ -126,7 +138,7 @@ static SECOND: u32 = 250;
 #[unsafe(no_mangle)]
 static mut NOTHING: u32 = 0;
 
-// What each `xdp` makes calls the function that stands here, and only what has no caller may jump: so
+// What each attribute makes calls the function that stands here, and only what has no caller may jump: so
 // they are inlined.
 
 /// Writes the clock of the other programs over the first eight bytes of a frame, for the control
@@ -143,226 +155,148 @@ fn clock(ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
 
-#[xdp]
-#[inline(always)]
-fn external(ctx: XdpContext) -> u32 {
-    run(&ctx, Role::External)
-}
-
-#[xdp]
-#[inline(always)]
-fn internal(ctx: XdpContext) -> u32 {
-    run(&ctx, Role::Internal)
-}
-
-#[xdp]
-#[inline(always)]
-fn both(ctx: XdpContext) -> u32 {
-    run(&ctx, Role::Both)
-}
-
-#[xdp]
-#[inline(always)]
-fn forward_v4(ctx: XdpContext) -> u32 {
-    run_flow::<4, Ipv4Hdr>(&ctx, Part::Forward)
-}
-
-#[xdp]
-#[inline(always)]
-fn forward_v6(ctx: XdpContext) -> u32 {
-    run_flow::<16, Ipv6Hdr>(&ctx, Part::Forward)
-}
-
-#[xdp]
-#[inline(always)]
-fn reply_v4(ctx: XdpContext) -> u32 {
-    run_flow::<4, Ipv4Hdr>(&ctx, Part::Reply)
-}
-
-#[xdp]
-#[inline(always)]
-fn reply_v6(ctx: XdpContext) -> u32 {
-    run_flow::<16, Ipv6Hdr>(&ctx, Part::Reply)
-}
-
-#[xdp]
-#[inline(always)]
-fn hairpin_v4(ctx: XdpContext) -> u32 {
-    run_flow::<4, Ipv4Hdr>(&ctx, Part::Hairpin)
-}
-
-#[xdp]
-#[inline(always)]
-fn hairpin_v6(ctx: XdpContext) -> u32 {
-    run_flow::<16, Ipv6Hdr>(&ctx, Part::Hairpin)
-}
-
-#[xdp]
-#[inline(always)]
-fn forward_detour(ctx: XdpContext) -> u32 {
-    run_detour(&ctx, Direction::Forward)
-}
-
-#[xdp]
-#[inline(always)]
-fn reply_detour(ctx: XdpContext) -> u32 {
-    run_detour(&ctx, Direction::Reply)
-}
-
-#[xdp]
-#[inline(always)]
-fn find_forward_v4(ctx: XdpContext) -> u32 {
-    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Find(Direction::Forward))
-}
-
-#[xdp]
-#[inline(always)]
-fn find_forward_v6(ctx: XdpContext) -> u32 {
-    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Find(Direction::Forward))
-}
-
-#[xdp]
-#[inline(always)]
-fn find_reply_v4(ctx: XdpContext) -> u32 {
-    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Find(Direction::Reply))
-}
-
-#[xdp]
-#[inline(always)]
-fn find_reply_v6(ctx: XdpContext) -> u32 {
-    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Find(Direction::Reply))
-}
-
-#[xdp]
-#[inline(always)]
-fn send_forward_v4(ctx: XdpContext) -> u32 {
-    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Send(Direction::Forward))
-}
-
-#[xdp]
-#[inline(always)]
-fn send_forward_v6(ctx: XdpContext) -> u32 {
-    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Send(Direction::Forward))
-}
-
-#[xdp]
-#[inline(always)]
-fn send_reply_v4(ctx: XdpContext) -> u32 {
-    run_flow_detour::<4, Ipv4Hdr>(&ctx, FlowPart::Send(Direction::Reply))
-}
-
-#[xdp]
-#[inline(always)]
-fn send_reply_v6(ctx: XdpContext) -> u32 {
-    run_flow_detour::<16, Ipv6Hdr>(&ctx, FlowPart::Send(Direction::Reply))
-}
-
-#[inline(always)]
-fn run(ctx: &XdpContext, role: Role) -> u32 {
-    let xdp = Xdp { ctx, noted: Cell::new(false) };
-    let verdict = path::handle(&xdp, role, frame(ctx));
-    xdp.jump(verdict);
-    xdp.log(verdict);
-    action(verdict)
-}
-
-#[inline(always)]
-fn run_flow<'a, const N: usize, I: Ip<N>>(ctx: &'a XdpContext, part: Part) -> u32
-where
-    Xdp<'a>: Flows<N>,
-{
-    let xdp = Xdp { ctx, noted: Cell::new(false) };
-    let verdict = path::handle_flow::<N, I, _>(&xdp, part, frame(ctx));
-    xdp.jump(verdict);
-    xdp.log(verdict);
-    action(verdict)
-}
-
-#[inline(always)]
-fn run_detour(ctx: &XdpContext, direction: Direction) -> u32 {
-    let xdp = Xdp { ctx, noted: Cell::new(false) };
-    finish(&xdp, detour::handle(&xdp, direction, frame(ctx)))
-}
-
-#[inline(always)]
-fn run_flow_detour<'a, const N: usize, I: Icmp<N>>(ctx: &'a XdpContext, part: FlowPart) -> u32
-where
-    Xdp<'a>: Flows<N>,
-{
-    let xdp = Xdp { ctx, noted: Cell::new(false) };
-    finish(&xdp, detour::handle_flow::<N, I, _>(&xdp, part, frame(ctx)))
-}
-
-#[inline(always)]
-fn finish(xdp: &Xdp<'_>, outcome: Outcome) -> u32 {
-    match outcome {
-        Outcome::Done(verdict) => {
-            xdp.jump(verdict);
-            xdp.log(verdict);
-            action(verdict)
+/// Programs that are attached: at XDP, at TC, and at TC of interfaces without link header.
+macro_rules! entries {
+    ($($xdp:ident $tc:ident $bare:ident: |$run:ident| $do:expr;)*) => {$(
+        #[xdp]
+        #[inline(always)]
+        fn $xdp(ctx: XdpContext) -> u32 {
+            let $run = Run::new(Xdp(ctx));
+            $do
         }
-        Outcome::Answer(reason, answer) => {
-            xdp.log(Verdict::Drop(reason));
-            send(xdp.ctx, &answer)
+
+        #[classifier]
+        #[inline(always)]
+        fn $tc(ctx: TcContext) -> i32 {
+            let $run = Run::new(Tc::enter(ctx, size_of::<Ethernet>()));
+            $do
         }
-    }
+
+        #[classifier]
+        #[inline(always)]
+        fn $bare(ctx: TcContext) -> i32 {
+            let $run = Run::new(Tc::enter(ctx, 0));
+            $do
+        }
+    )*};
 }
 
-#[inline(always)]
-fn frame(ctx: &XdpContext) -> Frame<'_> {
-    // SAFETY: the frame belongs to this run of the program; the verifier checks each access.
-    unsafe { Frame::from_addresses(ctx.data(), ctx.data_end()) }
+entries! {
+    external tc_external bare_external: |run| run.common(Role::External);
+    internal tc_internal bare_internal: |run| run.common(Role::Internal);
+    both tc_both bare_both: |run| run.common(Role::Both);
 }
 
-/// From the path's verdict to XDP's, in one place.
-#[inline(always)]
-fn action(verdict: Verdict) -> u32 {
-    match verdict {
-        Verdict::Redirect(device) => DEVICES.redirect(device, 0).unwrap_or(xdp_action::XDP_DROP),
-        Verdict::Stack(_)
-        | Verdict::Pass(_)
-        | Verdict::ForwardDetour(_)
-        | Verdict::ReplyDetour(_)
-        | Verdict::Flow(..) => xdp_action::XDP_PASS,
-        Verdict::Drop(_) => xdp_action::XDP_DROP,
-    }
+/// Programs that are jumped to: at XDP and at TC.
+macro_rules! parts {
+    ($($xdp:ident $tc:ident: |$run:ident| $do:expr;)*) => {$(
+        #[xdp]
+        #[inline(always)]
+        fn $xdp(ctx: XdpContext) -> u32 {
+            let $run = Run::new(Xdp(ctx));
+            $do
+        }
+
+        #[classifier]
+        #[inline(always)]
+        fn $tc(ctx: TcContext) -> i32 {
+            let $run = Run::new(Tc::again(ctx));
+            $do
+        }
+    )*};
 }
 
-/// Sends an answer in the frame of the packet that it is about.
-#[inline(always)]
-fn send(ctx: &XdpContext, answer: &Answer) -> u32 {
-    let xdp = ctx.ctx;
-    // SAFETY: the context is this run's. What was read from the frame before is not used any more.
-    let resized = unsafe {
-        bpf_xdp_adjust_head(xdp, -(answer.growth() as i32)) == 0
-            && bpf_xdp_adjust_tail(xdp, -(answer.cut as i32)) == 0
-    };
-    if resized && answer.write(frame(ctx)).is_some() {
-        DEVICES.redirect(answer.device, 0).unwrap_or(xdp_action::XDP_DROP)
-    } else {
-        xdp_action::XDP_DROP
-    }
+parts! {
+    forward_v4 tc_forward_v4: |run| run.flow::<4, Ipv4Hdr>(Part::Forward);
+    forward_v6 tc_forward_v6: |run| run.flow::<16, Ipv6Hdr>(Part::Forward);
+    reply_v4 tc_reply_v4: |run| run.flow::<4, Ipv4Hdr>(Part::Reply);
+    reply_v6 tc_reply_v6: |run| run.flow::<16, Ipv6Hdr>(Part::Reply);
+    hairpin_v4 tc_hairpin_v4: |run| run.flow::<4, Ipv4Hdr>(Part::Hairpin);
+    hairpin_v6 tc_hairpin_v6: |run| run.flow::<16, Ipv6Hdr>(Part::Hairpin);
+    forward_detour tc_forward_detour: |run| run.detour(Direction::Forward);
+    reply_detour tc_reply_detour: |run| run.detour(Direction::Reply);
+    find_forward_v4 tc_find_forward_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Find(Direction::Forward));
+    find_forward_v6 tc_find_forward_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Find(Direction::Forward));
+    find_reply_v4 tc_find_reply_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Find(Direction::Reply));
+    find_reply_v6 tc_find_reply_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Find(Direction::Reply));
+    send_forward_v4 tc_send_forward_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Send(Direction::Forward));
+    send_forward_v6 tc_send_forward_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Forward));
+    send_reply_v4 tc_send_reply_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Send(Direction::Reply));
+    send_reply_v6 tc_send_reply_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Reply));
 }
 
-struct Xdp<'a> {
-    ctx: &'a XdpContext,
+/// One run of a program.
+struct Run<H> {
+    hook: H,
     /// Whether there is something in `NOTED`.
     noted: Cell<bool>,
 }
 
-impl Xdp<'_> {
+impl<H: Hook> Run<H> {
+    #[inline(always)]
+    fn new(hook: H) -> Self {
+        Self { hook, noted: Cell::new(false) }
+    }
+
+    #[inline(always)]
+    fn common(&self, role: Role) -> H::Action {
+        self.done(path::handle(self, role, self.hook.frame()))
+    }
+
+    #[inline(always)]
+    fn flow<const N: usize, I: Ip<N>>(&self, part: Part) -> H::Action
+    where
+        Self: Flows<N>,
+    {
+        self.done(path::handle_flow::<N, I, _>(self, part, self.hook.frame()))
+    }
+
+    #[inline(always)]
+    fn detour(&self, direction: Direction) -> H::Action {
+        self.hook.pull();
+        self.finish(detour::handle(self, direction, self.hook.frame()))
+    }
+
+    #[inline(always)]
+    fn flow_detour<const N: usize, I: Icmp<N>>(&self, part: FlowPart) -> H::Action
+    where
+        Self: Flows<N>,
+    {
+        self.hook.pull();
+        self.finish(detour::handle_flow::<N, I, _>(self, part, self.hook.frame()))
+    }
+
+    #[inline(always)]
+    fn finish(&self, outcome: Outcome) -> H::Action {
+        match outcome {
+            Outcome::Done(verdict) => self.done(verdict),
+            Outcome::Answer(reason, answer) => {
+                self.log(Verdict::Drop(reason));
+                self.hook.answer(&answer)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn done(&self, verdict: Verdict) -> H::Action {
+        self.jump(verdict);
+        self.log(verdict);
+        self.hook.act(verdict)
+    }
+
     /// Jumps to the program that decides, if the verdict is that another does. Where there is no such
     /// program, the packet passes.
     #[inline(always)]
     fn jump(&self, verdict: Verdict) {
+        let [detours, parts] = H::programs();
         let (programs, number, reason) = match verdict {
-            Verdict::ForwardDetour(reason) => (&DETOURS, Direction::Forward as u32, reason),
-            Verdict::ReplyDetour(reason) => (&DETOURS, Direction::Reply as u32, reason),
-            Verdict::Flow(program) => (&PARTS, program.number(), Passed::NoFlow),
+            Verdict::ForwardDetour(reason) => (detours, Direction::Forward as u32, reason),
+            Verdict::ReplyDetour(reason) => (detours, Direction::Reply as u32, reason),
+            Verdict::Flow(program) => (parts, program.number(), Passed::NoFlow),
             _ => return,
         };
         // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
-        unsafe { programs.tail_call(self.ctx, number) };
+        unsafe { programs.tail_call(self.hook.context(), number) };
         self.count_passed(reason);
     }
 
@@ -375,12 +309,12 @@ impl Xdp<'_> {
             && let Some(flow) = NOTED.get_ptr(0)
         {
             // SAFETY: this CPU's own.
-            log::verdict(self.ctx, unsafe { &*flow }, verdict);
+            log::verdict(self.hook.context(), unsafe { &*flow }, verdict);
         }
     }
 }
 
-impl Kernel for Xdp<'_> {
+impl<H: Hook> Kernel for Run<H> {
     #[inline(always)]
     fn generation(&self) -> u32 {
         // SAFETY: the row always exists; the control plane writes this word while packets read it.
@@ -470,7 +404,62 @@ impl Kernel for Xdp<'_> {
 
     #[inline(always)]
     fn ingress(&self) -> Option<Interface> {
-        self.interface(self.ctx.ingress_ifindex() as u32)
+        self.interface(self.hook.ingress())
+    }
+
+    #[inline(always)]
+    fn hook(&self) -> table::Hook {
+        H::HOOK
+    }
+
+    #[inline(always)]
+    fn ether_type(&self) -> Option<EtherType> {
+        self.hook.ether_type()
+    }
+
+    #[inline(always)]
+    fn available(&self, frame: &Frame<'_>) -> usize {
+        self.hook.available(frame)
+    }
+
+    #[inline(always)]
+    fn segment(&self) -> u32 {
+        self.hook.segment()
+    }
+
+    #[inline(always)]
+    fn is_merged(&self, length: u16) -> bool {
+        self.hook.is_merged(length, self.ingress())
+    }
+
+    #[inline(always)]
+    fn device(&self, index: u32, interface: &Interface) -> Option<u32> {
+        self.hook.device(index, interface)
+    }
+
+    #[inline(always)]
+    fn back(&self) -> Option<u32> {
+        self.hook.back(self.ingress())
+    }
+
+    #[inline(always)]
+    fn repair(&self, check: Check<'_>, addresses: Change, ports: Change) {
+        self.hook.repair(check, addresses, ports);
+    }
+
+    #[inline(always)]
+    fn unbalanced(&self, change: Change) {
+        self.hook.unbalanced(change);
+    }
+
+    #[inline(always)]
+    fn is_foreign(&self) -> bool {
+        self.hook.is_foreign()
+    }
+
+    #[inline(always)]
+    fn leave_by(&self, link: &LinkAddresses) {
+        self.hook.leave_by(link);
     }
 
     #[inline(always)]
@@ -482,24 +471,25 @@ impl Kernel for Xdp<'_> {
         fib.sport = u16::from_ne_bytes(flow.source_port.0);
         fib.dport = u16::from_ne_bytes(flow.destination_port.0);
         fib.__bindgen_anon_1.tot_len = length;
-        fib.ifindex = self.ctx.ingress_ifindex() as u32;
+        fib.ifindex = self.hook.ingress();
         fib.__bindgen_anon_2.flowinfo = u32::from_ne_bytes(class);
         fib.__bindgen_anon_3.ipv6_src = words(flow.source);
         fib.__bindgen_anon_4.ipv6_dst = words(flow.destination);
         let lookup = |fib: &mut fib_lookup| {
             // SAFETY: the context is this run's, the struct is initialised and of the size given.
             let result = unsafe {
-                bpf_fib_lookup(self.ctx.as_ptr(), fib, size_of::<fib_lookup>() as i32, 0)
+                bpf_fib_lookup(self.hook.context().as_ptr(), fib, size_of::<fib_lookup>() as i32, 0)
             };
             u32::try_from(result).unwrap_or(u32::MAX)
         };
         let mut result = lookup(fib);
         let mut narrow = None;
         if result == BPF_FIB_LKUP_RET_FRAG_NEEDED {
-            // Told before the egress is known: ask again without a length. Nothing else was written.
+            // Told before the egress is known: ask again for a short packet. Nothing else was written.
             // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
             narrow = Some(u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }));
-            fib.__bindgen_anon_1.tot_len = 0;
+            // Not 0: at TC the device's MTU would be asked for instead.
+            fib.__bindgen_anon_1.tot_len = 1;
             result = lookup(fib);
         }
         // Of a neighbour that is not resolved the egress is known (kernel d1c362e1dd68).
@@ -507,7 +497,8 @@ impl Kernel for Xdp<'_> {
             // Kernels before 6.3 do not look at the neighbour's state, and give the zero address of
             // one that is not resolved.
             BPF_FIB_LKUP_RET_SUCCESS
-                if link_source_and_destination(fib)[3..].iter().all(|half| *half == 0) =>
+                if link_source_and_destination(fib)[3..].iter().all(|half| *half == 0)
+                    && !self.is_bare(fib.ifindex) =>
             {
                 Route::NoNeighbour { interface: fib.ifindex }
             }
@@ -517,6 +508,18 @@ impl Kernel for Xdp<'_> {
                 mtu: u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }),
                 link: link_addresses(fib),
             },
+            // There is none to be resolved. How much goes that way was not told: it is what too much is
+            // refused for.
+            BPF_FIB_LKUP_RET_NO_NEIGH if self.is_bare(fib.ifindex) => {
+                let interface = fib.ifindex;
+                fib.ifindex = self.hook.ingress();
+                fib.__bindgen_anon_1.tot_len = u16::MAX;
+                fib.__bindgen_anon_2.flowinfo = u32::from_ne_bytes(class);
+                lookup(fib);
+                // SAFETY: as above.
+                let mtu = u32::from(unsafe { fib.__bindgen_anon_1.mtu_result });
+                Route::Via { interface, mtu, link: LinkAddresses::default() }
+            }
             BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { interface: fib.ifindex },
             BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
             BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
@@ -558,7 +561,7 @@ impl Kernel for Xdp<'_> {
         let netns = BPF_F_CURRENT_NETNS as i64 as u64;
         // SAFETY: the tuple is initialised and of the size given; a socket that is found is released.
         unsafe {
-            let ctx = self.ctx.as_ptr();
+            let ctx = self.hook.context().as_ptr();
             let socket = if flow.protocol == TCP {
                 // Also finds connections in TIME-WAIT and those whose handshake goes on.
                 bpf_skc_lookup_tcp(ctx, &raw mut *tuple, size as u32, netns, 0)
@@ -704,7 +707,7 @@ impl Kernel for Xdp<'_> {
 
 macro_rules! flows {
     ($size:literal, $flows:ident, $homes:ident, $probation:ident, $bench:ident) => {
-        impl Slots<$size> for Xdp<'_> {
+        impl<H: Hook> Slots<$size> for Run<H> {
             #[inline(always)]
             fn homes(&self) -> u32 {
                 // SAFETY: a constant of the loaded program.
@@ -724,7 +727,7 @@ macro_rules! flows {
             }
         }
 
-        impl Flows<$size> for Xdp<'_> {
+        impl<H: Hook> Flows<$size> for Run<H> {
             #[inline(always)]
             fn flow<R>(
                 &self,
@@ -833,6 +836,14 @@ fn favourite(direction: Direction) -> Option<Favourite> {
     }
 }
 
+impl<H: Hook> Run<H> {
+    /// Whether an interface has no link header.
+    #[inline(always)]
+    fn is_bare(&self, index: u32) -> bool {
+        self.interface(index).is_some_and(|interface| interface.has(Interface::BARE))
+    }
+}
+
 /// The endpoint of an address. Which it is never changes, as long as the address is there.
 #[inline(always)]
 fn endpoint<'a>(row: *const u32) -> Option<&'a Endpoint> {
@@ -909,7 +920,7 @@ mod log {
     /// Not inlined: a program and what it calls have 512 bytes of stack together, and what this one
     /// needs would stand beside itself in each path to a verdict.
     #[inline(never)]
-    pub fn verdict(ctx: &XdpContext, flow: &Flow, verdict: Verdict) {
+    pub fn verdict<C: EbpfContext>(ctx: &C, flow: &Flow, verdict: Verdict) {
         let source_port = flow.source_port.number();
         let destination_port = flow.destination_port.number();
         let (what, how): (&str, &str) = match verdict {

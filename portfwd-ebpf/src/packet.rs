@@ -47,6 +47,8 @@ unsafe impl<const N: usize> Header for [u8; N] {}
 pub struct Frame<'a> {
     next: *mut u8,
     end: *mut u8,
+    /// Bytes of its link header.
+    link: usize,
     bytes: PhantomData<&'a mut [u8]>,
 }
 
@@ -54,17 +56,30 @@ impl<'a> Frame<'a> {
     /// A frame in memory, from its Ethernet header on.
     pub fn new(bytes: &'a mut [u8]) -> Self {
         let range = bytes.as_mut_ptr_range();
-        Self { next: range.start, end: range.end, bytes: PhantomData }
+        Self { next: range.start, end: range.end, link: size_of::<Ethernet>(), bytes: PhantomData }
     }
 
-    /// A frame in a BPF context, whose addresses are integers.
+    /// A frame in a BPF context, whose addresses are integers. Its link header has `link` bytes: that of
+    /// Ethernet or none.
     ///
     /// # Safety
     ///
     /// `start..end` must be memory that nothing else uses during `'a`.
     #[inline(always)]
-    pub unsafe fn from_addresses(start: usize, end: usize) -> Self {
-        Self { next: start as *mut u8, end: end as *mut u8, bytes: PhantomData }
+    pub unsafe fn from_addresses(start: usize, end: usize, link: usize) -> Self {
+        Self { next: start as *mut u8, end: end as *mut u8, link, bytes: PhantomData }
+    }
+
+    /// The link header, with which the frame begins.
+    // All frames are longer, also those without one: so there is one check for both.
+    #[inline(always)]
+    pub fn take_link(&mut self) -> Option<Link<'a>> {
+        let start = self.next;
+        if start.wrapping_add(size_of::<Ethernet>()) > self.end {
+            return None;
+        }
+        self.next = start.wrapping_add(self.link);
+        Some(Link { start: start.cast(), len: self.link, bytes: PhantomData })
     }
 
     /// The next header, or `None` if the frame ends before it does.
@@ -85,7 +100,7 @@ impl<'a> Frame<'a> {
     /// The same, to look ahead: what is taken from it is taken again later.
     #[inline(always)]
     pub fn ahead(&mut self) -> Frame<'_> {
-        Frame { next: self.next, end: self.end, bytes: PhantomData }
+        Frame { next: self.next, end: self.end, link: self.link, bytes: PhantomData }
     }
 
     /// The header that stands `offset` bytes from here, which is not taken.
@@ -118,6 +133,34 @@ impl<'a> Frame<'a> {
     }
 }
 
+/// The link header of a frame. On some interfaces there is none.
+pub struct Link<'a> {
+    start: *mut Ethernet,
+    /// 0 if there is none.
+    len: usize,
+    bytes: PhantomData<&'a mut Ethernet>,
+}
+
+impl Link<'_> {
+    #[inline(always)]
+    pub fn ethernet(&mut self) -> Option<&mut Ethernet> {
+        // SAFETY: checked when it was taken; valid for any bytes, and handed out once at a time.
+        (self.len != 0).then(|| unsafe { &mut *self.start })
+    }
+
+    /// Whether the frame goes to a group.
+    #[inline(always)]
+    pub fn is_group(&mut self) -> bool {
+        self.ethernet().is_some_and(|ethernet| ethernet.is_group())
+    }
+
+    /// Sets its addresses. False if there is none.
+    #[inline(always)]
+    pub fn set(&mut self, link: &LinkAddresses) -> bool {
+        self.ethernet().map(|ethernet| ethernet.set_link(link)).is_some()
+    }
+}
+
 /// An Ethernet header. (network-types' one is aligned to two bytes, which a frame need not be.)
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -139,8 +182,8 @@ impl EtherType {
     /// IEEE 802.1ad, the outer of two tags.
     pub const SERVICE_VLAN: Self = Self::of([0x88, 0xa8]);
 
-    /// One number to compare, not two bytes.
-    const fn of(bytes: [u8; 2]) -> Self {
+    /// Two bytes as on the wire: one number to compare.
+    pub const fn of(bytes: [u8; 2]) -> Self {
         Self(u16::from_ne_bytes(bytes))
     }
 }
@@ -232,6 +275,15 @@ impl<'a> Transport<'a> {
         }
     }
 
+    /// Where it starts, and the bytes of its header.
+    #[inline(always)]
+    pub fn header(&self) -> (usize, usize) {
+        match self {
+            Self::Tcp(tcp) => (&raw const **tcp as usize, usize::from(tcp.doff()) * 4),
+            Self::Udp(udp) => (&raw const **udp as usize, UdpHdr::LEN),
+        }
+    }
+
     /// The ports: source, destination.
     #[inline(always)]
     pub fn ports(&self) -> (Port, Port) {
@@ -262,30 +314,44 @@ impl<'a> Transport<'a> {
         fin | if tcp.rst() != 0 { flow_flags::RESET } else { 0 }
     }
 
-    /// Sets the port that `direction` translates and repairs the checksum, which `addresses`
-    /// changed as well, through the pseudo header (RFC 9293, section 3.1; RFC 768).
+    /// Sets the port that `direction` translates. Returns what changed.
     #[inline(always)]
-    pub fn rewrite(&mut self, direction: Direction, port: Port, addresses: Change) {
+    pub fn set_port(&mut self, direction: Direction, port: Port) -> Change {
+        let field = match (self, direction) {
+            (Self::Tcp(tcp), Direction::Forward) => &mut tcp.dest,
+            (Self::Tcp(tcp), Direction::Reply) => &mut tcp.source,
+            (Self::Udp(udp), Direction::Forward) => &mut udp.dst,
+            (Self::Udp(udp), Direction::Reply) => &mut udp.src,
+        };
+        let change = Change::default().field(*field, port.0);
+        *field = port.0;
+        change
+    }
+
+    /// The checksum, which covers the addresses too through the pseudo header (RFC 9293, section 3.1;
+    /// RFC 768).
+    #[inline(always)]
+    pub fn check(&mut self) -> Check<'_> {
         match self {
-            Self::Tcp(tcp) => {
-                let field = match direction {
-                    Direction::Forward => &mut tcp.dest,
-                    Direction::Reply => &mut tcp.source,
-                };
-                let change = addresses.field(*field, port.0);
-                *field = port.0;
-                tcp.check = Checksum(tcp.check).update(change).0;
-            }
-            Self::Udp(udp) => {
-                let field = match direction {
-                    Direction::Forward => &mut udp.dst,
-                    Direction::Reply => &mut udp.src,
-                };
-                let change = addresses.field(*field, port.0);
-                *field = port.0;
-                udp.check = Checksum(udp.check).update_udp(change).0;
-            }
+            Self::Tcp(tcp) => Check { field: &mut tcp.check, is_udp: false },
+            Self::Udp(udp) => Check { field: &mut udp.check, is_udp: true },
         }
+    }
+}
+
+/// The checksum of a TCP or UDP header, in a frame.
+pub struct Check<'a> {
+    pub field: &'a mut [u8; 2],
+    pub is_udp: bool,
+}
+
+impl Check<'_> {
+    /// Repairs it after what it covers changed.
+    #[inline(always)]
+    pub fn update(self, change: Change) {
+        let old = Checksum(*self.field);
+        let new = if self.is_udp { old.update_udp(change) } else { old.update(change) };
+        *self.field = new.0;
     }
 }
 

@@ -5,15 +5,16 @@
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
+use crate::checksum::Change;
 use crate::detour::FragmentBench;
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::icmp::Icmp;
-use crate::packet::{EtherType, Ethernet, Frame, Ip, Reads, Transport, forgotten};
+use crate::packet::{Check, EtherType, Frame, Ip, Link, Reads, Transport, forgotten};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Claims, ClientKey, Counter, Direction, Dropped,
-    Endpoint, FirstFragment, FlowKey, FragmentKey, Hop, Interface, Jiffies, LinkAddresses, Mapping,
-    MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Tag, ToStack, Translation,
-    Trust,
+    Endpoint, FirstFragment, FlowKey, FragmentKey, Hook, Hop, Interface, Jiffies, LinkAddresses,
+    Mapping, MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Size, Tag, ToStack,
+    Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -31,7 +32,7 @@ pub enum Role {
 // With one number in all variants no byte is ever undefined, which the verifier minds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Verdict {
-    /// Translated; send it out by this row of `DEVICES`.
+    /// Translated; send it out by this device, which is the hook's number for it: see [`Kernel::device`].
     Redirect(u32),
     /// Translated; the stack sends it.
     Stack(ToStack),
@@ -273,6 +274,45 @@ pub trait Kernel: Flows<4> + Flows<16> {
     fn interface(&self, index: u32) -> Option<Interface>;
     /// The interface that the packet came by.
     fn ingress(&self) -> Option<Interface>;
+    fn hook(&self) -> Hook {
+        Hook::Xdp
+    }
+    /// What the packet is, where the kernel says so.
+    fn ether_type(&self) -> Option<EtherType> {
+        None
+    }
+    /// Bytes of the packet that `frame` goes on with. Not all of them need be in the frame.
+    fn available(&self, frame: &Frame<'_>) -> usize {
+        frame.remaining()
+    }
+    /// Bytes of the payload in each of the packets that the stack made this one of; 0 if it did not.
+    fn segment(&self) -> u32 {
+        0
+    }
+    /// Whether a packet of this length is several that were merged, without the kernel saying so.
+    fn is_merged(&self, length: u16) -> bool {
+        self.ingress().is_some_and(|ingress| u32::from(length) > ingress.mtu)
+    }
+    /// By which number packets can be sent out by an interface at once, if they can.
+    fn device(&self, _index: u32, interface: &Interface) -> Option<u32> {
+        interface.has(Interface::TRANSMITS).then_some(interface.device)
+    }
+    /// The same, of the interface that the packet came by.
+    fn back(&self) -> Option<u32> {
+        self.ingress().and_then(|ingress| self.device(0, &ingress))
+    }
+    /// Has a checksum cover what changed in the addresses and the ports.
+    fn repair(&self, check: Check<'_>, addresses: Change, ports: Change) {
+        check.update(addresses.and(ports));
+    }
+    /// Whether the packet was sent to another host of its link.
+    fn is_foreign(&self) -> bool {
+        false
+    }
+    /// Has the packet leave with these link addresses, which it has no header for.
+    fn leave_by(&self, _link: &LinkAddresses) {}
+    /// Notes what changed in the packet that no checksum makes up for, but for the hop limit.
+    fn unbalanced(&self, _change: Change) {}
     /// The route of a translated packet, `class` as [`Ip::class`], and its MTU if that does not let
     /// `length` bytes through.
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>);
@@ -321,7 +361,7 @@ pub trait Kernel: Flows<4> + Flows<16> {
 /// Decides and does what becomes of `frame`.
 #[inline(always)]
 pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdict {
-    match ethernet(kernel, Common(role), &mut frame) {
+    match network(kernel, Common(role), &mut frame) {
         Ok(verdict) => verdict,
         Err(reason) => {
             kernel.count_passed(reason);
@@ -330,14 +370,14 @@ pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdic
     }
 }
 
-/// What goes on behind the Ethernet header.
+/// What goes on behind the link header.
 pub(crate) trait Way {
     type End;
 
     fn ip<'a, const N: usize, I: Icmp<N>, K: Kernel>(
         self,
         kernel: &K,
-        ethernet: &'a mut Ethernet,
+        link: Link<'a>,
         frame: &mut Frame<'a>,
     ) -> Result<Self::End, Passed>;
 }
@@ -352,27 +392,28 @@ impl Way for Common {
     fn ip<'a, const N: usize, I: Icmp<N>, K: Kernel>(
         self,
         kernel: &K,
-        ethernet: &'a mut Ethernet,
+        link: Link<'a>,
         frame: &mut Frame<'a>,
     ) -> Result<Verdict, Passed> {
-        ip::<N, I, K>(kernel, self.0, ethernet, frame)
+        ip::<N, I, K>(kernel, self.0, link, frame)
     }
 }
 
 #[inline(always)]
-pub(crate) fn ethernet<W: Way, K: Kernel>(
+pub(crate) fn network<W: Way, K: Kernel>(
     kernel: &K,
     way: W,
     frame: &mut Frame<'_>,
 ) -> Result<W::End, Passed> {
-    let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
-    if ethernet.is_group() {
+    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
+    if link.is_group() || kernel.is_foreign() {
         return Err(Passed::Group);
     }
-    match ethernet.ether_type() {
-        EtherType::IPV4 => way.ip::<4, Ipv4Hdr, K>(kernel, ethernet, frame),
-        EtherType::IPV6 => way.ip::<16, Ipv6Hdr, K>(kernel, ethernet, frame),
-        EtherType::VLAN | EtherType::SERVICE_VLAN => Err(Passed::Vlan),
+    let written = || link.ethernet().map(|ethernet| ethernet.ether_type());
+    match kernel.ether_type().or_else(written) {
+        Some(EtherType::IPV4) => way.ip::<4, Ipv4Hdr, K>(kernel, link, frame),
+        Some(EtherType::IPV6) => way.ip::<16, Ipv6Hdr, K>(kernel, link, frame),
+        Some(EtherType::VLAN | EtherType::SERVICE_VLAN) => Err(Passed::Vlan),
         _ => Err(Passed::NotIp),
     }
 }
@@ -393,10 +434,10 @@ pub(crate) fn claims<'k, const N: usize, I: Ip<N>, K: Kernel>(
 fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     role: Role,
-    ethernet: &'a mut Ethernet,
+    link: Link<'a>,
     frame: &mut Frame<'a>,
 ) -> Result<Verdict, Passed> {
-    let available = frame.remaining();
+    let available = kernel.available(frame);
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
     let (source, destination) = (ip.source(), ip.destination());
     let claims = |direction| {
@@ -410,7 +451,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
     match role {
         Role::External => {
             let forward = claims(Direction::Forward)?;
-            let mut packet = match Packet::take(ethernet, ip, frame, available) {
+            let mut packet = match Packet::take(link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) => return detour(Direction::Forward, reason),
             };
@@ -425,7 +466,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
                 claims(Direction::Forward)?;
                 return Ok(Verdict::Flow(Part::Hairpin.program::<N>()));
             };
-            let mut packet = match Packet::take(ethernet, ip, frame, available) {
+            let mut packet = match Packet::take(link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) => return detour(Direction::Reply, reason),
             };
@@ -449,7 +490,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
                     Err(reason) => return Err(reason),
                 },
             };
-            let mut packet = match Packet::take(ethernet, ip, frame, available) {
+            let mut packet = match Packet::take(link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) if forward.is_ok() => return detour(Direction::Forward, reason),
                 Err(reason) => return detour(Direction::Reply, reason),
@@ -503,8 +544,8 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     part: Part,
     frame: &mut Frame<'_>,
 ) -> Result<Verdict, Passed> {
-    let ethernet: &mut Ethernet = frame.take().ok_or(Passed::Malformed)?;
-    let available = frame.remaining();
+    let link = frame.take_link().ok_or(Passed::Malformed)?;
+    let available = kernel.available(frame);
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
     let transport = ip
         .whole(available)
@@ -518,7 +559,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
         }
         transport => transport?,
     };
-    let mut packet = Packet { ethernet, ip, transport };
+    let mut packet = Packet { link, ip, transport };
     let bench = kernel.bench().ok_or(Passed::NoFlow)?;
     let claimed = |packet: &Packet<'_, I>, direction| {
         let end = match direction {
@@ -550,7 +591,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
         return Ok(Verdict::Flow(Part::Hairpin.program::<N>()));
     }
     let hairpin = part == Part::Hairpin;
-    packet.of_flow(Direction::Forward, kernel.now(), &mut bench.packet);
+    packet.of_flow(kernel, Direction::Forward, &mut bench.packet);
     // Hops to backends are the same wherever the client is.
     (bench.inside, bench.hairpin) = (hairpin.into(), 0);
     if !hairpin && flow::established(kernel, bench) {
@@ -583,7 +624,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
 
 /// The headers of a packet that may be a rule's.
 struct Packet<'a, I> {
-    ethernet: &'a mut Ethernet,
+    link: Link<'a>,
     ip: &'a mut I,
     transport: Transport<'a>,
 }
@@ -592,7 +633,7 @@ impl<'a, I> Packet<'a, I> {
     /// Takes what follows `ip`, from whose start on `available` bytes are there.
     #[inline(always)]
     fn take<const N: usize>(
-        ethernet: &'a mut Ethernet,
+        link: Link<'a>,
         ip: &'a mut I,
         frame: &mut Frame<'a>,
         available: usize,
@@ -601,15 +642,15 @@ impl<'a, I> Packet<'a, I> {
         I: Ip<N>,
     {
         let transport = ip.transport(frame, available)?;
-        Ok(Self { ethernet, ip, transport })
+        Ok(Self { link, ip, transport })
     }
 
     /// What flows look at.
     #[inline(always)]
-    fn of_flow<const N: usize>(
+    fn of_flow<const N: usize, K: Kernel>(
         &self,
+        kernel: &K,
         direction: Direction,
-        now: Jiffies,
         flow: &mut flow::Packet<N>,
     ) where
         I: Ip<N>,
@@ -618,7 +659,44 @@ impl<'a, I> Packet<'a, I> {
         ip.key(transport, direction).write_to(&mut flow.key);
         (flow.segment, flow.number) = transport.segment();
         flow.flags = transport.flow_flags();
-        (flow.length, flow.now) = (ip.length(), now);
+        (flow.size, flow.now) = (self.on_wire(kernel).size, kernel.now());
+    }
+
+    /// What it is on a wire.
+    #[inline(always)]
+    fn on_wire<const N: usize, K: Kernel>(&self, kernel: &K) -> OnWire
+    where
+        I: Ip<N>,
+    {
+        let (start, len) = self.transport.header();
+        let ip = &raw const *self.ip as usize;
+        OnWire::new(kernel, self.ip.length(), || start.wrapping_sub(ip) + len)
+    }
+}
+
+/// What a packet is on a wire.
+pub(crate) struct OnWire {
+    pub size: Size,
+    /// Bytes of the longest IP packet.
+    pub longest: u16,
+}
+
+impl OnWire {
+    /// Of a packet of `length` bytes, of which headers take some.
+    #[inline(always)]
+    pub(crate) fn new<K: Kernel>(kernel: &K, length: u16, headers: impl FnOnce() -> usize) -> Self {
+        let segment = kernel.segment();
+        if segment == 0 {
+            return Self { size: Size::one(length), longest: length };
+        }
+        let headers = headers() as u32 & 0xffff;
+        let payload = u32::from(length).saturating_sub(headers);
+        let packets = payload.div_ceil(segment).max(1);
+        let longest = headers + segment.min(payload);
+        Self {
+            size: Size { packets, bytes: payload + packets * headers },
+            longest: longest.min(0xffff) as u16,
+        }
     }
 }
 
@@ -720,7 +798,7 @@ fn reply_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     bench: &mut Bench<N>,
     packet: &mut Packet<'_, I>,
 ) -> Option<Result<Verdict, Passed>> {
-    packet.of_flow(Direction::Reply, kernel.now(), &mut bench.packet);
+    packet.of_flow(kernel, Direction::Reply, &mut bench.packet);
     flow::reply(kernel, bench).then(|| send_flow::<false, N, I, K>(kernel, bench, packet))
 }
 
@@ -763,20 +841,20 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     packet: &mut Packet<'_, I>,
     now: Jiffies,
 ) -> Result<Verdict, Passed> {
-    let Packet { ethernet, ip, transport } = packet;
+    let OnWire { size, longest } = packet.on_wire(kernel);
+    let Packet { link: header, ip, transport } = packet;
     let Goes { ends, came, flags, counter, hairpin } = goes;
-    let length = ip.length();
     let destination = ends.destination;
     // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
     let tag = if hairpin { None } else { tag(kernel, direction, *ip, now) };
     let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
     let (verdict, link) = match remembered {
-        Some(hop) if u32::from(length) <= hop.mtu => {
+        Some(hop) if u32::from(longest) <= hop.mtu => {
             (Verdict::Redirect(hop.device), Some(hop.link))
         }
         _ => {
             let asked = Flow::of_key(ends);
-            let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, &asked)?;
+            let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, longest, &asked)?;
             match verdict {
                 Verdict::ForwardDetour(_) if came.is_some() => {
                     return Ok(Verdict::Flow(Part::SendForward.program::<N>()));
@@ -814,7 +892,9 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     // The stack takes a hop off and writes the link addresses itself.
     let mut hops = 0;
     if let Some(link) = link {
-        ethernet.set_link(&link);
+        if !header.set(&link) {
+            kernel.leave_by(&link);
+        }
         hops = 1;
     }
     let (source, target) = ((ends.source, ends.source_port), (destination, ends.destination_port));
@@ -827,28 +907,29 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
         let end = came.end(direction.opposite());
         end.0.is(&other.0) && end.1 == other.1
     };
+    let mut addresses = ip.rewrite(direction, end.0, hops);
+    let mut ports = transport.set_port(direction, end.1);
     if came.is_some_and(|came| !stays(came)) {
-        let addresses = ip.rewrite(direction.opposite(), other.0, 0);
-        transport.rewrite(direction.opposite(), other.1, addresses);
+        addresses = addresses.and(ip.rewrite(direction.opposite(), other.0, 0));
+        ports = ports.and(transport.set_port(direction.opposite(), other.1));
     }
-    let addresses = ip.rewrite(direction, end.0, hops);
-    transport.rewrite(direction, end.1, addresses);
-    count(kernel, counter, direction, length, now, verdict);
+    kernel.repair(transport.check(), addresses, ports);
+    count(kernel, counter, direction, size, now, verdict);
     Ok(verdict)
 }
 
-/// Counts a translated packet of `length` bytes.
+/// Counts a translated packet.
 #[inline(always)]
 pub(crate) fn count<K: Kernel>(
     kernel: &K,
     counter: u32,
     direction: Direction,
-    length: u16,
+    size: Size,
     now: Jiffies,
     verdict: Verdict,
 ) {
     kernel.count(counter, |counter| {
-        counter.translated[direction as usize].add(length);
+        counter.translated[direction as usize].add(size);
         counter.last = now;
         if let Verdict::Stack(reason) = verdict {
             add_one(&mut counter.to_stack, reason as usize);
@@ -888,7 +969,7 @@ fn tag<const N: usize, I: Ip<N>, K: Kernel>(
     let trust = I::trust(kernel);
     // One branch, not three.
     let trusted = (trust.generation != 0) & (now < trust.until) & !ip.is_source_strict();
-    trusted.then(|| Tag::new(trust.generation, direction))
+    trusted.then(|| Tag::new(trust.generation, direction, kernel.hook()))
 }
 
 /// The way to `destination` that the FIB told lately.
@@ -911,8 +992,8 @@ pub(crate) struct Asked {
     pub verdict: Verdict,
     /// The way if it is one by which packets can be redirected at once.
     pub hop: Option<Hop>,
-    /// The MTU that the packet is larger than.
-    pub narrow: Option<u32>,
+    /// The MTU that the packet is larger than; 0 if it is not.
+    pub narrow: u32,
 }
 
 /// Asks the FIB.
@@ -922,23 +1003,22 @@ pub(crate) fn ask<const N: usize, I: Ip<N>, K: Kernel>(
     direction: Direction,
     hairpin: bool,
     ip: &I,
+    longest: u16,
     goes: &Flow,
 ) -> Result<Asked, Passed> {
-    let length = ip.length();
-    let (route, narrow) = kernel.route(goes, length, ip.class());
-    let merged = || kernel.ingress().is_some_and(|ingress| u32::from(length) > ingress.mtu);
-    let size = if narrow.is_none() {
-        Size::Fits
-    } else if merged() {
-        Size::Merged
+    let (route, narrow) = kernel.route(goes, longest, ip.class());
+    let room = if narrow.is_none() {
+        Room::Fits
+    } else if kernel.is_merged(longest) {
+        Room::Merged
     } else if ip.must_not_fragment() {
-        Size::TooBigToSplit
+        Room::TooBigToSplit
     } else {
-        Size::TooBig
+        Room::TooBig
     };
     let verdict = match direction {
-        Direction::Forward => forward(kernel, route, size),
-        Direction::Reply => reply(kernel, route, size, hairpin)?,
+        Direction::Forward => forward(kernel, route, room),
+        Direction::Reply => reply(kernel, route, room, hairpin)?,
     };
     let hop = match (verdict, route) {
         (Verdict::Redirect(device), Route::Via { mtu, link, .. }) => {
@@ -946,12 +1026,12 @@ pub(crate) fn ask<const N: usize, I: Ip<N>, K: Kernel>(
         }
         _ => None,
     };
-    Ok(Asked { verdict, hop, narrow })
+    Ok(Asked { verdict, hop, narrow: narrow.unwrap_or(0) })
 }
 
 /// How a packet's length and its route's MTU go together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Size {
+enum Room {
     Fits,
     /// The stack cuts it up.
     TooBig,
@@ -965,17 +1045,17 @@ enum Size {
 /// A packet to a backend is the rule's whatever the route is. It leaves by an internal interface or
 /// not at all: where the route to the backend is gone, the default route would carry it outside.
 #[inline(always)]
-fn forward<K: Kernel>(kernel: &K, route: Route, size: Size) -> Verdict {
+fn forward<K: Kernel>(kernel: &K, route: Route, room: Room) -> Verdict {
     let internal =
         |index| kernel.interface(index).filter(|interface| interface.has(Interface::INTERNAL));
     match route {
         Route::Via { interface: index, .. } | Route::NoNeighbour { interface: index } => {
-            match (internal(index), size) {
+            match (internal(index), room) {
                 (None, _) => Verdict::Drop(Dropped::NotInternal),
-                (Some(_), Size::Merged) => Verdict::Drop(Dropped::Merged),
-                (Some(_), Size::TooBig) => Verdict::Stack(ToStack::TooBig),
-                (Some(_), Size::TooBigToSplit) => Verdict::ForwardDetour(Passed::TooBig),
-                (Some(interface), Size::Fits) => leave(interface, route),
+                (Some(_), Room::Merged) => Verdict::Drop(Dropped::Merged),
+                (Some(_), Room::TooBig) => Verdict::Stack(ToStack::TooBig),
+                (Some(_), Room::TooBigToSplit) => Verdict::ForwardDetour(Passed::TooBig),
+                (Some(interface), Room::Fits) => leave(kernel, index, interface, route),
             }
         }
         Route::Encapsulated => Verdict::Stack(ToStack::Encapsulated),
@@ -993,7 +1073,7 @@ fn forward<K: Kernel>(kernel: &K, route: Route, size: Size) -> Verdict {
 fn reply<K: Kernel>(
     kernel: &K,
     route: Route,
-    size: Size,
+    room: Room,
     hairpin: bool,
 ) -> Result<Verdict, Passed> {
     let place = if hairpin { Interface::INTERNAL } else { Interface::EXTERNAL };
@@ -1003,22 +1083,21 @@ fn reply<K: Kernel>(
     };
     let interface =
         kernel.interface(index).filter(|interface| interface.has(place)).ok_or(Passed::Inside)?;
-    match size {
-        Size::Fits => Ok(leave(interface, route)),
-        Size::TooBig => Ok(Verdict::Stack(ToStack::TooBig)),
-        Size::TooBigToSplit => Ok(Verdict::ReplyDetour(Passed::TooBig)),
-        Size::Merged => Ok(Verdict::Drop(Dropped::Merged)),
+    match room {
+        Room::Fits => Ok(leave(kernel, index, interface, route)),
+        Room::TooBig => Ok(Verdict::Stack(ToStack::TooBig)),
+        Room::TooBigToSplit => Ok(Verdict::ReplyDetour(Passed::TooBig)),
+        Room::Merged => Ok(Verdict::Drop(Dropped::Merged)),
     }
 }
 
 /// To a known neighbour: redirected, unless the interface cannot transmit.
 #[inline(always)]
-fn leave(interface: Interface, route: Route) -> Verdict {
+fn leave<K: Kernel>(kernel: &K, index: u32, interface: Interface, route: Route) -> Verdict {
     match route {
-        Route::Via { .. } if interface.has(Interface::TRANSMITS) => {
-            Verdict::Redirect(interface.device)
-        }
-        Route::Via { .. } => Verdict::Stack(ToStack::NoTransmit),
+        Route::Via { .. } => kernel
+            .device(index, &interface)
+            .map_or(Verdict::Stack(ToStack::NoTransmit), Verdict::Redirect),
         _ => Verdict::Stack(ToStack::NoNeighbour),
     }
 }

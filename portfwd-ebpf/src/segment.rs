@@ -4,7 +4,8 @@
 use network_types::{tcp::TcpHdr, udp::UdpHdr};
 
 use crate::checksum::{Change, Checksum};
-use crate::packet::{Frame, Header, ICMPV6, TCP, UDP};
+use crate::packet::{Check, Frame, Header, ICMPV6, TCP, UDP};
+use crate::path::Kernel;
 use crate::table::{Direction, Passed, Port};
 
 /// IP protocol numbers.
@@ -99,19 +100,54 @@ impl<'a> Segment<'a> {
             .map_or((Port::NONE, Port::NONE), |ports| (Port(ports.source), Port(ports.destination)))
     }
 
-    /// Sets the port that `direction` translates and repairs the checksum, which `addresses` changed
-    /// as well. Returns what changed in the bytes of the header.
     #[inline(always)]
-    pub fn rewrite(&mut self, direction: Direction, port: Port, addresses: Change) -> Change {
-        let mut change = Change::default();
-        if let Some(ports) = &mut self.ports {
-            let field = match direction {
-                Direction::Forward => &mut ports.destination,
-                Direction::Reply => &mut ports.source,
-            };
-            change = change.field(*field, port.0);
-            *field = port.0;
+    fn set_port(&mut self, direction: Direction, port: Port) -> Change {
+        let Some(ports) = &mut self.ports else { return Change::default() };
+        let field = match direction {
+            Direction::Forward => &mut ports.destination,
+            Direction::Reply => &mut ports.source,
+        };
+        let change = Change::default().field(*field, port.0);
+        *field = port.0;
+        change
+    }
+
+    /// Sets the port that `direction` translates and repairs the checksum, which `addresses` changed
+    /// as well.
+    #[inline(always)]
+    pub fn rewrite<K: Kernel>(
+        &mut self,
+        kernel: &K,
+        direction: Direction,
+        port: Port,
+        addresses: Change,
+    ) {
+        let is_udp = self.protocol == UDP;
+        if is_udp || self.protocol == TCP {
+            let ports = self.set_port(direction, port);
+            if let Some(field) = &mut self.checksum {
+                kernel.repair(Check { field, is_udp }, addresses, ports);
+            }
+        } else {
+            self.rewrite_quoted(direction, port, addresses);
         }
+    }
+
+    /// Whether a checksum covers it.
+    #[inline(always)]
+    pub fn has_checksum(&self) -> bool {
+        self.checksum.is_some()
+    }
+
+    /// The same as [`rewrite`](Self::rewrite), of what an ICMP error quotes. Returns what changed in the bytes of the header.
+    #[inline(always)]
+    pub fn rewrite_quoted(
+        &mut self,
+        direction: Direction,
+        port: Port,
+        addresses: Change,
+    ) -> Change {
+        let mut change = self.set_port(direction, port);
         if let Some(field) = &mut self.checksum {
             let old = Checksum(**field);
             let covered = addresses.and(change);

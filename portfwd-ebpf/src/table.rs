@@ -754,8 +754,10 @@ impl Interface {
     pub const EXTERNAL: u32 = 1;
     /// Backends are there: forward translations apply to what leaves by it.
     pub const INTERNAL: u32 = 2;
-    /// Frames can be redirected to it, by `device`. What leaves by another goes through the stack.
+    /// XDP frames can be redirected to it, by `device`. What XDP has for another goes through the stack.
     pub const TRANSMITS: u32 = 4;
+    /// Its packets have no link header.
+    pub const BARE: u32 = 8;
 
     /// Whether a flag is set.
     #[inline(always)]
@@ -835,7 +837,7 @@ impl LinkAddresses {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C, align(8))]
 pub struct Hop {
-    /// Its row in `DEVICES`.
+    /// Of the hook that remembers it: see [`Verdict::Redirect`](crate::path::Verdict::Redirect).
     pub device: u32,
     /// Bytes of the largest IP packet that may go this way.
     pub mtu: u32,
@@ -870,16 +872,24 @@ pub struct Trust {
     pub until: Jiffies,
 }
 
-/// Under which a route was remembered: a generation of [`Trust`] and a direction. 0 is none.
+/// Where programs are attached, as far as ways out depend on it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Hook {
+    Xdp,
+    Tc,
+}
+
+/// Under which a route was remembered: a generation of [`Trust`], a direction and a hook. 0 is none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(transparent)]
 pub struct Tag(u32);
 
 impl Tag {
-    /// The upper bit of a generation is not looked at.
+    /// The upper two bits of a generation are not looked at.
     #[inline(always)]
-    pub const fn new(generation: u32, direction: Direction) -> Self {
-        Self(generation << 1 | direction as u32)
+    pub const fn new(generation: u32, direction: Direction, hook: Hook) -> Self {
+        Self(generation << 2 | (hook as u32) << 1 | direction as u32)
     }
 }
 
@@ -1004,6 +1014,23 @@ impl<const N: usize> Address<N> {
     }
 }
 
+/// What a packet is on a wire, where it may be several that the stack made one of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Size {
+    pub packets: u32,
+    /// Of their IP packets.
+    pub bytes: u32,
+}
+
+impl Size {
+    /// Of one IP packet of `length` bytes.
+    #[inline(always)]
+    pub const fn one(length: u16) -> Self {
+        Self { packets: 1, bytes: length as u32 }
+    }
+}
+
 /// Packets and the bytes of their IP packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
@@ -1013,11 +1040,11 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Counts an IP packet of `length` bytes.
+    /// Counts them.
     #[inline(always)]
-    pub fn add(&mut self, length: u16) {
-        self.packets += 1;
-        self.bytes += u64::from(length);
+    pub fn add(&mut self, size: Size) {
+        self.packets += u64::from(size.packets);
+        self.bytes += u64::from(size.bytes);
     }
 }
 
@@ -1076,7 +1103,7 @@ reasons! {
         NoRule = "no_rule",
         /// Neither IPv4 nor IPv6: ARP, for example.
         NotIp = "not_ip",
-        /// Sent to a group address: broadcast or multicast.
+        /// Sent to a group address, broadcast or multicast, or to another host of the link.
         Group = "group",
         /// A VLAN tag: it belongs to another network.
         Vlan = "vlan",

@@ -257,10 +257,11 @@ impl Router {
             Outcome::Done(verdict) => verdict,
             Outcome::Answer(reason, answer) => {
                 assert_eq!(Some(answer.device), self.ingress().map(|ingress| ingress.device));
-                let mut bytes = vec![0xee; answer.growth()];
-                bytes.extend(frame);
-                bytes.truncate(bytes.len() - answer.cut as usize);
-                answer.write(Frame::new(&mut bytes)).unwrap();
+                let (link, packet) = frame.split_at(14);
+                let mut bytes = link.to_vec();
+                bytes.extend(vec![0xee; answer.growth()]);
+                bytes.extend(&packet[..answer.quoted()]);
+                answer.write(Frame::new(&mut bytes), false).unwrap();
                 *self.answer.borrow_mut() = Some(bytes);
                 Verdict::Drop(reason)
             }

@@ -60,8 +60,10 @@ pub struct InterfaceInfo {
     pub name: String,
     /// external, internal or both.
     pub role: String,
-    /// native or generic; none while it is missing or another program is in the way.
+    /// native, generic or tc; none while it is missing or another program is in the way.
     pub attach: Option<String>,
+    /// Why in that way.
+    pub why: Option<String>,
 }
 
 /// Packets and bytes of IP packets.

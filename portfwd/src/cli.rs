@@ -14,7 +14,7 @@ use crate::api::{self, Count, FlowInfo, List, RuleStats, Stats};
 use crate::compile::{BoxPorts, Capacity, Plan, explain, plan};
 use crate::config::{self, Config};
 use crate::daemon::{self, Failure, Options, resolve_all};
-use crate::datapath::{Datapath, DatapathError, Verified};
+use crate::datapath::{Datapath, DatapathError, Hook, Verified};
 use crate::flows::{self, Filter};
 use crate::report;
 use crate::rule::Invalid;
@@ -341,7 +341,11 @@ impl Check {
 fn try_programs(config: &Config, plan: &Plan) -> Result<Vec<Verified>, DatapathError> {
     let ports = BoxPorts { ephemeral: 32768..=60999, masquerade: config.masquerade.clone() };
     let capacity = Capacity::for_plan(&config.rules, plan, &ports, config.flows.size);
-    Ok(Datapath::load(capacity, &ports, false)?.verified().to_vec())
+    let mut datapath = Datapath::load(capacity, &ports, false)?;
+    for hook in [Hook::Xdp, Hook::Tc] {
+        datapath.load_programs(hook)?;
+    }
+    Ok(datapath.verified().to_vec())
 }
 
 impl Checked {
@@ -427,7 +431,8 @@ fn interfaces_line(interfaces: &[api::InterfaceInfo]) -> String {
         .iter()
         .map(|interface| {
             let attach = interface.attach.as_deref().unwrap_or("not attached");
-            format!("{} ({}, {attach})", interface.name, interface.role)
+            let why = interface.why.as_ref().map(|why| format!("; {why}")).unwrap_or_default();
+            format!("{} ({}, {attach}{why})", interface.name, interface.role)
         })
         .collect();
     format!("interfaces: {}", each.join(", "))

@@ -28,6 +28,8 @@ pub struct Config {
     /// Interfaces where backends are; none is "find them by the routes".
     pub internal: Vec<Interface>,
     pub attach: Attach,
+    /// The interfaces for which that is otherwise.
+    pub attach_to: Vec<(Interface, Attach)>,
     /// Where Prometheus asks, if anywhere.
     pub metrics: Option<SocketAddr>,
     /// How often host names are resolved again.
@@ -53,6 +55,7 @@ impl Default for Config {
             external: Vec::new(),
             internal: Vec::new(),
             attach: Attach::Auto,
+            attach_to: Vec::new(),
             metrics: None,
             refresh: Duration::from_secs(30),
             flows: FlowSettings::default(),
@@ -62,14 +65,23 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// How a program is attached to an interface.
+    pub fn attach_to(&self, interface: &str) -> Attach {
+        let own = self.attach_to.iter().find(|(named, _)| named.name == interface);
+        own.map_or(self.attach, |(_, attach)| *attach)
+    }
+}
+
 /// How the programs are attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Attach {
-    /// Native where the driver can, generic elsewhere.
+    /// What is best for the interface.
     Auto,
     Native,
     Generic,
+    Tc,
 }
 
 impl FromStr for Attach {
@@ -80,8 +92,8 @@ impl FromStr for Attach {
             "auto" => Ok(Attach::Auto),
             "native" => Ok(Attach::Native),
             "generic" => Ok(Attach::Generic),
-            "tc" => invalid!("tc is not in this version; write auto, native or generic"),
-            _ => invalid!("{text:?} is no way to attach; write auto, native or generic"),
+            "tc" => Ok(Attach::Tc),
+            _ => invalid!("{text:?} is no way to attach; write auto, native, generic or tc"),
         }
     }
 }

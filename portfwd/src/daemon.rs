@@ -25,12 +25,15 @@ use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::Config;
 use crate::datapath::{Datapath, Living, Mode, Port};
 use crate::flows::FlowRow;
-use crate::network::{self, Changes, Externals, Link, Network, NetworkError, NextHop, Snapshot};
+use crate::network::{
+    self, Changes, Externals, Layer, Link, Network, NetworkError, NextHop, Snapshot,
+};
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
 
 mod hints;
+mod modes;
 mod protocols;
 mod routes;
 mod survey;
@@ -240,6 +243,8 @@ struct Attachment {
     name: String,
     role: Role,
     mode: Mode,
+    /// Why in that way.
+    why: String,
 }
 
 /// Which flows may live: those of a rule to one of its backends.
@@ -444,7 +449,7 @@ impl Daemon {
             .roles
             .iter()
             .filter_map(|(name, role)| snapshot.link(name).map(|link| (link, *role)))
-            .filter(|(link, _)| link.ethernet)
+            .filter(|(link, _)| link.layer != Layer::Other)
             .map(|(link, role)| (link.index, (link, role)))
             .collect();
 
@@ -467,20 +472,14 @@ impl Daemon {
                 continue;
             }
             self.attached.remove(index);
-            let port = Port { index: *index, name: &link.name, mtu: link.mtu };
-            match self.datapath.attach(port, *role, self.config.attach) {
-                Ok((mode, why_not_native)) => {
-                    let role_name = report::role(*role);
-                    match why_not_native {
-                        None => info!("{}: {role_name}, {mode} XDP", link.name),
-                        Some(reason) => warn!(
-                            "{}: {role_name}, {mode} XDP, which is slower: no native XDP on this \
-                             interface ({reason})",
-                            link.name
-                        ),
-                    }
-                    let name = link.name.clone();
-                    self.attached.insert(*index, Attachment { name, role: *role, mode });
+            let bare = link.layer == Layer::Bare;
+            let port = Port { index: *index, name: &link.name, mtu: link.mtu, bare };
+            let attach = |mode| self.datapath.attach(port, *role, mode).map(|()| mode);
+            match modes::attach(link, self.config.attach_to(&link.name), attach) {
+                Ok((mode, why)) => {
+                    let (name, role) = (link.name.clone(), *role);
+                    info!("{name}: {}, {} ({why})", report::role(role), mode.program());
+                    self.attached.insert(*index, Attachment { name, role, mode, why });
                     self.unprepared = true;
                 }
                 Err(error) => problems.push(error.to_string()),
@@ -526,7 +525,7 @@ impl Daemon {
         wanted: &BTreeMap<u32, (&Link, Role)>,
     ) -> Option<String> {
         // Generic XDP sends by the stack's own transmit, which every interface has.
-        let all_generic = self.attached.values().all(|attachment| attachment.mode == Mode::Generic);
+        let all_generic = self.attached.values().all(|attachment| attachment.mode != Mode::Native);
         let row = |index: &u32, link: &Link, role: Role| {
             let place = match role {
                 Role::External => Interface::EXTERNAL,
@@ -538,12 +537,14 @@ impl Daemon {
             let transmits = self.attached.get(index).is_some_and(|attachment| {
                 let likely =
                     attachment.mode == Mode::Native && link.driver.as_deref() != Some("veth");
-                all_generic || link.can_transmit_xdp.unwrap_or(likely)
+                let can = all_generic || link.can_transmit_xdp.unwrap_or(likely);
+                can && link.layer == Layer::Ethernet
             });
             let transmits = if transmits { Interface::TRANSMITS } else { 0 };
+            let bare = if link.layer == Layer::Bare { Interface::BARE } else { 0 };
             let own = snapshot.external_addresses(&[*index]);
             Interface {
-                flags: place | transmits,
+                flags: place | transmits | bare,
                 mtu: link.mtu,
                 device: 0,
                 v4: Address(own.v4.first().map_or([0; 4], Ipv4Addr::octets)),
@@ -704,6 +705,11 @@ impl Daemon {
                     .values()
                     .find(|attachment| attachment.name == *name)
                     .map(|attachment| attachment.mode.to_string()),
+                why: self
+                    .attached
+                    .values()
+                    .find(|attachment| attachment.name == *name)
+                    .map(|attachment| attachment.why.clone()),
             })
             .collect()
     }

@@ -11,8 +11,12 @@ use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, xdp::DevMap};
 use aya::programs::links::Link as _;
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions};
 use aya::programs::xdp::{XdpLink, XdpMode};
-use aya::programs::{ProgramError, ProgramFd, TestRun as _, TestRunOptions, Xdp};
+use aya::programs::{
+    LinkOrder, Program, ProgramError, ProgramFd, ProgramInfo, SchedClassifier, TcAttachType,
+    TestRun, TestRunOptions, Xdp, tc,
+};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::flow_table::WINDOW;
@@ -26,8 +30,8 @@ use tracing::warn;
 
 pub use self::flow_tables::{FlowTables, Living, Swept};
 use crate::compile::{BoxPorts, Capacity, EndpointKey, FlowRoom, Update};
-use crate::config::Attach;
 use crate::sysctl::Families;
+pub use portfwd_ebpf::table::Hook;
 
 mod flow_tables;
 
@@ -70,8 +74,10 @@ pub enum AttachError {
         "{interface}: MTU {mtu} is too large for native XDP here ({message}); lower it with `ip link set dev {interface} mtu 1500`, or set attach = \"generic\""
     )]
     Mtu { interface: String, mtu: u32, message: String },
-    #[error("{interface}: cannot attach {mode} XDP: {message}")]
+    #[error("{interface}: cannot attach {}: {message}", .mode.program())]
     Other { interface: String, mode: Mode, message: String },
+    #[error(transparent)]
+    Programs(#[from] DatapathError),
 }
 
 /// How a program is attached.
@@ -81,6 +87,27 @@ pub enum Mode {
     Native,
     /// In the stack, for drivers without XDP: slower.
     Generic,
+    /// At the ingress of TC: for any interface.
+    Tc,
+}
+
+impl Mode {
+    /// Which programs it takes.
+    fn hook(self) -> Hook {
+        match self {
+            Self::Native | Self::Generic => Hook::Xdp,
+            Self::Tc => Hook::Tc,
+        }
+    }
+
+    /// In words.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Native => "native XDP",
+            Self::Generic => "generic XDP",
+            Self::Tc => "TC",
+        }
+    }
 }
 
 impl fmt::Display for Mode {
@@ -88,17 +115,15 @@ impl fmt::Display for Mode {
         f.write_str(match self {
             Self::Native => "native",
             Self::Generic => "generic",
+            Self::Tc => "tc",
         })
     }
 }
 
-impl From<Mode> for XdpMode {
-    fn from(mode: Mode) -> Self {
-        match mode {
-            Mode::Native => Self::Driver,
-            Mode::Generic => Self::Skb,
-        }
-    }
+/// What holds a program at an interface.
+enum Attached {
+    Xdp(XdpLink),
+    Tc(SchedClassifierLink),
 }
 
 /// How many interfaces frames can be redirected to; the size of `DEVICES`.
@@ -191,7 +216,7 @@ fn next(trust: Trust) -> Trust {
     Trust { generation: (trust.generation.wrapping_add(1) & (u32::MAX >> 1)).max(1), ..trust }
 }
 
-/// What XDP does with a frame.
+/// What a program does with a frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
     Drop,
@@ -205,6 +230,8 @@ pub struct Port<'a> {
     pub index: u32,
     pub name: &'a str,
     pub mtu: u32,
+    /// Its packets have no link header.
+    pub bare: bool,
 }
 
 /// A rule's counts, summed over CPUs.
@@ -259,7 +286,9 @@ unsafe impl<T: Row> Pod for Plain<T> {}
 pub struct Datapath {
     ebpf: Ebpf,
     verified: Vec<Verified>,
-    links: BTreeMap<u32, (XdpLink, Mode)>,
+    /// Whose programs are loaded.
+    hooks: Vec<Hook>,
+    links: BTreeMap<u32, (Attached, Mode)>,
     capacity: Capacity,
     generation: u32,
     /// Addresses that [`Settings`] leads from, and their rows, by direction.
@@ -269,19 +298,17 @@ pub struct Datapath {
     /// The ports for masquerade, and the seed of their choice.
     masquerade: ([u16; 2], u32),
     flows: Arc<FlowTables>,
-    /// The kernel empties it when nobody holds it.
-    _parts: ProgramArray<MapData>,
     /// Numbers of `DEVICES` by interface index.
     devices: BTreeMap<u32, u32>,
     next_device: u32,
     routes: Routes,
-    /// Empty once nobody holds it.
-    _detours: ProgramArray<MapData>,
+    /// Programs to jump to. The kernel empties what nobody holds.
+    jumps: Vec<ProgramArray<MapData>>,
 }
 
 impl Datapath {
-    /// Loads programs and maps; nothing is attached yet. With `log` the programs tell what becomes of
-    /// each packet that a rule claims; without, the verifier removes that code.
+    /// Loads the maps; [programs](Self::load_programs) come when they are needed. With `log` those tell
+    /// what becomes of each packet that a rule claims; without, the verifier removes that code.
     ///
     /// # Errors
     ///
@@ -319,47 +346,19 @@ impl Datapath {
             .map_max_entries("CLIENTS", capacity.mappings)
             .load(OBJECT)
             .map_err(load_error)?;
-        let mut verified = Vec::new();
         let clock = xdp_mut(&mut ebpf, CLOCK);
-        clock.load().map_err(|error| verifier_error(CLOCK, error))?;
+        load(|| clock.load()).map_err(|error| verifier_error(CLOCK, error))?;
         let (read, when) = read_clock(clock)?;
         let clock = Clock::new(read, when);
-        let common = ROLES.map(program_name).into_iter().chain(DIRECTIONS.map(detour_name));
-        // Those of a family that no rule has would only take their time to be verified.
-        let is_needed = |part: &&&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
-        for program in common.chain(PARTS.iter().filter(is_needed).copied()) {
-            let xdp = xdp_mut(&mut ebpf, program);
-            let start = Instant::now();
-            load(xdp).map_err(|error| verifier_error(program, error))?;
-            let info = xdp.info().map_err(|error| verifier_error(program, error))?;
-            verified.push(Verified {
-                program,
-                instructions: info.verified_instruction_count(),
-                size: info.size_translated(),
-                time: start.elapsed(),
-            });
-        }
         let mut take = |name| ebpf.take_map(name).unwrap_or_else(|| missing(name));
-        let mut parts = ProgramArray::try_from(take("PARTS")).map_err(map_error("PARTS"))?;
-        let mut detours = ProgramArray::try_from(take("DETOURS")).map_err(map_error("DETOURS"))?;
         let flows = Arc::new(FlowTables::new(clock, seed, &mut take)?);
         let trust = Array::try_from(take("TRUST")).map_err(map_error("TRUST"))?;
-        for (number, program) in PARTS.iter().enumerate().filter(|(_, it)| is_needed(it)) {
-            let fd = xdp_mut(&mut ebpf, program).fd();
-            let fd = fd.map_err(|error| verifier_error(program, error))?;
-            parts.set(number as u32, fd, 0).map_err(map_error("PARTS"))?;
-        }
-        for direction in DIRECTIONS {
-            let program = detour_name(direction);
-            let fd = xdp_mut(&mut ebpf, program).fd();
-            let fd = fd.map_err(|error| verifier_error(program, error))?;
-            detours.set(direction as u32, fd, 0).map_err(map_error("DETOURS"))?;
-        }
         let routes =
             Routes(Arc::new(Mutex::new(Trusted { clock, map: trust, now: Default::default() })));
         let mut datapath = Self {
             ebpf,
-            verified,
+            verified: Vec::new(),
+            hooks: Vec::new(),
             links: BTreeMap::new(),
             capacity,
             generation: 0,
@@ -371,14 +370,81 @@ impl Datapath {
                 RandomState::new().hash_one(0) as u32,
             ),
             flows,
-            _parts: parts,
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
-            _detours: detours,
+            jumps: Vec::new(),
         };
         datapath.write_settings()?;
         Ok(datapath)
+    }
+
+    /// Loads the programs of a hook, unless they are.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses them.
+    pub fn load_programs(&mut self, hook: Hook) -> Result<(), DatapathError> {
+        if self.hooks.contains(&hook) {
+            return Ok(());
+        }
+        let FlowRoom { v4, v6 } = self.capacity.flows;
+        let programs = Programs::of(hook);
+        // Those of a family that no rule has would only take their time to be verified.
+        let is_needed = |part: &&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
+        let mut verified = Vec::new();
+        for name in programs.entries.iter().chain(programs.detours).chain(programs.parts.iter()) {
+            if programs.parts.contains(name) && !is_needed(name) {
+                continue;
+            }
+            let start = Instant::now();
+            let program = self.program_mut(name);
+            let info = match program {
+                Program::Xdp(xdp) => load(|| xdp.load()).and_then(|()| xdp.info()),
+                Program::SchedClassifier(tc) => load(|| tc.load()).and_then(|()| tc.info()),
+                _ => unreachable!("programs are XDP's or TC's"),
+            };
+            let info: ProgramInfo = info.map_err(|error| verifier_error(name, error))?;
+            verified.push(Verified {
+                program: name,
+                instructions: info.verified_instruction_count(),
+                size: info.size_translated(),
+                time: start.elapsed(),
+            });
+        }
+        let mut jumps = Vec::new();
+        for (map, names) in [
+            (programs.part_map, programs.parts.as_slice()),
+            (programs.detour_map, programs.detours),
+        ] {
+            let taken = self.ebpf.take_map(map).unwrap_or_else(|| missing(map));
+            let mut array = ProgramArray::try_from(taken).map_err(map_error(map))?;
+            for (number, name) in names
+                .iter()
+                .enumerate()
+                .filter(|(_, name)| verified.iter().any(|verified| verified.program == **name))
+            {
+                let fd = self.program_fd(name).map_err(|error| verifier_error(name, error))?;
+                array.set(number as u32, fd, 0).map_err(map_error(map))?;
+            }
+            jumps.push(array);
+        }
+        self.verified.extend(verified);
+        self.jumps.extend(jumps);
+        self.hooks.push(hook);
+        Ok(())
+    }
+
+    fn program_mut(&mut self, name: &str) -> &mut Program {
+        self.ebpf.program_mut(name).unwrap_or_else(|| no_program(name))
+    }
+
+    fn program_fd(&self, name: &str) -> Result<&ProgramFd, ProgramError> {
+        match self.ebpf.program(name).unwrap_or_else(|| no_program(name)) {
+            Program::Xdp(xdp) => xdp.fd(),
+            Program::SchedClassifier(tc) => tc.fd(),
+            _ => Err(ProgramError::UnexpectedProgramType),
+        }
     }
 
     /// How many rows the tables hold.
@@ -411,47 +477,69 @@ impl Datapath {
     /// # Errors
     ///
     /// It is not loaded.
-    pub fn program(&self, role: Role) -> Result<&ProgramFd, ProgramError> {
-        match self.ebpf.program(program_name(role)) {
-            Some(program) => program.fd(),
-            None => Err(ProgramError::NotLoaded),
-        }
+    pub fn program(&self, hook: Hook, role: Role) -> Result<&ProgramFd, ProgramError> {
+        self.program_fd(Programs::of(hook).entry(role, false))
     }
 
     /// Runs the program of `role` on one frame as if it came in by the interface with index `ingress`:
-    /// what XDP would do, and the frame as it left. Counters count.
+    /// what the kernel would do, and the frame as it left. Counters count. At TC the kernel keeps the sum
+    /// of the whole packet meanwhile, where it can (Linux 6.17), and it is an error if that is wrong then.
     ///
     /// # Errors
     ///
     /// The kernel refuses: a frame shorter than 14 bytes, or no such interface.
     pub fn try_frame(
         &mut self,
+        hook: Hook,
         role: Role,
         ingress: u32,
         frame: &[u8],
     ) -> Result<(Action, Vec<u8>), DatapathError> {
         /// The room that the kernel leaves behind a frame of its test run.
         const ROOM: usize = 4096;
-        // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-        let context = [0, frame.len() as u32, 0, ingress, 0, 0].map(u32::to_ne_bytes).concat();
+        let failed = |error| DatapathError::TryFrame(chain(&error));
         let mut after = vec![0; ROOM.max(frame.len())];
-        let result = xdp_mut(&mut self.ebpf, program_name(role))
-            .test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut after),
-                ctx_in: Some(&context),
-                ..TestRunOptions::default()
-            })
-            .map_err(|error| DatapathError::TryFrame(chain(&error)))?;
-        after.truncate(result.data_size_out as usize);
-        let action = match result.return_value {
-            1 => Action::Drop,
-            2 => Action::Pass,
-            4 => Action::Redirect,
-            other => {
-                return Err(DatapathError::TryFrame(format!("XDP action {other} is none of ours")));
-            }
+        let mut options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut after),
+            ..TestRunOptions::default()
         };
+        let program = self.program_mut(Programs::of(hook).entry(role, false));
+        let (size, action) = match program {
+            Program::Xdp(xdp) => {
+                // `struct xdp_md`: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+                // egress_ifindex.
+                let context =
+                    [0, frame.len() as u32, 0, ingress, 0, 0].map(u32::to_ne_bytes).concat();
+                options.ctx_in = Some(&context);
+                let result = xdp.test_run(options).map_err(failed)?;
+                let action = match result.return_value {
+                    1 => Some(Action::Drop),
+                    2 => Some(Action::Pass),
+                    4 => Some(Action::Redirect),
+                    _ => None,
+                };
+                (result.data_size_out, action.ok_or(result.return_value))
+            }
+            Program::SchedClassifier(tc) => {
+                // `struct __sk_buff`, of which ifindex is the eleventh word.
+                let mut context = [[0; 4]; 48];
+                context[10] = ingress.to_ne_bytes();
+                options.ctx_in = Some(context.as_flattened());
+                let result = tc.test_run(options).map_err(failed)?;
+                let action = match result.return_value as i32 {
+                    2 => Some(Action::Drop),
+                    -1 => Some(Action::Pass),
+                    7 => Some(Action::Redirect),
+                    _ => None,
+                };
+                (result.data_size_out, action.ok_or(result.return_value))
+            }
+            _ => unreachable!("programs are XDP's or TC's"),
+        };
+        after.truncate(size as usize);
+        let action = action
+            .map_err(|other| DatapathError::TryFrame(format!("action {other} is none of ours")))?;
         Ok((action, after))
     }
 
@@ -635,60 +723,37 @@ impl Datapath {
         Ok(())
     }
 
-    /// Attaches the program of `role` to an interface, or replaces the one that is there; `auto`
-    /// tries native first. Returns how it is attached, and why not natively if it is not.
+    /// Attaches the program of `role` to an interface, or replaces the one that is there.
     ///
     /// # Errors
     ///
     /// Another program is there, the MTU is too large, or the kernel says why.
-    pub fn attach(
-        &mut self,
-        port: Port<'_>,
-        role: Role,
-        attach: Attach,
-    ) -> Result<(Mode, Option<String>), AttachError> {
-        // The program of a link is replaced without a gap.
-        if let Some((link, mode)) = self.links.remove(&port.index)
-            && let xdp = xdp_mut(&mut self.ebpf, program_name(role))
-            && let Ok(link) = xdp.attach_to_link(link).and_then(|id| xdp.take_link(id))
-        {
-            self.links.insert(port.index, (link, mode));
-            return Ok((mode, None));
-        }
-        match attach {
-            Attach::Native => {
-                self.attach_as(port, role, Mode::Native).map(|()| (Mode::Native, None))
-            }
-            Attach::Generic => {
-                self.attach_as(port, role, Mode::Generic).map(|()| (Mode::Generic, None))
-            }
-            Attach::Auto => match self.attach_as(port, role, Mode::Native) {
-                Ok(()) => Ok((Mode::Native, None)),
-                Err(busy @ AttachError::Busy { .. }) => Err(busy),
-                Err(AttachError::Mtu { message, .. } | AttachError::Other { message, .. }) => self
-                    .attach_as(port, role, Mode::Generic)
-                    .map(|()| (Mode::Generic, Some(message))),
-            },
-        }
-    }
-
-    fn attach_as(&mut self, port: Port<'_>, role: Role, mode: Mode) -> Result<(), AttachError> {
-        let interface = port.name.to_owned();
-        let xdp = xdp_mut(&mut self.ebpf, program_name(role));
-        let link = xdp
-            .attach_to_if_index(port.index, mode.into())
-            .and_then(|id| xdp.take_link(id))
-            .map_err(|error| {
-                let message = chain(&error);
-                match os_error(&error) {
-                    Some(libc::EBUSY | libc::EEXIST) => AttachError::Busy { interface },
-                    Some(libc::ERANGE) => {
-                        AttachError::Mtu { interface, mtu: port.mtu, message: reason(libc::ERANGE) }
-                    }
-                    Some(code) => AttachError::Other { interface, mode, message: reason(code) },
-                    None => AttachError::Other { interface, mode, message },
+    pub fn attach(&mut self, port: Port<'_>, role: Role, mode: Mode) -> Result<(), AttachError> {
+        self.load_programs(mode.hook())?;
+        let name = Programs::of(mode.hook()).entry(role, port.bare);
+        let before = match self.links.remove(&port.index) {
+            Some((link, before)) if before == mode => Some(link),
+            _ => None,
+        };
+        let link = match self.program_mut(name) {
+            Program::Xdp(xdp) => attach_xdp(xdp, before, port, mode).map(Attached::Xdp),
+            Program::SchedClassifier(tc) => attach_tc(tc, before, port).map(Attached::Tc),
+            _ => unreachable!("programs are XDP's or TC's"),
+        };
+        let link = link.map_err(|error| {
+            let interface = port.name.to_owned();
+            let message = chain(&error);
+            match os_error(&error) {
+                Some(libc::EBUSY | libc::EEXIST) if mode != Mode::Tc => {
+                    AttachError::Busy { interface }
                 }
-            })?;
+                Some(libc::ERANGE) if mode != Mode::Tc => {
+                    AttachError::Mtu { interface, mtu: port.mtu, message: reason(libc::ERANGE) }
+                }
+                Some(code) => AttachError::Other { interface, mode, message: reason(code) },
+                None => AttachError::Other { interface, mode, message },
+            }
+        })?;
         self.links.insert(port.index, (link, mode));
         Ok(())
     }
@@ -696,8 +761,12 @@ impl Datapath {
     /// Detaches from an interface, which may be gone.
     pub fn detach(&mut self, index: u32) {
         if let Some((link, _)) = self.links.remove(&index) {
-            // The link's file descriptor is closed either way, and that is what detaches.
-            let _: Result<(), ProgramError> = link.detach();
+            // The link's file descriptor is closed either way, and that is what detaches; a filter goes with
+            // its interface.
+            let _: Result<(), ProgramError> = match link {
+                Attached::Xdp(link) => link.detach(),
+                Attached::Tc(link) => link.detach(),
+            };
         }
     }
 
@@ -820,41 +889,144 @@ fn read_clock(clock: &Xdp) -> Result<(Jiffies, Instant), DatapathError> {
     Ok((Jiffies(u64::from_ne_bytes(first)), Instant::now()))
 }
 
-/// The programs of [`portfwd_ebpf::path::Part`], by their number.
-const PARTS: [&str; Part::PROGRAMS as usize] = [
-    "forward_v4",
-    "forward_v6",
-    "reply_v4",
-    "reply_v6",
-    "hairpin_v4",
-    "hairpin_v6",
-    "find_forward_v4",
-    "find_forward_v6",
-    "find_reply_v4",
-    "find_reply_v6",
-    "send_forward_v4",
-    "send_forward_v6",
-    "send_reply_v4",
-    "send_reply_v6",
-];
+/// Attaches a program of XDP; the one of a link is replaced without a gap.
+fn attach_xdp(
+    xdp: &mut Xdp,
+    before: Option<Attached>,
+    port: Port<'_>,
+    mode: Mode,
+) -> Result<XdpLink, ProgramError> {
+    if let Some(Attached::Xdp(link)) = before
+        && let Ok(link) = xdp.attach_to_link(link).and_then(|id| xdp.take_link(id))
+    {
+        return Ok(link);
+    }
+    let mode = if mode == Mode::Generic { XdpMode::Skb } else { XdpMode::Driver };
+    xdp.attach_to_if_index(port.index, mode).and_then(|id| xdp.take_link(id))
+}
 
-const ROLES: [Role; 3] = [Role::External, Role::Internal, Role::Both];
-const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Reply];
+/// The same of TC: before the programs that are there, where the kernel orders them (TCX, Linux 6.6), else
+/// as a filter of the qdisc `clsact`.
+fn attach_tc(
+    tc: &mut SchedClassifier,
+    before: Option<Attached>,
+    port: Port<'_>,
+) -> Result<SchedClassifierLink, ProgramError> {
+    const INGRESS: TcAttachType = TcAttachType::Ingress;
+    if let Some(Attached::Tc(link)) = before
+        && let Ok(link) = tc.attach_to_link(link).and_then(|id| tc.take_link(id))
+    {
+        return Ok(link);
+    }
+    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let attached = match tc.attach_with_options(port.name, INGRESS, order) {
+        // No such attach type.
+        Err(error) if os_error(&error) == Some(libc::EINVAL) => {
+            match tc::qdisc_add_clsact(port.name) {
+                Ok(()) => {}
+                // Of another's, or the qdisc `ingress`.
+                Err(error) if os_error(&error) == Some(libc::EEXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            // What a daemon left behind that was killed.
+            for name in TC.entries {
+                let _: Result<(), _> = tc::qdisc_detach_program(port.name, INGRESS, name);
+            }
+            // The kernel puts it before the others.
+            let options = TcAttachOptions::Netlink(NlOptions::default());
+            tc.attach_with_options(port.name, INGRESS, options)
+        }
+        attached => attached,
+    };
+    attached.and_then(|id| tc.take_link(id))
+}
 
-fn program_name(role: Role) -> &'static str {
-    match role {
-        Role::External => "external",
-        Role::Internal => "internal",
-        Role::Both => "both",
+/// The names of a hook's programs and of the maps by which they jump.
+struct Programs {
+    /// By role; then the same for interfaces without link header.
+    entries: &'static [&'static str],
+    /// By direction.
+    detours: &'static [&'static str],
+    /// Of [`portfwd_ebpf::path::Part`], by their number.
+    parts: &'static [&'static str; Part::PROGRAMS as usize],
+    detour_map: &'static str,
+    part_map: &'static str,
+}
+
+const XDP: Programs = Programs {
+    entries: &["external", "internal", "both"],
+    detours: &["forward_detour", "reply_detour"],
+    parts: &[
+        "forward_v4",
+        "forward_v6",
+        "reply_v4",
+        "reply_v6",
+        "hairpin_v4",
+        "hairpin_v6",
+        "find_forward_v4",
+        "find_forward_v6",
+        "find_reply_v4",
+        "find_reply_v6",
+        "send_forward_v4",
+        "send_forward_v6",
+        "send_reply_v4",
+        "send_reply_v6",
+    ],
+    detour_map: "DETOURS",
+    part_map: "PARTS",
+};
+
+const TC: Programs = Programs {
+    entries: &[
+        "tc_external",
+        "tc_internal",
+        "tc_both",
+        "bare_external",
+        "bare_internal",
+        "bare_both",
+    ],
+    detours: &["tc_forward_detour", "tc_reply_detour"],
+    parts: &[
+        "tc_forward_v4",
+        "tc_forward_v6",
+        "tc_reply_v4",
+        "tc_reply_v6",
+        "tc_hairpin_v4",
+        "tc_hairpin_v6",
+        "tc_find_forward_v4",
+        "tc_find_forward_v6",
+        "tc_find_reply_v4",
+        "tc_find_reply_v6",
+        "tc_send_forward_v4",
+        "tc_send_forward_v6",
+        "tc_send_reply_v4",
+        "tc_send_reply_v6",
+    ],
+    detour_map: "TC_DETOURS",
+    part_map: "TC_PARTS",
+};
+
+impl Programs {
+    fn of(hook: Hook) -> &'static Self {
+        match hook {
+            Hook::Xdp => &XDP,
+            Hook::Tc => &TC,
+        }
+    }
+
+    /// The one that is attached.
+    fn entry(&self, role: Role, bare: bool) -> &'static str {
+        let role = match role {
+            Role::External => 0,
+            Role::Internal => 1,
+            Role::Both => 2,
+        };
+        self.entries[if bare && self.entries.len() > 3 { 3 + role } else { role }]
     }
 }
 
-/// The program to which others jump with the few packets of a direction.
-fn detour_name(direction: Direction) -> &'static str {
-    match direction {
-        Direction::Forward => "forward_detour",
-        Direction::Reply => "reply_detour",
-    }
+fn no_program(name: &str) -> ! {
+    unreachable!("the object that was built in has {name}")
 }
 
 fn xdp_mut<'a>(ebpf: &'a mut Ebpf, program: &str) -> &'a mut Xdp {
@@ -878,15 +1050,15 @@ fn load_error(error: EbpfError) -> DatapathError {
 
 /// Loads a program. A signal that comes meanwhile has the verifier give up with EAGAIN: then again, as libbpf
 /// does.
-fn load(program: &mut Xdp) -> Result<(), ProgramError> {
+fn load(mut program: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
     const ATTEMPTS: u32 = 5;
     for _ in 1..ATTEMPTS {
-        match program.load() {
+        match program() {
             Err(error) if os_error(&error) == Some(libc::EAGAIN) => {}
             result => return result,
         }
     }
-    program.load()
+    program()
 }
 
 fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
@@ -894,6 +1066,9 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
         // The log is thousands of lines; the verdict stands near its end.
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
+            if let Ok(p) = std::env::var("VLOG") {
+                let _ = std::fs::write(p, &log);
+            }
             let verdict = log
                 .lines()
                 .rev()

@@ -31,7 +31,7 @@ mod watch;
 pub use changes::Changes;
 use netdev::Netdev;
 use requests::{AT_ONCE, Answer, Requests};
-pub use snapshot::{Externals, Link, LocalAddress, Snapshot};
+pub use snapshot::{Externals, Layer, Link, LocalAddress, Snapshot};
 use snapshot::{link, local_address};
 pub use watch::{Changed, Dependence, Watch};
 

@@ -319,6 +319,7 @@ pub(crate) mod tests {
             name: "eth0".to_owned(),
             role: "external".to_owned(),
             attach: Some("native".to_owned()),
+            why: Some("as configured".to_owned()),
         };
         let started = Instant::now();
         Figures {

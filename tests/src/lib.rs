@@ -46,3 +46,28 @@ pub fn binary() -> std::path::PathBuf {
     let binary = std::env::var_os("PORTFWD_BIN");
     binary.expect("PORTFWD_BIN names the portfwd to test, as `cargo xtask test` sees to").into()
 }
+
+/// How programs are attached in tests that do not ask for a way: what `PORTFWD_TEST_ATTACH` says, else
+/// `native`.
+pub fn attach() -> String {
+    std::env::var("PORTFWD_TEST_ATTACH").unwrap_or_else(|_| "native".to_owned())
+}
+
+/// The same, in the daemon's words.
+pub fn attached_as() -> &'static str {
+    match attach().as_str() {
+        "tc" => "TC",
+        "generic" => "generic XDP",
+        _ => "native XDP",
+    }
+}
+
+/// The beginning of a configuration: `[interfaces]` with these lines, and a way to attach if they have none.
+pub fn interfaces(lines: &str) -> String {
+    let attach = if lines.contains("attach = ") {
+        String::new()
+    } else {
+        format!("attach = \"{}\"\n", attach())
+    };
+    format!("[interfaces]\n{attach}{lines}\n")
+}

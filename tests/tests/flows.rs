@@ -25,7 +25,7 @@ impl Running {
     fn start(rig: Rig, config: &str) -> Self {
         let directory = TempDir::new().unwrap();
         let file = directory.path().join("portfwd.toml");
-        fs::write(&file, format!("[interfaces]\nexternal = [\"wan0\"]\n{config}")).unwrap();
+        fs::write(&file, portfwd_tests::interfaces("external = [\"wan0\"]") + config).unwrap();
         let ends = [Some(&rig.client), Some(&rig.server), rig.second_server.as_ref()];
         let capture = |end: &Namespace| Capture::tally(end, "eth0").unwrap();
         let captures = ends.into_iter().flatten().map(capture).collect();

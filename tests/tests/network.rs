@@ -6,7 +6,7 @@ use std::net::{IpAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-use portfwd::network::{Changes, Link, NeighbourState, Network, NextHop, Route};
+use portfwd::network::{Changes, Layer, Link, NeighbourState, Network, NextHop, Route};
 use portfwd::sysctl::{self, Families};
 use portfwd_tests::{Namespace, is_root, netns};
 use tokio::time::{Instant, sleep, timeout};
@@ -78,11 +78,11 @@ fn a_snapshot_shows_links_and_addresses() {
         let (network, _changes) = Network::open().unwrap();
         let snapshot = network.snapshot().await.unwrap();
         let r0 = snapshot.link("r0").unwrap();
-        assert_eq!((r0.up, r0.mtu, r0.ethernet), (true, 1500, true));
+        assert_eq!((r0.up, r0.mtu, r0.layer), (true, 1500, Layer::Ethernet));
         assert_eq!(r0.driver.as_deref(), Some("veth"));
         assert_eq!(snapshot.link_by_index(r0.index), Some(r0));
         assert_eq!(r0.can_transmit_xdp, Some(false));
-        assert!(!snapshot.link("lo").unwrap().ethernet);
+        assert_eq!(snapshot.link("lo").unwrap().layer, Layer::Other);
         let externals = snapshot.external_addresses(&[r0.index]);
         let text =
             |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>();

@@ -218,7 +218,7 @@ fn only_ways_to_redirect_by_are_remembered() {
 fn two_destinations_of_one_set_are_both_remembered() {
     let of =
         |set| (0u32..).map(|n| Address(n.to_be_bytes())).filter(move |a| a.route_set(BITS) == set);
-    let tag = Tag::new(1, Direction::Reply);
+    let tag = Tag::new(1, Direction::Reply, Hook::Xdp);
     let mut routes = RouteSet::EMPTY;
     let found: Vec<Address<4>> = of(3).take(3).collect();
     for (hop, address) in found.iter().enumerate() {
@@ -228,8 +228,9 @@ fn two_destinations_of_one_set_are_both_remembered() {
     assert_eq!(routes.find(&found[0], tag), None);
     assert_eq!(routes.find(&found[1], tag), Some(1));
     assert_eq!(routes.find(&found[2], tag), Some(2));
-    assert_eq!(routes.find(&found[2], Tag::new(2, Direction::Reply)), None);
-    assert_eq!(routes.find(&found[2], Tag::new(1, Direction::Forward)), None);
+    assert_eq!(routes.find(&found[2], Tag::new(2, Direction::Reply, Hook::Xdp)), None);
+    assert_eq!(routes.find(&found[2], Tag::new(1, Direction::Forward, Hook::Xdp)), None);
+    assert_eq!(routes.find(&found[2], Tag::new(1, Direction::Reply, Hook::Tc)), None);
 }
 
 #[test]
@@ -256,7 +257,8 @@ fn ten_thousand_neighbours_have_sets_with_room_for_each() {
 #[test]
 fn a_hop_that_is_in_use_is_not_written_over() {
     let hop = |device| Hop { device, ..Hop::default() };
-    let [first, second] = [1, 2].map(|generation| Tag::new(generation, Direction::Reply));
+    let [first, second] =
+        [1, 2].map(|generation| Tag::new(generation, Direction::Reply, Hook::Xdp));
     let mut row = RememberedHop::default();
     assert!(row.claim(first, &hop(1)));
     assert!(row.claim(first, &hop(1)));

@@ -12,7 +12,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{Config, ConfigError, Errors, Interface, check_interface, masquerade_ports};
+use super::{Attach, Config, ConfigError, Errors, Interface, check_interface, masquerade_ports};
 use crate::flows::{FlowSettings, Timeouts};
 use crate::rule::{
     Invalid, Listen, Mistake, Place, Protocol, Rule, Source, Target, invalid, twice,
@@ -35,6 +35,8 @@ const INTERFACES: Shape = Shape {
     prefix: "interfaces.",
     keys: &["external", "internal", "attach"],
 };
+const INTERFACE: Shape =
+    Shape { title: "the table of an interface", prefix: "interfaces.", keys: &["attach"] };
 const METRICS: Shape = Shape { title: "[metrics]", prefix: "metrics.", keys: &["listen"] };
 const NAMES: Shape = Shape { title: "[names]", prefix: "names.", keys: &["refresh"] };
 const FLOWS: Shape = Shape {
@@ -57,11 +59,21 @@ struct Section<'a> {
     line: usize,
     /// The name of the rule that it is, if that has one.
     rule: Option<&'a str>,
+    /// The name of the interface that it is.
+    interface: Option<&'a str>,
 }
 
 impl<'a> Section<'a> {
     fn get(&self, key: &str) -> Option<&'a Value<'a>> {
         self.table.get(key)
+    }
+
+    /// How messages call a key.
+    fn path(&self, key: &str) -> String {
+        match self.interface {
+            Some(interface) => format!("{}{interface}.{key}", self.shape.prefix),
+            None => format!("{}{key}", self.shape.prefix),
+        }
     }
 }
 
@@ -152,7 +164,7 @@ impl Reader {
     /// Blames one value of a key.
     fn blame(&mut self, section: &Section<'_>, key: &str, value: &Value<'_>, message: &str) {
         let line = self.line(value.span().start);
-        self.error(line, section.rule, &format!("{}{key}", section.shape.prefix), message);
+        self.error(line, section.rule, &section.path(key), message);
     }
 
     /// Blames a key where it is, or its table where it is not.
@@ -209,13 +221,14 @@ impl Reader {
 
     /// What is good of a document; `errors` has the rest.
     fn config(&mut self, document: &DeTable<'_>) -> Config {
-        let file = Section { shape: &FILE, table: document, line: 1, rule: None };
+        let file = Section { shape: &FILE, table: document, line: 1, rule: None, interface: None };
         self.unknown_keys(&file);
         let mut config = Config::default();
         if let Some(section) = self.section(&file, "interfaces", &INTERFACES) {
             config.external = self.interfaces(&section, "external");
             config.internal = self.interfaces(&section, "internal");
             config.attach = self.parsed(&section, "attach").unwrap_or(config.attach);
+            config.attach_to = self.attach_to(&section);
         }
         if let Some(section) = self.section(&file, "metrics", &METRICS) {
             config.metrics = self.metrics(&section);
@@ -248,7 +261,7 @@ impl Reader {
         };
         let line = self.line(value.span().start);
         let name = table.get("name").and_then(|name| name.get_ref().as_str());
-        let section = Section { shape: &RULE, table, line, rule: name };
+        let section = Section { shape: &RULE, table, line, rule: name, interface: None };
         self.unknown_keys(&section);
         let before = self.errors.len();
         self.text(&section, "name");
@@ -317,6 +330,30 @@ impl Reader {
             }
         }
         interfaces
+    }
+
+    /// Tables of `[interfaces]` are named as interfaces.
+    fn attach_to(&mut self, section: &Section<'_>) -> Vec<(Interface, Attach)> {
+        let mut attach_to = Vec::new();
+        for (key, value) in section.table {
+            let name = key.get_ref().as_ref();
+            let DeValue::Table(table) = value.get_ref() else { continue };
+            if INTERFACES.keys.contains(&name) {
+                continue;
+            }
+            let line = self.line(key.span().start);
+            let interface = Some(name);
+            let own = Section { shape: &INTERFACE, table, line, rule: None, interface };
+            self.unknown_keys(&own);
+            let checked = check_interface(name);
+            if self.or_blame(section, name, value, checked).is_some()
+                && let Some(attach) = self.parsed(&own, "attach")
+            {
+                let place = Place::File { path: self.path.clone(), line };
+                attach_to.push((Interface { name: name.to_owned(), place }, attach));
+            }
+        }
+        attach_to
     }
 
     fn metrics(&mut self, section: &Section<'_>) -> Option<SocketAddr> {
@@ -404,16 +441,23 @@ impl Reader {
             self.blame(file, key, value, &wrong_type(value.get_ref(), shape.title));
             return None;
         };
-        let section = Section { shape, table, line: self.line(value.span().start), rule: None };
+        let section = Section {
+            shape,
+            table,
+            line: self.line(value.span().start),
+            rule: None,
+            interface: None,
+        };
         self.unknown_keys(&section);
         Some(section)
     }
 
     fn unknown_keys(&mut self, section: &Section<'_>) {
-        let Shape { title, prefix, keys } = section.shape;
-        for key in section.table.keys() {
+        let Shape { title, keys, .. } = section.shape;
+        for (key, value) in section.table {
             let name = key.get_ref().as_ref();
-            if keys.contains(&name) {
+            let is_interface = *title == INTERFACES.title && value.get_ref().is_table();
+            if keys.contains(&name) || is_interface {
                 continue;
             }
             let meant = keys.iter().map(|known| (edit_distance(name, known), known)).min();
@@ -425,7 +469,7 @@ impl Reader {
             };
             let message = format!("no such key; {hint}{title} has {}", keys.join(", "));
             let line = self.line(key.span().start);
-            self.error(line, section.rule, &format!("{prefix}{name}"), &message);
+            self.error(line, section.rule, &section.path(name), &message);
         }
     }
 

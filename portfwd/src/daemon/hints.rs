@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use super::Daemon;
 use crate::compile::{BoxPorts, Leg};
+use crate::datapath::Mode;
 use crate::network::{Externals, Snapshot};
 use crate::rule::{Ports, Rule, Source};
 
@@ -34,7 +35,7 @@ impl Daemon {
     pub fn warn_of_pitfalls(&self, snapshot: &Snapshot) {
         for (index, attachment) in &self.attached {
             let Some(link) = snapshot.link_by_index(*index) else { continue };
-            if link.driver.as_deref() == Some("veth") {
+            if link.driver.as_deref() == Some("veth") && attachment.mode != Mode::Tc {
                 info!(
                     "{} is a veth: its peer must fill in checksums itself, and take XDP frames; there, \
                      ethtool -K IFACE tx off gro on",

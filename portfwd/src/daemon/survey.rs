@@ -7,8 +7,8 @@ use portfwd_ebpf::path::Role;
 
 use super::{Failure, protocols};
 use crate::compile::Plan;
-use crate::config::{Config, Interface};
-use crate::network::{Externals, Link, Network, NetworkError, NextHop, Route, Snapshot};
+use crate::config::{Attach, Config, Interface};
+use crate::network::{Externals, Layer, Link, Network, NetworkError, NextHop, Route, Snapshot};
 use crate::rule::Rule;
 
 /// Interfaces that are named and do not exist, or cannot serve, are mistakes at start; later they are
@@ -17,13 +17,15 @@ pub fn check_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Fail
     let mut mistakes = Vec::new();
     for Interface { name, place } in config.external.iter().chain(&config.internal) {
         match snapshot.link(name) {
-            Some(link) if link.ethernet => {}
-            Some(link) => mistakes.push(format!("{place}: {}", no_ethernet(link))),
+            Some(link) => {
+                let attach = config.attach_to(name);
+                mistakes.extend(unfit(link, attach).map(|why| format!("{place}: {why}")));
+            }
             None => {
                 let here: Vec<&str> = snapshot
                     .links
                     .iter()
-                    .filter(|link| link.ethernet)
+                    .filter(|link| link.layer != Layer::Other)
                     .map(|link| link.name.as_str())
                     .collect();
                 mistakes.push(format!(
@@ -36,9 +38,20 @@ pub fn check_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Fail
     if mistakes.is_empty() { Ok(()) } else { Err(Failure::Configuration(mistakes.join("\n"))) }
 }
 
-fn no_ethernet(link: &Link) -> String {
-    let kind = link.driver.as_deref().unwrap_or("kind unknown");
-    format!("{} is no Ethernet interface ({kind}), which XDP needs; name another", link.name)
+/// Why nothing can be attached to a link in this way.
+fn unfit(link: &Link, attach: Attach) -> Option<String> {
+    let Link { name, driver, .. } = link;
+    let kind = driver.as_deref().unwrap_or("kind unknown");
+    match (link.layer, attach) {
+        (Layer::Ethernet, _) | (Layer::Bare, Attach::Auto | Attach::Tc) => None,
+        (Layer::Bare, Attach::Native | Attach::Generic) => Some(format!(
+            "{name} has no Ethernet header ({kind}), which XDP needs; set attach = \"tc\" in \
+             [interfaces.{name}]"
+        )),
+        (Layer::Other, _) => Some(format!(
+            "{name} is an interface of a kind that cannot be forwarded from ({kind}); name another"
+        )),
+    }
 }
 
 /// What the network and the configuration together ask for.
@@ -159,8 +172,7 @@ impl Survey {
                 None => {
                     problems.push(format!("{name}: there is no such interface now; waiting for it"))
                 }
-                Some(link) if !link.ethernet => problems.push(no_ethernet(link)),
-                Some(_) => {}
+                Some(link) => problems.extend(unfit(link, config.attach_to(name))),
             }
         }
         let mut externals = snapshot.external_addresses(&external);

@@ -30,8 +30,7 @@ pub struct Link {
     pub up: bool,
     /// In bytes, without the Ethernet header.
     pub mtu: u32,
-    /// Its frames have an Ethernet header.
-    pub ethernet: bool,
+    pub layer: Layer,
     /// The driver of the device (`virtio_net`), or the kind of a virtual link (`veth`).
     pub driver: Option<String>,
     /// Frames that XDP redirects to it are sent. `None` if the kernel cannot say (before Linux
@@ -45,6 +44,37 @@ pub struct Link {
     /// The link that it stands on, by its index: of a VLAN or a macvlan, its parent. `None` if that
     /// is in another namespace.
     pub parent: Option<u32>,
+}
+
+/// What the frames of a link begin with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layer {
+    /// An Ethernet header.
+    Ethernet,
+    /// The IP header: tunnels, PPP. The kernel sends on these without writing a link header
+    /// (`dev_is_mac_header_xmit`).
+    Bare,
+    /// Of no network beyond this box, or in another way.
+    #[default]
+    Other,
+}
+
+impl From<LinkLayerType> for Layer {
+    fn from(kind: LinkLayerType) -> Self {
+        match kind {
+            LinkLayerType::Ether => Self::Ethernet,
+            LinkLayerType::Tunnel
+            | LinkLayerType::Tunnel6
+            | LinkLayerType::Sit
+            | LinkLayerType::Ipgre
+            | LinkLayerType::Ip6gre
+            | LinkLayerType::Void
+            | LinkLayerType::None
+            | LinkLayerType::Rawip
+            | LinkLayerType::Ppp => Self::Bare,
+            _ => Self::Other,
+        }
+    }
 }
 
 /// An address of the box.
@@ -153,7 +183,7 @@ pub(super) fn link(message: &LinkMessage, features: Option<XdpFeatures>) -> Link
         name: String::new(),
         up: header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
         mtu: 0,
-        ethernet: header.link_layer_type == LinkLayerType::Ether,
+        layer: header.link_layer_type.into(),
         driver: None,
         can_transmit_xdp: features.map(XdpFeatures::transmit),
         master: None,

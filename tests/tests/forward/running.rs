@@ -68,7 +68,7 @@ impl Running {
         let directory = TempDir::new().unwrap();
         let config = directory.path().join("portfwd.toml");
         let text: String = rules.iter().map(Rule::toml).collect();
-        fs::write(&config, format!("[interfaces]\n{interfaces}\n{text}")).unwrap();
+        fs::write(&config, portfwd_tests::interfaces(interfaces) + &text).unwrap();
         let client = Capture::tally(&rig.client, "eth0").unwrap();
         let servers = [Some(&rig.server), rig.second_server.as_ref()];
         let servers =

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use portfwd_tests::peers::{self, Answer, Background, Server};
 use portfwd_tests::rig::{self, Addresses, Options, Rig};
-use portfwd_tests::{Namespace, Portfwd, TempDir, binary, is_root, netns};
+use portfwd_tests::{Namespace, Portfwd, TempDir, attached_as, binary, is_root, netns};
 
 /// Both families, each with a rule that follows the external addresses.
 const RULES: [&str; 4] =
@@ -206,7 +206,8 @@ fn interfaces_go_and_come_back() {
     let _backend = Backend::new(&rig.server, rig::SERVER);
     // lan0 is found by its routes in one round, and named in the other.
     let file = directory.path().join("portfwd.toml");
-    fs::write(&file, "[interfaces]\nexternal = ['wan0']\ninternal = ['lan0']\n").unwrap();
+    fs::write(&file, portfwd_tests::interfaces("external = ['wan0']\ninternal = ['lan0']"))
+        .unwrap();
     let file = file.to_str().unwrap();
     for (flags, missing) in [
         (["-i", "wan0"], "backend 192.168.77.10 has no route"),
@@ -244,7 +245,7 @@ fn interfaces_go_and_come_back() {
         });
         let stats = portfwd.stats().unwrap();
         for interface in stats["interfaces"].as_array().unwrap() {
-            assert_eq!(interface["attach"], "native", "{stats}");
+            assert_eq!(interface["attach"], portfwd_tests::attach(), "{stats}");
         }
         let (status, said) = portfwd.stop().unwrap();
         assert!(status.success() && !said.contains("panicked"), "{said}");
@@ -318,8 +319,10 @@ fn a_backends_name_is_followed() {
     );
     fs::write(&wrapper, script).unwrap();
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755)).unwrap();
-    let file = "[interfaces]\nexternal = ['wan0']\n[names]\nrefresh = 1\n[[rule]]\n\
-                protocol = 'tcp+udp'\nlisten = 7000\nto = 'backend.example'\n";
+    let file = portfwd_tests::interfaces(
+        "external = ['wan0']\n[names]\nrefresh = 1\n[[rule]]\nprotocol = 'tcp+udp'\nlisten = 7000\n\
+         to = 'backend.example'",
+    );
     fs::write(path("portfwd.toml"), file).unwrap();
     let first = Backend::new(&rig.server, rig::SERVER);
     let second = Backend::new(rig.second_server.as_ref().unwrap(), rig::SECOND_SERVER);
@@ -336,7 +339,7 @@ fn a_backends_name_is_followed() {
     drop(first);
     places.iter().for_each(|place| reached(&rig.client, *place));
     assert_eq!(second.asked(), 4);
-    told(&portfwd, "lan1: internal, native XDP");
+    told(&portfwd, &format!("lan1: internal, {}", attached_as()));
 
     // No such name; and later nobody to ask.
     names(None);
@@ -441,9 +444,9 @@ fn an_interface_takes_on_a_second_role() {
     let portfwd = start(&rig, &[&["-i", "wan0"][..], &RULES, &extra].concat(), &directory);
     both_reached(&rig.client);
     let said = portfwd.stderr();
-    assert!(said.contains("wan0: external, native XDP"), "{said}");
+    assert!(said.contains(&format!("wan0: external, {}", attached_as())), "{said}");
     rig.router.ip("route del 198.51.100.200/32 dev lan0").unwrap();
-    told(&portfwd, "wan0: both, native XDP");
+    told(&portfwd, &format!("wan0: both, {}", attached_as()));
     both_reached(&rig.client);
     assert!(!portfwd.stderr().contains("detached"), "{}", portfwd.stderr());
 }
@@ -709,9 +712,10 @@ fn a_box_with_one_arm() {
     let portfwd = Portfwd::start(&router, &binary(), &arguments, directory.path()).unwrap();
     both_reached(&client);
     let stats = portfwd.stats().unwrap();
+    let why = "veth: packets of this machine stay whole there";
     assert_eq!(
         stats["interfaces"],
-        serde_json::json!([{"name": "eth0", "role": "both", "attach": "native"}])
+        serde_json::json!([{"name": "eth0", "role": "both", "attach": "tc", "why": why}])
     );
     for rule in stats["rules"].as_array().unwrap() {
         // A datagram, and a handshake that the client ends.

@@ -377,7 +377,7 @@ fn where_the_source_chooses_the_way_the_kernel_is_asked() {
         rig.router.ip(&format!("route add {to} via {via} dev lan1 table 100")).unwrap();
     }
     let file = directory.path().join("portfwd.toml");
-    let text = "[interfaces]\nexternal = ['wan0']\ninternal = ['lan0', 'lan1']\n";
+    let text = portfwd_tests::interfaces("external = ['wan0']\ninternal = ['lan0', 'lan1']");
     std::fs::write(&file, text).unwrap();
     let portfwd =
         start(&rig, &[&["--config", file.to_str().unwrap()][..], &RULES].concat(), &directory);

@@ -8,7 +8,7 @@ use portfwd_ebpf::table::{Dropped, Interface};
 use portfwd_tests::{is_root, wire};
 
 use crate::router::{
-    Flow, NARROW_INSIDE, Outcome, Router, Version, WAN, WEB, in_both, interfaces, with_router,
+    Flow, NARROW_INSIDE, Outcome, Router, Version, WAN, WEB, hook, in_both, interfaces, with_router,
 };
 use portfwd_tests::packet::{Packet, TCP, UDP, fragments};
 
@@ -198,7 +198,7 @@ fn at_the_rate_that_is_allowed() {
         let start = Instant::now();
         let mut tried = 0;
         while start.elapsed().as_millis() < 500 {
-            router.datapath.try_frame(flow.role, flow.link.into(), &frame).unwrap();
+            router.datapath.try_frame(hook(), flow.role, flow.link.into(), &frame).unwrap();
             tried += 1;
         }
         let allowed = 100 + start.elapsed().as_millis() as u64 + 20;

@@ -82,7 +82,7 @@ fn connect(router: &mut Router, from: SocketAddr, to: SocketAddr) -> (SocketAddr
     let at = if from.is_ipv4() { 34 } else { 54 } + 8;
     last[at..at + 4].copy_from_slice(&0x0102_0305_u32.to_be_bytes());
     assert_eq!(
-        router.datapath.try_frame(Role::External, WAN.into(), &last).unwrap().0,
+        router.datapath.try_frame(hook(), Role::External, WAN.into(), &last).unwrap().0,
         portfwd::datapath::Action::Redirect
     );
     seen

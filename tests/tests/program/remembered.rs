@@ -12,7 +12,7 @@ use portfwd_tests::packet::{Packet, TCP, UDP};
 
 use crate::router::{
     ARM, BLACKHOLE, DISTANT, Flow, LAN, NARROW_INSIDE, NARROW_OTHER, NARROW_OUTSIDE, NO_ROUTE,
-    OTHER, Outcome, Router, SLOW_LAN, SLOW_WAN, Seen, Version, WAN, WEB, in_both, interfaces,
+    OTHER, Outcome, Router, SLOW_LAN, SLOW_WAN, Seen, Version, WAN, WEB, hook, in_both, interfaces,
     ip_batch, link_address, with_router,
 };
 
@@ -421,8 +421,10 @@ fn more_destinations_than_can_be_remembered() {
             for (network, host) in all.iter().chain(all.iter().rev()) {
                 let destination = (client(*network, *host), 5000).into();
                 let frame = Packet { destination, ..reply.came() }.bytes();
-                let (_, after) =
-                    router.datapath.try_frame(reply.role, reply.link.into(), &frame).unwrap();
+                let (_, after) = router
+                    .datapath
+                    .try_frame(hook(), reply.role, reply.link.into(), &frame)
+                    .unwrap();
                 let hop = link_address(WAN, gateway(*network));
                 assert_eq!(after[..6], hop, "{destination}");
             }
@@ -471,7 +473,7 @@ fn more_next_hops_than_can_be_remembered() {
         let mut destination_of = |flow: &Flow| -> [u8; 6] {
             let frame = flow.came().bytes();
             let (_, after) =
-                router.datapath.try_frame(flow.role, flow.link.into(), &frame).unwrap();
+                router.datapath.try_frame(hook(), flow.role, flow.link.into(), &frame).unwrap();
             after[..6].try_into().unwrap()
         };
         for round in 0..2 {

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::{Command, Stdio};
 
 use portfwd::compile::{BoxPorts, Capacity, Compiler, FlowRoom, Flows, Resolved, Update, plan};
-use portfwd::datapath::{Action, Counts, Datapath};
+use portfwd::datapath::{Action, Counts, Datapath, Hook};
 use portfwd::network::Externals;
 use portfwd::rule::{Rule, Source};
 use portfwd_ebpf::path::Role;
@@ -162,6 +162,11 @@ pub struct Router {
     rules: Vec<Rule>,
 }
 
+/// Where the programs are that are tested: at TC if `PORTFWD_TEST_ATTACH` says so.
+pub fn hook() -> Hook {
+    if portfwd_tests::attach() == "tc" { Hook::Tc } else { Hook::Xdp }
+}
+
 /// Runs a test in a new router.
 pub fn with_router<T: Send>(test: impl FnOnce(&mut Router) -> T + Send) -> T {
     with_router_of(CAPACITY, test)
@@ -184,6 +189,7 @@ pub fn with_router_of<T: Send>(
     namespace.enter(|| {
         ip_batch(&network());
         let mut datapath = Datapath::load(capacity, &PORTS, false).unwrap();
+        datapath.load_programs(hook()).unwrap();
         datapath.set_interfaces(&interfaces()).unwrap();
         test(&mut Router { datapath, compiler: Compiler::default(), rules: Vec::new() })
     })
@@ -322,7 +328,7 @@ impl Router {
     /// frame: it is counted once, by its length, and unchanged unless it was translated.
     pub fn try_frame(&mut self, role: Role, link: u8, frame: &[u8]) -> Seen {
         let (passed, counts) = (self.datapath.passed().unwrap(), self.all_counts());
-        let (action, after) = self.datapath.try_frame(role, link.into(), frame).unwrap();
+        let (action, after) = self.datapath.try_frame(hook(), role, link.into(), frame).unwrap();
         let mut counted = Vec::new();
         let mut rule = None;
         let passed_now = self.datapath.passed().unwrap();

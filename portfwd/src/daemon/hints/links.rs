@@ -23,7 +23,7 @@ pub fn pitfalls(snapshot: &Snapshot, link: &Link, role: Role, mode: Mode) -> Vec
             list(&cards, "; ", |name| format!("ethtool -K {name} gro off"))
         ));
     }
-    if !local.is_empty() {
+    if !local.is_empty() && mode != Mode::Tc {
         found.push(format!(
             "{name} gets packets of local machines and containers by {}, and what they send without \
              checksums, or merged, is forwarded broken; at the other end of each run: ethtool -K \
@@ -31,7 +31,7 @@ pub fn pitfalls(snapshot: &Snapshot, link: &Link, role: Role, mode: Mode) -> Vec
             names(&local)
         ));
     }
-    if is(link, &["tun"]) {
+    if is(link, &["tun"]) && mode != Mode::Tc {
         found.push(format!(
             "{name} is a tap: what its machine sends without checksums, or merged, is forwarded \
              broken; in there run: ethtool -K IFACE tx off"
@@ -52,7 +52,7 @@ pub fn pitfalls(snapshot: &Snapshot, link: &Link, role: Role, mode: Mode) -> Vec
 
     let is_vlan = |it: &&Link| it.parent == Some(link.index) && is(it, &["vlan"]);
     let vlans: Vec<&Link> = snapshot.links.iter().filter(is_vlan).collect();
-    if !vlans.is_empty() {
+    if !vlans.is_empty() && mode != Mode::Tc {
         found.push(format!(
             "frames of {} may be taken for untagged ones, because network cards strip tags before \
              XDP sees them; run: ethtool -K {name} rxvlan off",

@@ -1,0 +1,131 @@
+//! How a program is attached to an interface, and why in that way.
+
+use crate::config::Attach;
+use crate::datapath::{AttachError, Mode};
+use crate::network::{Layer, Link};
+
+/// Links whose packets come from this machine itself: super-packets, and without checksums.
+const LOCAL: &[&str] = &[
+    "veth",
+    "netkit",
+    "tun",
+    "bridge",
+    "openvswitch",
+    "macvlan",
+    "macvtap",
+    "ipvlan",
+    "ipvtap",
+    "vlan",
+    "vxlan",
+    "geneve",
+    "dummy",
+    "ifb",
+];
+
+/// Which way `auto` takes, and why. A native program can still be refused.
+fn choose(link: &Link) -> (Mode, String) {
+    let driver = link.driver.as_deref().unwrap_or("its driver");
+    match link.layer {
+        Layer::Ethernet if LOCAL.contains(&driver) => {
+            (Mode::Tc, format!("{driver}: packets of this machine stay whole there"))
+        }
+        Layer::Ethernet => (Mode::Native, format!("{driver} has it")),
+        Layer::Bare | Layer::Other => (Mode::Tc, "no Ethernet header".to_owned()),
+    }
+}
+
+/// Attaches as `wanted`, by means of `attach`. Returns how, and why.
+///
+/// # Errors
+///
+/// As `attach` says; with `auto`, of the last way that was tried.
+pub fn attach(
+    link: &Link,
+    wanted: Attach,
+    mut attach: impl FnMut(Mode) -> Result<Mode, AttachError>,
+) -> Result<(Mode, String), AttachError> {
+    let asked = |mode| (mode, "as configured".to_owned());
+    match wanted {
+        Attach::Native => attach(Mode::Native).map(asked),
+        Attach::Generic => attach(Mode::Generic).map(asked),
+        Attach::Tc => attach(Mode::Tc).map(asked),
+        Attach::Auto => {
+            let (mode, why) = choose(link);
+            match (mode, attach(mode)) {
+                (_, Ok(mode)) => Ok((mode, why)),
+                (Mode::Tc, Err(error)) => Err(error),
+                (_, Err(AttachError::Programs(error))) => Err(error.into()),
+                (_, Err(error)) => {
+                    let why = match error {
+                        AttachError::Busy { .. } => "another XDP program is there".to_owned(),
+                        AttachError::Mtu { mtu, .. } => {
+                            format!("MTU {mtu} is too large for its native XDP")
+                        }
+                        AttachError::Other { message, .. } => {
+                            format!("no native XDP: {message}")
+                        }
+                        AttachError::Programs(error) => return Err(error.into()),
+                    };
+                    attach(Mode::Tc).map(|mode| (mode, why))
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(driver: &str, layer: Layer) -> Link {
+        Link { name: "up".into(), driver: Some(driver.into()), layer, mtu: 9000, ..Link::default() }
+    }
+
+    /// How, if native XDP gives this error.
+    fn auto(link: &Link, native: Option<AttachError>) -> (Mode, String) {
+        let mut native = native;
+        attach(link, Attach::Auto, |mode| match native.take_if(|_| mode == Mode::Native) {
+            Some(error) => Err(error),
+            None => Ok(mode),
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn auto_takes_what_is_best() {
+        let card = link("igb", Layer::Ethernet);
+        let interface = || "up".to_owned();
+        assert_eq!(auto(&card, None), (Mode::Native, "igb has it".into()));
+        let busy = AttachError::Busy { interface: interface() };
+        assert_eq!(auto(&card, Some(busy)), (Mode::Tc, "another XDP program is there".into()));
+        let large = AttachError::Mtu { interface: interface(), mtu: 9000, message: String::new() };
+        let why = "MTU 9000 is too large for its native XDP";
+        assert_eq!(auto(&card, Some(large)), (Mode::Tc, why.into()));
+        let message = "Operation not supported".to_owned();
+        let other = AttachError::Other { interface: interface(), mode: Mode::Native, message };
+        let why = "no native XDP: Operation not supported";
+        assert_eq!(auto(&card, Some(other)), (Mode::Tc, why.into()));
+        for driver in ["veth", "bridge", "vlan", "macvlan"] {
+            assert_eq!(auto(&link(driver, Layer::Ethernet), None).0, Mode::Tc, "{driver}");
+        }
+        assert_eq!(auto(&link("tun", Layer::Bare), None), (Mode::Tc, "no Ethernet header".into()));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_tried_alone() {
+        let card = link("igb", Layer::Ethernet);
+        for (wanted, mode) in [
+            (Attach::Native, Mode::Native),
+            (Attach::Generic, Mode::Generic),
+            (Attach::Tc, Mode::Tc),
+        ] {
+            let mut tried = Vec::new();
+            let refused = attach(&card, wanted, |mode| {
+                tried.push(mode);
+                Err(AttachError::Busy { interface: "up".into() })
+            });
+            assert!(refused.is_err());
+            assert_eq!(tried, [mode]);
+        }
+    }
+}
