@@ -576,7 +576,7 @@ fn choose_backend<const N: usize, K: Kernel>(
 #[inline(never)]
 fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -> bool {
     let Bench { packet, becomes, client, .. } = bench;
-    let route = kernel.route(&path::Flow::of_key(becomes), 0, [0; 4]).0;
+    let route = kernel.route(&path::Flow::of_key(becomes), 1, [0; 4]).0;
     let (Route::Via { interface, .. } | Route::NoNeighbour { interface }) = route else {
         return false;
     };

@@ -92,6 +92,9 @@ static BENCH_V6: PerCpuArray<Bench<16>> = PerCpuArray::with_max_entries(1, 0);
 static MAPPINGS: HashMap<MappingKey, Mapping> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
 #[map]
 static CLIENTS: HashMap<ClientKey, Port> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC);
+/// Which socket is looked for: too much for the stack.
+#[map]
+static WANTED: PerCpuArray<bpf_sock_tuple> = PerCpuArray::with_max_entries(1, 0);
 /// By [`Program`](path::Program).
 #[map]
 static PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
@@ -535,9 +538,9 @@ impl<H: Hook> Kernel for Run<H> {
     fn has_socket(&self, flow: &Flow) -> bool {
         /// AF_INET.
         const INET: u8 = 2;
-        // SAFETY: all integers and arrays of them.
-        let mut aligned: Aligned<bpf_sock_tuple> = unsafe { core::mem::zeroed() };
-        let tuple = &mut aligned.0;
+        let Some(tuple) = WANTED.get_ptr_mut(0) else { return false };
+        // SAFETY: this CPU's own.
+        let tuple = unsafe { &mut *tuple };
         let source_port = u16::from_ne_bytes(flow.source_port.0);
         let destination_port = u16::from_ne_bytes(flow.destination_port.0);
         // SAFETY: writes to one member of a union of plain integers; the size says which it is.

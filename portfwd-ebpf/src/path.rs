@@ -314,7 +314,7 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// Notes what changed in the packet that no checksum makes up for, but for the hop limit.
     fn unbalanced(&self, _change: Change) {}
     /// The route of a translated packet, `class` as [`Ip::class`], and its MTU if that does not let
-    /// `length` bytes through.
+    /// `length` bytes through. Of packets without bytes it may be another.
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>);
     /// Whether a socket of this box is open for the packet.
     fn has_socket(&self, flow: &Flow) -> bool;
@@ -841,12 +841,12 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     packet: &mut Packet<'_, I>,
     now: Jiffies,
 ) -> Result<Verdict, Passed> {
-    let OnWire { size, longest } = packet.on_wire(kernel);
-    let Packet { link: header, ip, transport } = packet;
+    let OnWire { longest, .. } = packet.on_wire(kernel);
+    let Packet { link: header, ip, transport } = &mut *packet;
     let Goes { ends, came, flags, counter, hairpin } = goes;
     let destination = ends.destination;
     // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
-    let tag = if hairpin { None } else { tag(kernel, direction, *ip, now) };
+    let tag = if hairpin { Tag::NONE } else { tag(kernel, direction, *ip, now) };
     let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
     let (verdict, link) = match remembered {
         Some(hop) if u32::from(longest) <= hop.mtu => {
@@ -868,7 +868,8 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
                 Verdict::ReplyDetour(reason) => return Err(reason),
                 _ => {}
             }
-            if let (Some(tag), Some(hop)) = (tag, hop)
+            if tag != Tag::NONE
+                && let Some(hop) = hop
                 && let row = hop.row::<N>(direction)
                 && kernel.hop(row, |row| row.claim(tag, &hop)) == Some(true)
             {
@@ -914,7 +915,8 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
         ports = ports.and(transport.set_port(direction.opposite(), other.1));
     }
     kernel.repair(transport.check(), addresses, ports);
-    count(kernel, counter, direction, size, now, verdict);
+    // Again, and not kept: there is little room on the stack.
+    count(kernel, counter, direction, packet.on_wire(kernel).size, now, verdict);
     Ok(verdict)
 }
 
@@ -959,17 +961,18 @@ pub(crate) fn present(number: u32) -> Option<u32> {
 }
 
 /// Under which routes are remembered now; none while they cannot be relied on.
+// Not an option: the verifier minds what is undefined in one.
 #[inline(always)]
 fn tag<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     ip: &I,
     now: Jiffies,
-) -> Option<Tag> {
+) -> Tag {
     let trust = I::trust(kernel);
     // One branch, not three.
     let trusted = (trust.generation != 0) & (now < trust.until) & !ip.is_source_strict();
-    trusted.then(|| Tag::new(trust.generation, direction, kernel.hook()))
+    if trusted { Tag::new(trust.generation, direction, kernel.hook()) } else { Tag::NONE }
 }
 
 /// The way to `destination` that the FIB told lately.
@@ -980,9 +983,11 @@ fn remembered<const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     destination: &Address<N>,
-    tag: Option<Tag>,
+    tag: Tag,
 ) -> Option<Hop> {
-    let tag = tag?;
+    if tag == Tag::NONE {
+        return None;
+    }
     let row = I::routes(kernel, direction, destination, |set| set.find(destination, tag))??;
     kernel.hop(row, |row| row.hop)
 }

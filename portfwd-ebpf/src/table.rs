@@ -886,6 +886,8 @@ pub enum Hook {
 pub struct Tag(u32);
 
 impl Tag {
+    pub const NONE: Self = Self(0);
+
     /// The upper two bits of a generation are not looked at.
     #[inline(always)]
     pub const fn new(generation: u32, direction: Direction, hook: Hook) -> Self {

@@ -482,8 +482,7 @@ impl Datapath {
     }
 
     /// Runs the program of `role` on one frame as if it came in by the interface with index `ingress`:
-    /// what the kernel would do, and the frame as it left. Counters count. At TC the kernel keeps the sum
-    /// of the whole packet meanwhile, where it can (Linux 6.17), and it is an error if that is wrong then.
+    /// what the kernel would do, and the frame as it left. Counters count.
     ///
     /// # Errors
     ///

@@ -7,6 +7,8 @@ use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Dropped, Interface};
 use portfwd_tests::{is_root, wire};
 
+use portfwd::datapath::Hook;
+
 use crate::router::{
     Flow, NARROW_INSIDE, Outcome, Router, Version, WAN, WEB, hook, in_both, interfaces, with_router,
 };
@@ -179,7 +181,16 @@ fn by_an_interface_that_can_send_them() {
         router.datapath.set_interfaces(&links).unwrap();
         for flow in flows(8080) {
             let came = Packet { hops: 1, ..flow.came() };
-            router.refuses("slow", &flow, &came.bytes(), Outcome::Drop(Dropped::TtlExpired));
+            match hook() {
+                Hook::Xdp => {
+                    let outcome = Outcome::Drop(Dropped::TtlExpired);
+                    router.refuses("slow", &flow, &came.bytes(), outcome);
+                }
+                Hook::Tc => {
+                    let expected = time_exceeded(&came);
+                    tells(router, &flow, &came, Dropped::TtlExpired, &expected);
+                }
+            }
         }
     });
 }

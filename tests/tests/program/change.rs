@@ -137,7 +137,7 @@ fn the_verifier_has_room_to_spare() {
         return;
     }
     // Messages are for looking into things; there the kernel's own limit of a million is enough.
-    for (log, limit) in [(false, 400_000), (true, 900_000)] {
+    for (log, limit) in [(false, 500_000), (true, 900_000)] {
         let mut datapath = Datapath::load(CAPACITY, &PORTS, log).unwrap();
         datapath.load_programs(hook()).unwrap();
         for verified in datapath.verified() {

@@ -7,7 +7,7 @@ use portfwd_ebpf::table::{Direction, Dropped, Passed, ToStack};
 use portfwd_tests::is_root;
 
 use crate::router::{
-    DISTANT, Flow, LAN, NARROW_INSIDE, OTHER, Outcome, Router, Version, WAN, WEB, in_both,
+    DISTANT, Flow, LAN, NARROW_INSIDE, OTHER, Outcome, Router, Version, WAN, WEB, comes, in_both,
     link_address, with_router,
 };
 use portfwd_tests::packet::{Packet, TCP, UDP};
@@ -187,7 +187,7 @@ fn cut_short_they_are_translated_right_or_not_at_all() {
             // The frame ends before the packet does.
             let [whole, _] = case.packets(kind, [0; 4], [&seen, &sent]);
             let whole = whole.bytes();
-            for length in 14..whole.len() {
+            for length in (14..whole.len()).filter(|length| comes(&whole[..*length])) {
                 let outcome = Outcome::Pass(Passed::Malformed);
                 case.refuses(router, "cut", &whole[..length], outcome);
             }

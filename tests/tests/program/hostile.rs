@@ -7,13 +7,16 @@ use portfwd_tests::random::{self, Random};
 use portfwd_tests::{is_root, wire};
 
 use crate::router::{
-    Flow, LAN, NARROW_INSIDE, Outcome, Router, Version, WAN, WEB, in_both, with_router,
+    Flow, LAN, NARROW_INSIDE, Outcome, Router, Version, WAN, WEB, comes, in_both, with_router,
 };
 
 /// Lets the router have a frame; what holds for frames that are passed or dropped,
 /// [`Router::try_frame`] has asserted. What is translated differs where it must, and its checksums
 /// are as right as they were. Returns whether it was translated.
 fn is_sound(router: &mut Router, role: Role, link: u8, frame: &[u8]) -> bool {
+    if !comes(frame) {
+        return false;
+    }
     let seen = router.try_frame(role, link, frame);
     let hops = match seen.outcome {
         Outcome::Pass(_) | Outcome::Drop(_) => return false,

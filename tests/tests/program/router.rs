@@ -167,6 +167,16 @@ pub fn hook() -> Hook {
     if portfwd_tests::attach() == "tc" { Hook::Tc } else { Hook::Xdp }
 }
 
+/// Whether the hook can get such a frame: the kernel tries none at TC whose IP header is cut short.
+pub fn comes(frame: &[u8]) -> bool {
+    let header = match frame.get(12..14) {
+        Some([0x08, 0x00]) => 34,
+        Some([0x86, 0xdd]) => 54,
+        _ => 14,
+    };
+    hook() == Hook::Xdp || frame.len() >= header
+}
+
 /// Runs a test in a new router.
 pub fn with_router<T: Send>(test: impl FnOnce(&mut Router) -> T + Send) -> T {
     with_router_of(CAPACITY, test)
@@ -454,6 +464,14 @@ pub struct Flow {
 pub const WEB: [&str; 1] = ["8080:@12.10:80/tcp+udp"];
 
 impl Flow {
+    /// What becomes of a packet that leaves by an interface which cannot transmit XDP frames.
+    pub fn without_transmit(&self, came: &Packet) -> (Outcome, Packet) {
+        match hook() {
+            Hook::Xdp => (Outcome::Stack(ToStack::NoTransmit), self.translated(came)),
+            Hook::Tc => (Outcome::Redirect, self.goes(came)),
+        }
+    }
+
     /// The two ways between host 2 of `WAN` and a port of the router there that leads to a port of
     /// host 10 of `LAN`.
     pub fn both(version: Version, protocol: u8, port: u16, backend_port: u16) -> [Self; 2] {

@@ -4,10 +4,12 @@ use portfwd_ebpf::table::{Direction, Dropped, Interface, Passed, ToStack};
 use portfwd_tests::is_root;
 use portfwd_tests::packet::{Packet, TCP, UDP};
 
+use portfwd::datapath::Hook;
+
 use crate::router::{
     BLACKHOLE, DISTANT, Flow, LAN, NARROW_INSIDE, NARROW_OTHER, NARROW_OUTSIDE, NO_ROUTE, OTHER,
-    Outcome, PROHIBIT, SLOW_LAN, SLOW_WAN, UNREACHABLE, Version, WAN, WEB, in_both, interface,
-    interfaces, ip_batch, set_sysctl, with_router,
+    Outcome, PROHIBIT, SLOW_LAN, SLOW_WAN, UNREACHABLE, Version, WAN, WEB, hook, in_both,
+    interface, interfaces, ip_batch, set_sysctl, with_router,
 };
 
 /// All versions and both protocols.
@@ -161,16 +163,17 @@ fn what_cannot_be_redirected_goes_through_the_stack() {
     if !is_root() {
         return;
     }
-    let outcome = Outcome::Stack(ToStack::NoTransmit);
     with_router(|router| {
         router.load(&in_both(&["8080:@13.10:80/tcp+udp", "8081:@12.10:80/tcp+udp"]));
         for (version, protocol) in each() {
             let forward = to_network(version, protocol, SLOW_LAN);
+            let forward = Flow { egress: (SLOW_LAN, 10), ..forward };
             let reply =
                 Flow { end: version.at(WAN, 1, 8081), ..reply_to(version, protocol, SLOW_WAN, 2) };
+            let reply = Flow { egress: (SLOW_WAN, 2), ..reply };
             for flow in [forward, reply] {
                 let came = flow.came();
-                let goes = flow.translated(&came);
+                let (outcome, goes) = flow.without_transmit(&came);
                 router.translates("no transmit", &flow, &came, outcome, &goes);
             }
         }
@@ -202,11 +205,11 @@ fn interfaces_are_what_they_were_last_said_to_be() {
                 Direction::Reply => Outcome::Pass(Passed::Inside),
             };
             let (external, internal) = (Interface::EXTERNAL, Interface::INTERNAL);
-            let stack = Outcome::Stack(ToStack::NoTransmit);
+            let (outcome, goes) = flow.without_transmit(&came);
             flags(router, None);
             router.refuses("none", &flow, &came.bytes(), neither);
             flags(router, Some(external | internal));
-            router.translates("both", &flow, &came, stack, &flow.translated(&came));
+            router.translates("both", &flow, &came, outcome, &goes);
             flags(router, Some(external | internal | Interface::TRANSMITS));
             router.redirects("both", &flow, &came, &flow.goes(&came));
             let wrong = if flow.direction == Direction::Forward { external } else { internal };
@@ -354,11 +357,22 @@ fn what_was_merged_on_its_way_is_dropped() {
     with_router(|router| {
         router.load(&in_both(&WEB));
         for (version, protocol) in each() {
-            let outcome = Outcome::Drop(Dropped::Merged);
             let forward = Flow::forward(version, protocol, 8080, (10, 80));
-            router.refuses("forward", &forward, &merged(forward.came()).bytes(), outcome);
             let outside = reply_to(version, protocol, NARROW_OUTSIDE, 2);
-            router.refuses("reply", &outside, &merged(outside.came()).bytes(), outcome);
+            let [large, reply] = [&forward, &outside].map(|flow| merged(flow.came()).bytes());
+            match hook() {
+                Hook::Xdp => {
+                    let outcome = Outcome::Drop(Dropped::Merged);
+                    router.refuses("forward", &forward, &large, outcome);
+                    router.refuses("reply", &outside, &reply, outcome);
+                }
+                // There it is a large packet like others.
+                Hook::Tc => {
+                    let seen = router.try_frame(forward.role, forward.link, &large);
+                    assert_eq!(seen.outcome, Outcome::Answer(Dropped::TooBig));
+                    router.refuses("reply", &outside, &reply, Outcome::Pass(Passed::TooBig));
+                }
+            }
             let inside = reply_to(version, protocol, NARROW_INSIDE, 10);
             let outcome = Outcome::Pass(Passed::Inside);
             router.refuses("inside", &inside, &merged(inside.came()).bytes(), outcome);

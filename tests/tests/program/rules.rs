@@ -1,5 +1,6 @@
 //! Which rule gets a packet, and what it makes of the port.
 
+use portfwd::datapath::Hook;
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::Direction;
 use portfwd_ebpf::table::{Dropped, Passed};
@@ -7,7 +8,7 @@ use portfwd_tests::is_root;
 use portfwd_tests::packet::{TCP, UDP};
 
 use crate::router::{
-    ARM, Flow, LAN, Outcome, Router, Version, WAN, WEB, in_both, link_address, with_router,
+    ARM, Flow, LAN, Outcome, Router, Version, WAN, WEB, hook, in_both, link_address, with_router,
 };
 
 const NO_RULE: Outcome = Outcome::Pass(Passed::NoRule);
@@ -337,7 +338,7 @@ fn only_forwarded_packets_are_remembered() {
     });
 }
 
-/// The link addresses that a frame came with play no part, as long as it is for one host.
+/// The link addresses that a frame came with play no part, as long as it is for one host, or at TC for this.
 #[test]
 fn link_addresses_are_the_next_hops() {
     if !is_root() {
@@ -349,7 +350,16 @@ fn link_addresses_are_the_next_hops() {
             let mut came = flow.came();
             came.link_source = link_address(99, 98);
             came.link_destination = link_address(97, 96);
-            router.redirects("strange link addresses", &flow, &came, &flow.goes(&came));
+            match hook() {
+                Hook::Xdp => {
+                    router.redirects("strange link addresses", &flow, &came, &flow.goes(&came));
+                }
+                // There the kernel knows its own.
+                Hook::Tc => {
+                    let outcome = Outcome::Pass(Passed::Group);
+                    router.refuses("another host", &flow, &came.bytes(), outcome);
+                }
+            }
         }
     });
 }
