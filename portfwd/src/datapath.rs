@@ -71,7 +71,7 @@ pub enum AttachError {
     )]
     Busy { interface: String },
     #[error(
-        "{interface}: MTU {mtu} is too large for native XDP here ({message}); lower it with `ip link set dev {interface} mtu 1500`, or set attach = \"generic\""
+        "{interface}: MTU {mtu} is too large for native XDP here ({message}); lower it with `ip link set dev {interface} mtu 1500`, or set attach = \"tc\""
     )]
     Mtu { interface: String, mtu: u32, message: String },
     #[error("{interface}: cannot attach {}: {message}", .mode.program())]

@@ -14,6 +14,7 @@ pub mod random;
 pub mod rig;
 pub mod rule;
 mod sys;
+pub mod tun;
 pub mod wire;
 
 pub use netns::Namespace;

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::netns::Namespace;
+use crate::netns::{self, Namespace};
 use crate::sys::{self, Offload};
 
 /// An IPv4 and an IPv6 address of one interface.
@@ -95,6 +95,9 @@ pub struct Options<'a> {
     /// The client is 203.0.113.2 and 2001:db8:2::2 behind a router of its own, `gateway`, whose
     /// `wan0` is 198.51.100.254 and 2001:db8:1::254.
     pub gateway: bool,
+    /// Client and server leave checksums and segments to a network card, as hosts do. What the router sends
+    /// them is as on a wire.
+    pub offloads: bool,
 }
 
 /// The namespaces; all of it goes when dropped.
@@ -185,6 +188,14 @@ impl Rig {
             deep.ip(&format!("route add default via {}", deep0.address.v6))?;
             router.ip(&format!("route add 192.168.79.0/24 via {}", SERVER.v4))?;
             router.ip(&format!("route add fd79::/64 via {}", SERVER.v6))?;
+        }
+        if options.offloads {
+            for end in [&client, &server] {
+                let features = ["tx", "tso", "gso", "tx-udp-segmentation"];
+                let mut command = end.command("ethtool");
+                command.args(["-K", "eth0"]).args(features.map(|it| [it, "on"]).as_flattened());
+                netns::run(&mut command)?;
+            }
         }
         Ok(Self { client, router, server, second_server, deep, gateway, _programs: programs })
     }

@@ -216,10 +216,12 @@ fn configurations() {
             ],
         ),
         (
-            "attach by TC",
-            "attach = 'tc'\n[[rule]]\nlisten = 80\nto = '192.168.77.10'\n",
+            "ways to attach that there are not",
+            "attach = 'xdp'\n[interfaces.wan0]\nattach = 'best'\nmtu = 9000\n[[rule]]\nlisten = 80\nto = '192.168.77.10'\n",
             &[
-                "DIR/portfwd.toml:3: interfaces.attach: tc is not in this version; write auto, native or generic",
+                "DIR/portfwd.toml:3: interfaces.attach: \"xdp\" is no way to attach; write auto, native, generic or tc",
+                "DIR/portfwd.toml:5: interfaces.wan0.attach: \"best\" is no way to attach; write auto, native, generic or tc",
+                "DIR/portfwd.toml:6: interfaces.wan0.mtu: no such key; the table of an interface has attach",
             ],
         ),
         (
@@ -563,7 +565,7 @@ fn an_interface_whose_frames_are_too_large_for_native_xdp() {
     place.refused(
         "an MTU of 9000",
         &mut place.command("run -c DIR/portfwd.toml"),
-        &["big0: MTU 9000 is too large for native XDP here (*); lower it with `ip link set dev big0 mtu 1500`, or set attach = \"generic\""],
+        &["big0: MTU 9000 is too large for native XDP here (*); lower it with `ip link set dev big0 mtu 1500`, or set attach = \"tc\""],
         1,
     );
     fs::write(place.path("portfwd.toml"), file.replace("'native'", "'auto'")).unwrap();
@@ -572,10 +574,13 @@ fn an_interface_whose_frames_are_too_large_for_native_xdp() {
     let portfwd = Portfwd::start(router, &binary(), &arguments, place.directory.path()).unwrap();
     let stats = portfwd.stats().unwrap();
     let attached: Vec<_> = stats["interfaces"].as_array().unwrap().iter().collect();
-    assert_eq!((&attached[0]["name"], &attached[0]["attach"]), (&"big0".into(), &"generic".into()));
-    assert_eq!((&attached[1]["name"], &attached[1]["attach"]), (&"lan0".into(), &"native".into()));
+    assert_eq!((&attached[0]["name"], &attached[0]["attach"]), (&"big0".into(), &"tc".into()));
+    assert_eq!((&attached[1]["name"], &attached[1]["attach"]), (&"lan0".into(), &"tc".into()));
     let (_, said) = portfwd.stop().unwrap();
-    assert!(said.contains("big0: external, generic XDP, which is slower: no native XDP"), "{said}");
+    assert!(
+        said.contains("big0: external, TC (veth: packets of this machine stay whole there)"),
+        "{said}"
+    );
 }
 
 #[test]

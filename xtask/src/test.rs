@@ -17,13 +17,14 @@ use crate::{
 };
 
 /// Starts the test programs one after the other, each after a line that names its layer.
-/// Arguments: the filter or nothing, then pairs of layer and path.
+/// Arguments: the filter or nothing, then layer, path and the way to attach, again and again.
 const AS_ROOT: &str = r#"
 filter=$1; shift; failed=0
 while [ $# -gt 0 ]; do
     echo "layer: $1"
-    "$2" --show-output ${filter:+"$filter"} || failed=1
-    shift 2
+    if [ "$3" != native ]; then echo "attached by $3:"; fi
+    PORTFWD_TEST_ATTACH=$3 "$2" --show-output ${filter:+"$filter"} || failed=1
+    shift 3
 done
 exit $failed
 "#;
@@ -55,6 +56,15 @@ impl Layer {
     /// The layer of an integration test, by the name of its file.
     fn of(target: &str) -> Self {
         if target == "program" { Self::Program } else { Self::Network }
+    }
+}
+
+/// In which ways programs are attached in an integration test. Those of the datapath run in each that has
+/// programs of its own.
+fn attached_by(target: &str) -> &'static [&'static str] {
+    match target {
+        "program" | "forward" | "flows" => &["native", "tc"],
+        _ => &["native"],
     }
 }
 
@@ -90,7 +100,9 @@ pub fn run(options: &Options) -> Result<()> {
         for Executable { target, path } in &tests {
             let layer = Layer::of(target);
             if wanted(layer) {
-                command.arg(layer.name()).arg(path);
+                for attach in attached_by(target) {
+                    command.arg(layer.name()).arg(path).arg(attach);
+                }
             }
         }
         died |= report.follow(command.current_dir(Path::new(cargo::WORKSPACE).join("tests")))?;

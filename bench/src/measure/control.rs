@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use portfwd::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
-use portfwd::datapath::Datapath;
+use portfwd::datapath::{Datapath, Hook};
 use portfwd::network::Externals;
 use portfwd::rule::Rule;
 use portfwd::sysctl::Families;
@@ -33,6 +33,7 @@ impl Control {
         let plan = plan(rules, &Resolved::new())?;
         let mut datapath =
             Datapath::load(Capacity::for_plan(rules, &plan, &PORTS, FLOWS), &PORTS, false)?;
+        datapath.load_programs(Hook::Xdp)?;
         let mut interfaces = BTreeMap::new();
         for (name, flag) in [("wan0", Interface::EXTERNAL), ("lan0", Interface::INTERNAL)] {
             let flags = flag | Interface::TRANSMITS;

@@ -8,6 +8,7 @@ use aya::Ebpf;
 use aya::maps::{Array, ProgramArray, xdp::DevMap};
 use aya::programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp};
 use etherparse::PacketBuilder;
+use portfwd::datapath::Hook;
 use portfwd::rule::Rule;
 use portfwd_bench_ebpf::{HEADERS, Headers, Turn};
 use portfwd_ebpf::path::Role;
@@ -70,7 +71,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
                     let mut bytes = [0; FRAME];
                     let words = class.frames[0].0.iter().flat_map(|word| word.to_ne_bytes());
                     bytes.iter_mut().zip(words).for_each(|(byte, new)| *byte = new);
-                    control.datapath.try_frame(class.role, ingress, &bytes)?;
+                    control.datapath.try_frame(Hook::Xdp, class.role, ingress, &bytes)?;
                 }
             }
             datapaths.push(control.datapath);
@@ -84,7 +85,7 @@ pub fn run(bench: &mut Bench) -> Result<()> {
                     let ingress = if class.role == Role::External { wan } else { lan };
                     runner.set_frames(ingress, &class.frames)?;
                     let [limit, program] = runner
-                        .compare(datapath.program(class.role)?, class.hit)
+                        .compare(datapath.program(Hook::Xdp, class.role)?, class.hit)
                         .with_context(|| case.clone())?;
                     let mut sample = |contender, value| {
                         bench.sample(NAME, &case, contender, round, (value, Unit::Nanoseconds));

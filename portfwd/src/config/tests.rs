@@ -96,6 +96,7 @@ source   = "masquerade"
             external: vec![interface("eth0", 3), interface("ppp0", 3)],
             internal: vec![interface("eth1", 4)],
             attach: Attach::Generic,
+            attach_to: Vec::new(),
             metrics: Some("127.0.0.1:9464".parse().unwrap()),
             refresh: Duration::from_secs(60),
             flows: FlowSettings {
@@ -115,6 +116,14 @@ source   = "masquerade"
 
 fn spec(text: &str) -> Rule {
     text.parse().unwrap()
+}
+
+#[test]
+fn an_interface_may_be_attached_to_in_its_own_way() {
+    let config = good("[interfaces]\nattach = \"native\"\n[interfaces.wg0]\nattach = \"tc\"\n");
+    assert_eq!(config.attach_to("wg0"), Attach::Tc);
+    assert_eq!(config.attach_to("eth0"), Attach::Native);
+    assert_eq!(good("[interfaces.wg0]\n"), Config::default());
 }
 
 #[test]
@@ -244,19 +253,19 @@ fn bad_files_are_refused() {
         ),
         // Interfaces.
         (
-            "[interfaces]\nexternal = [\"eth0\", \"eth0\"]\ninternal = [\n \"\",\n \"a/b\",\n \"abcdefghijklmnop\",\n 7]\nattach = \"tc\"\n".into(),
+            "[interfaces]\nexternal = [\"eth0\", \"eth0\"]\ninternal = [\n \"\",\n \"a/b\",\n \"abcdefghijklmnop\",\n 7]\nattach = \"fast\"\n".into(),
             &[
                 "portfwd.toml:2: interfaces.external: eth0 is named twice; name it once",
                 "portfwd.toml:4: interfaces.internal: the interface's name is empty; write one that `ip link` lists",
                 "portfwd.toml:5: interfaces.internal: \"a/b\" cannot be an interface; write one that `ip link` lists",
                 "portfwd.toml:6: interfaces.internal: \"abcdefghijklmnop\" has 16 bytes; interface names have 15 at most",
                 "portfwd.toml:7: interfaces.internal: this is an integer; write a list of names, as in [\"eth0\"]",
-                "portfwd.toml:8: interfaces.attach: tc is not in this version; write auto, native or generic",
+                "portfwd.toml:8: interfaces.attach: \"fast\" is no way to attach; write auto, native, generic or tc",
             ],
         ),
         (
             "[interfaces]\nattach = \"xdp\"\n".into(),
-            &["portfwd.toml:2: interfaces.attach: \"xdp\" is no way to attach; write auto, native or generic"],
+            &["portfwd.toml:2: interfaces.attach: \"xdp\" is no way to attach; write auto, native, generic or tc"],
         ),
         // Metrics and names.
         (
@@ -418,7 +427,7 @@ fn bad_files_are_refused() {
             &[
                 "portfwd.toml:4: listen: rule \"80/tcp\" (portfwd.toml:1) and rule \"80/tcp\" (portfwd.toml:4) both listen on tcp 80; change one of them, or remove it",
                 "portfwd.toml:7: to_port: no such key; [[rule]] has name, protocol, listen, to, source",
-                "portfwd.toml:9: interfaces.attach: \"\" is no way to attach; write auto, native or generic",
+                "portfwd.toml:9: interfaces.attach: \"\" is no way to attach; write auto, native, generic or tc",
             ],
         ),
     ];

@@ -7,3 +7,4 @@ mod modes;
 mod programs;
 mod rules;
 mod running;
+mod tc;

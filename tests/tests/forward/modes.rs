@@ -116,37 +116,67 @@ fn generic_xdp_forwards_too() {
     running.finish_exact();
 }
 
-/// A bridge has no native XDP, and cannot be redirected to from a driver.
+/// XDP at one side and TC at the other.
 #[test]
-fn auto_falls_back_to_generic_and_says_so() {
+fn each_side_in_its_own_way() {
     if !is_root() {
         return;
     }
-    let rig = Rig::new().unwrap();
-    for command in [
-        "link add br0 type bridge mcast_snooping 0".to_owned(),
-        "address flush dev lan0".to_owned(),
-        "link set lan0 master br0".to_owned(),
-        "link set br0 up".to_owned(),
-        format!("address add {}/24 dev br0", rig::LAN.v4),
-        format!("address add {}/64 dev br0 nodad", rig::LAN.v6),
-    ] {
-        rig.router.ip(&command).unwrap();
+    for ways in [["native", "tc"], ["tc", "native"], ["generic", "tc"], ["tc", "generic"]] {
+        let rules = for_both("game", "tcp+udp", 9000..=9000, 27015);
+        let [wan, lan] = ways;
+        let interfaces = format!(
+            "external = [\"wan0\"]\nattach = \"{wan}\"\n[interfaces.lan0]\nattach = \"{lan}\""
+        );
+        let running = Running::with(Rig::new().unwrap(), rules, &interfaces, &[]);
+        assert_eq!(["wan0", "lan0"].map(|name| attached(&running.portfwd, name)), ways);
+        exchange_by_rule(&running);
+        let stats = running.settle(nothing);
+        for rule in &running.rules {
+            assert_eq!(stats.to_stack(&rule.name, "no_xdp_transmit"), 0, "{ways:?}");
+        }
+        running.finish_exact();
     }
-    let running = Running::start(rig, for_both("game", "tcp+udp", 9000..=9000, 27015));
-    assert_eq!(attached(&running.portfwd, "wan0"), "native");
-    assert_eq!(attached(&running.portfwd, "br0"), "generic");
-    let printed = running.portfwd.stderr();
-    let line = printed.lines().find(|line| line.contains("br0") && line.contains("generic XDP"));
-    let line = line.unwrap_or_else(|| panic!("{printed}"));
-    assert!(line.contains("WARN") && line.contains("no native XDP"), "{line}");
-    exchange_by_rule(&running);
-    let stats = running.settle(nothing);
-    for rule in &running.rules {
-        let counts = stats.counts(&rule.name);
-        // Neighbours are known from the first packet on, so all of them go this way.
-        assert!(stats.to_stack(&rule.name, "no_xdp_transmit") > 0);
-        assert!(stats.to_stack(&rule.name, "no_xdp_transmit") <= counts.forward.packets);
+}
+
+/// A bridge has no native XDP, and cannot be redirected to from a driver.
+#[test]
+fn auto_takes_tc_for_what_has_no_xdp_and_says_so() {
+    if !is_root() {
+        return;
     }
-    running.finish_exact();
+    for wan in ["native", "auto"] {
+        let rig = Rig::new().unwrap();
+        for command in [
+            "link add br0 type bridge mcast_snooping 0".to_owned(),
+            "address flush dev lan0".to_owned(),
+            "link set lan0 master br0".to_owned(),
+            "link set br0 up".to_owned(),
+            format!("address add {}/24 dev br0", rig::LAN.v4),
+            format!("address add {}/64 dev br0 nodad", rig::LAN.v6),
+        ] {
+            rig.router.ip(&command).unwrap();
+        }
+        let interfaces = format!(
+            "external = [\"wan0\"]\nattach = \"auto\"\n[interfaces.wan0]\nattach = \"{wan}\""
+        );
+        let rules = for_both("game", "tcp+udp", 9000..=9000, 27015);
+        let running = Running::with(rig, rules, &interfaces, &[]);
+        let expected = if wan == "auto" { "tc" } else { wan };
+        assert_eq!(attached(&running.portfwd, "wan0"), expected);
+        assert_eq!(attached(&running.portfwd, "br0"), "tc");
+        let printed = running.portfwd.stderr();
+        let line = "br0: internal, TC (bridge: packets of this machine stay whole there)";
+        assert!(printed.contains(line), "{printed}");
+        exchange_by_rule(&running);
+        let stats = running.settle(nothing);
+        for rule in &running.rules {
+            let counts = stats.counts(&rule.name);
+            let through = stats.to_stack(&rule.name, "no_xdp_transmit");
+            // Neighbours are known from the first packet on, so all that XDP gets go this way.
+            assert_eq!(through > 0, wan == "native");
+            assert!(through <= counts.forward.packets);
+        }
+        running.finish_exact();
+    }
 }
