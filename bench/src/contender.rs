@@ -22,6 +22,8 @@ pub enum Contender {
     /// portfwd with its programs in the driver, and in the stack.
     Native,
     Generic,
+    /// portfwd at TC.
+    Tc,
     /// portfwd in the driver, with a rule that needs the flow table.
     Stateful,
     /// The kernel's routing to the server's own address: nothing is translated.
@@ -54,10 +56,11 @@ pub enum Running {
 }
 
 impl Contender {
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Limit,
         Self::Native,
         Self::Generic,
+        Self::Tc,
         Self::Stateful,
         Self::Routing,
         Self::NftMap,
@@ -74,6 +77,7 @@ impl Contender {
             Self::Limit => LIMIT,
             Self::Native => "portfwd native",
             Self::Generic => "portfwd generic",
+            Self::Tc => "portfwd tc",
             Self::Stateful => "portfwd stateful",
             Self::Routing => "routing",
             Self::NftMap => "nftables",
@@ -99,7 +103,12 @@ impl Contender {
             (proxy::find(name).is_none()).then(|| format!("{name} is not installed ({package})"))
         };
         match self {
-            Self::Limit | Self::Native | Self::Generic | Self::Stateful | Self::Routing => None,
+            Self::Limit
+            | Self::Native
+            | Self::Generic
+            | Self::Tc
+            | Self::Stateful
+            | Self::Routing => None,
             Self::NftMap | Self::NftChain => program("nft", "nftables"),
             Self::Iptables => program("iptables-restore", "iptables"),
             Self::Nginx | Self::Haproxy | Self::Socat | Self::Realm => self.proxy()?.absent(),
@@ -144,6 +153,7 @@ impl Contender {
             Self::Limit => return Ok(Running::Limit { _limit: Limit::start(rig)? }),
             Self::Native => return portfwd(&options.portfwd, rig, &rules.toml("native")),
             Self::Generic => return portfwd(&options.portfwd, rig, &rules.toml("generic")),
+            Self::Tc => return portfwd(&options.portfwd, rig, &rules.toml("tc")),
             Self::Stateful => return portfwd(&options.portfwd, rig, &rules.stateful_toml(flows)),
             Self::Routing => {}
             Self::NftMap => nft(rig, &nft_map(rules))?,

@@ -76,6 +76,8 @@ pub enum AttachError {
     Mtu { interface: String, mtu: u32, message: String },
     #[error("{interface}: cannot attach {}: {message}", .mode.program())]
     Other { interface: String, mode: Mode, message: String },
+    #[error("{interface}: another portfwd is attached there; stop it")]
+    Portfwd { interface: String },
     #[error(transparent)]
     Programs(#[from] DatapathError),
 }
@@ -734,6 +736,9 @@ impl Datapath {
             Some((link, before)) if before == mode => Some(link),
             _ => None,
         };
+        if mode == Mode::Tc && before.is_none() && has_portfwd(port.name) {
+            return Err(AttachError::Portfwd { interface: port.name.to_owned() });
+        }
         let link = match self.program_mut(name) {
             Program::Xdp(xdp) => attach_xdp(xdp, before, port, mode).map(Attached::Xdp),
             Program::SchedClassifier(tc) => attach_tc(tc, before, port).map(Attached::Tc),
@@ -938,6 +943,14 @@ fn attach_tc(
         attached => attached,
     };
     attached.and_then(|id| tc.take_link(id))
+}
+
+/// Whether programs of another portfwd are attached by TCX. Where the kernel does not tell there are none.
+fn has_portfwd(interface: &str) -> bool {
+    let programs = SchedClassifier::query_tcx(interface, TcAttachType::Ingress);
+    let is_ours =
+        |info: &ProgramInfo| TC.entries.iter().any(|name| info.name_as_str() == Some(name));
+    programs.is_ok_and(|(_, programs)| programs.iter().any(is_ours))
 }
 
 /// The names of a hook's programs and of the maps by which they jump.

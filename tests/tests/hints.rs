@@ -34,7 +34,10 @@ fn what_will_lose_packets_is_told_at_start() {
     let udp = |at: &str| router.enter(|| UdpSocket::bind(at).unwrap());
     let _services = (tcp("0.0.0.0:22"), tcp("127.0.0.1:25"), udp("[::]:53"), udp("0.0.0.0:40000"));
 
-    let mut arguments = vec!["-i", "br0", "-i", "port1"];
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("generic.toml");
+    std::fs::write(&file, "[interfaces]\nattach = \"generic\"\n").unwrap();
+    let mut arguments = vec!["-c", file.to_str().unwrap(), "-i", "br0", "-i", "port1"];
     for spec in [
         "22:10.0.0.5",
         "25:10.0.0.5",
@@ -44,7 +47,6 @@ fn what_will_lose_packets_is_told_at_start() {
     ] {
         arguments.extend(["-p", spec]);
     }
-    let directory = TempDir::new().unwrap();
     let portfwd = Portfwd::start(&router, &binary, &arguments, directory.path()).unwrap();
     let (status, said) = portfwd.stop().unwrap();
     assert!(status.success(), "{said}");

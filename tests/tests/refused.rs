@@ -331,6 +331,7 @@ fn flags() {
     }
     let place = Place::new();
     place.rig.router.ip("tuntap add tun0 mode tun").unwrap();
+    fs::write(place.path("native.toml"), "[interfaces]\nattach = 'native'\n").unwrap();
     for (arguments, lines, status) in [
         (
             "run -i nosuch -p 80:192.168.77.10",
@@ -350,12 +351,16 @@ fn flags() {
         ),
         (
             "run -i lo -p 80:192.168.77.10",
-            &["-i lo: lo is no Ethernet interface (*), which XDP needs; name another"],
+            &[
+                "-i lo: lo is an interface of a kind that cannot be forwarded from (*); name another",
+            ],
             2,
         ),
         (
-            "run -i tun0 -p 80:192.168.77.10",
-            &["-i tun0: tun0 is no Ethernet interface (tun), which XDP needs; name another"],
+            "run -c DIR/native.toml -i tun0 -p 80:192.168.77.10",
+            &[
+                "-i tun0: tun0 has no Ethernet header (tun), which XDP needs; set attach = \"tc\" in [interfaces.tun0]",
+            ],
             2,
         ),
         ("run -p 80:192.168.77.10", &["no external interface is named: *Add -i IFACE, or *"], 2),
@@ -525,14 +530,16 @@ fn what_is_in_the_way() {
 
     // Another program on an interface: on the external one, then on the internal one alone.
     fs::create_dir(place.path("first")).unwrap();
-    for (arguments, busy) in [
-        (&["-i", "wan0", "-p", "81:192.168.77.10"], "wan0"),
-        (&["-i", "lan0", "-p", "81:192.168.77.10"], "lan0"),
-    ] {
+    fs::write(place.path("native.toml"), "[interfaces]\nattach = 'native'\n").unwrap();
+    let native = place.path("native.toml");
+    let run = run.replace("run ", "run -c DIR/native.toml ");
+    for busy in ["wan0", "lan0"] {
+        let file = native.to_str().unwrap();
+        let arguments = &["-c", file, "-i", busy, "-p", "81:192.168.77.10"];
         let first = Portfwd::start(router, &binary(), arguments, &place.path("first")).unwrap();
         // It has made a router of the box.
         let other =
-            if busy == "wan0" { run.replace("192.168.77.10", "198.51.100.2") } else { run.into() };
+            if busy == "wan0" { run.replace("192.168.77.10", "198.51.100.2") } else { run.clone() };
         place.refused(
             "another program",
             &mut place.command(&other),
@@ -547,6 +554,19 @@ fn what_is_in_the_way() {
         assert!(status.success());
     }
     assert_eq!(programs(router), "");
+
+    let arguments = ["-i", "wan0", "-p", "81:192.168.77.10"];
+    let first = Portfwd::start(router, &binary(), &arguments, &place.path("first")).unwrap();
+    place.refused(
+        "another portfwd at TC",
+        &mut place.command("run -i wan0 -p 80:192.168.77.10"),
+        &[
+            "wan0: another portfwd is attached there; stop it",
+            "lan0: another portfwd is attached there; stop it",
+        ],
+        1,
+    );
+    assert!(first.stop().unwrap().0.success());
 }
 
 #[test]
@@ -623,8 +643,9 @@ fn check_of_a_good_file() {
     assert!(verified.contains("instructions verified"), "{verified}");
     let json: serde_json::Value = serde_json::from_str(&check("-v --json")).unwrap();
     let programs = json["programs"].as_array().unwrap();
-    // The three entries, two detours and, without IPv6, three programs of flows and four of their detour.
-    assert_eq!(programs.len(), 12);
+    // The three entries, at TC three more, and at each hook two detours and, without IPv6, three programs of
+    // flows and four of their detour.
+    assert_eq!(programs.len(), 12 + 15);
     for program in programs {
         let instructions = program["instructions"].as_u64().unwrap();
         assert!((100..1_000_000).contains(&instructions), "{program}");

@@ -39,10 +39,11 @@ use crate::rules::Rules;
 
 pub const NAME: &str = "tcp";
 
-const CONTENDERS: [Contender; 10] = [
+const CONTENDERS: [Contender; 11] = [
     Contender::Limit,
     Contender::Native,
     Contender::Generic,
+    Contender::Tc,
     Contender::Routing,
     Contender::NftMap,
     Contender::Iptables,

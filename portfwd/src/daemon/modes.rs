@@ -54,9 +54,8 @@ pub fn attach(
             match (mode, attach(mode)) {
                 (_, Ok(mode)) => Ok((mode, why)),
                 (Mode::Tc, Err(error)) => Err(error),
-                (_, Err(AttachError::Programs(error))) => Err(error.into()),
                 (_, Err(error)) => {
-                    let why = match error {
+                    let why = match &error {
                         AttachError::Busy { .. } => "another XDP program is there".to_owned(),
                         AttachError::Mtu { mtu, .. } => {
                             format!("MTU {mtu} is too large for its native XDP")
@@ -64,7 +63,9 @@ pub fn attach(
                         AttachError::Other { message, .. } => {
                             format!("no native XDP: {message}")
                         }
-                        AttachError::Programs(error) => return Err(error.into()),
+                        AttachError::Programs(_) | AttachError::Portfwd { .. } => {
+                            return Err(error);
+                        }
                     };
                     attach(Mode::Tc).map(|mode| (mode, why))
                 }

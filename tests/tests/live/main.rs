@@ -19,7 +19,18 @@ const RULES: [&str; 4] =
     ["-p", "7004:192.168.77.10:7000/tcp+udp", "-p", "7006:[fd77::10]:7000/tcp+udp"];
 
 fn start(rig: &Rig, arguments: &[&str], directory: &TempDir) -> Portfwd {
-    Portfwd::start(&rig.router, &binary(), arguments, directory.path()).unwrap()
+    let attach = as_tested(directory);
+    let attach = attach.each_ref().map(String::as_str);
+    let has_file = arguments.contains(&"--config");
+    let arguments = [if has_file { &[][..] } else { &attach }, arguments].concat();
+    Portfwd::start(&rig.router, &binary(), &arguments, directory.path()).unwrap()
+}
+
+/// A file that says how to attach, for what else the flags say.
+fn as_tested(directory: &TempDir) -> [String; 2] {
+    let file = directory.path().join("attach.toml");
+    fs::write(&file, portfwd_tests::interfaces("")).unwrap();
+    ["--config".to_owned(), file.to_str().unwrap().to_owned()]
 }
 
 /// The port of [`RULES`] at an external address.
@@ -504,7 +515,7 @@ fn signals_end_it_and_nothing_stays() {
     let rules = [&["-i", "wan0", "-p", "50000:192.168.77.10/udp"][..], &RULES].concat();
     let run = || {
         let mut command = rig.router.command(binary());
-        command.arg("run").arg("--socket").arg(&socket).args(&rules);
+        command.arg("run").arg("--socket").arg(&socket).args(as_tested(&directory)).args(&rules);
         let log = fs::File::create(directory.path().join("log")).unwrap();
         let process = Background::start(command.stderr(log)).unwrap();
         until("it takes commands", 20, || stats(&rig.router, &socket));
