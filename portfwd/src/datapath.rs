@@ -1078,9 +1078,6 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
         // The log is thousands of lines; the verdict stands near its end.
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            if let Ok(p) = std::env::var("VLOG") {
-                let _ = std::fs::write(p, &log);
-            }
             let verdict = log
                 .lines()
                 .rev()
