@@ -697,19 +697,14 @@ impl Daemon {
         roles.sort_by_key(|(_, role)| *role == Role::Internal);
         roles
             .into_iter()
-            .map(|(name, role)| api::InterfaceInfo {
-                name: name.clone(),
-                role: report::role(role).to_owned(),
-                attach: self
-                    .attached
-                    .values()
-                    .find(|attachment| attachment.name == *name)
-                    .map(|attachment| attachment.mode.to_string()),
-                why: self
-                    .attached
-                    .values()
-                    .find(|attachment| attachment.name == *name)
-                    .map(|attachment| attachment.why.clone()),
+            .map(|(name, role)| {
+                let attached = self.attached.values().find(|it| it.name == *name);
+                api::InterfaceInfo {
+                    name: name.clone(),
+                    role: report::role(role).to_owned(),
+                    attach: attached.map(|attachment| attachment.mode.to_string()),
+                    why: attached.map(|attachment| attachment.why.clone()),
+                }
             })
             .collect()
     }
