@@ -158,29 +158,24 @@ fn clock(ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
 
+/// A program of a hook.
+macro_rules! program {
+    ($kind:ident, $name:ident($ctx:ident: $context:ty) -> $action:ty, $hook:expr, |$run:ident| $do:expr) => {
+        #[$kind]
+        #[inline(always)]
+        fn $name($ctx: $context) -> $action {
+            let $run = Run::new($hook);
+            $do
+        }
+    };
+}
+
 /// Programs that are attached: at XDP, at TC, and at TC of interfaces without link header.
 macro_rules! entries {
     ($($xdp:ident $tc:ident $bare:ident: |$run:ident| $do:expr;)*) => {$(
-        #[xdp]
-        #[inline(always)]
-        fn $xdp(ctx: XdpContext) -> u32 {
-            let $run = Run::new(Xdp(ctx));
-            $do
-        }
-
-        #[classifier]
-        #[inline(always)]
-        fn $tc(ctx: TcContext) -> i32 {
-            let $run = Run::new(Tc::enter(ctx, size_of::<Ethernet>()));
-            $do
-        }
-
-        #[classifier]
-        #[inline(always)]
-        fn $bare(ctx: TcContext) -> i32 {
-            let $run = Run::new(Tc::enter(ctx, 0));
-            $do
-        }
+        program!(xdp, $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
+        program!(classifier, $tc(ctx: TcContext) -> i32, Tc::enter(ctx, size_of::<Ethernet>()), |$run| $do);
+        program!(classifier, $bare(ctx: TcContext) -> i32, Tc::enter(ctx, 0), |$run| $do);
     )*};
 }
 
@@ -193,19 +188,8 @@ entries! {
 /// Programs that are jumped to: at XDP and at TC.
 macro_rules! parts {
     ($($xdp:ident $tc:ident: |$run:ident| $do:expr;)*) => {$(
-        #[xdp]
-        #[inline(always)]
-        fn $xdp(ctx: XdpContext) -> u32 {
-            let $run = Run::new(Xdp(ctx));
-            $do
-        }
-
-        #[classifier]
-        #[inline(always)]
-        fn $tc(ctx: TcContext) -> i32 {
-            let $run = Run::new(Tc::again(ctx));
-            $do
-        }
+        program!(xdp, $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
+        program!(classifier, $tc(ctx: TcContext) -> i32, Tc::again(ctx), |$run| $do);
     )*};
 }
 
