@@ -15,6 +15,7 @@ use portfwd_ebpf::table::{
 };
 use portfwd_ebpf::testing::{
     BACK, BOX, BOX6, DMZ_BOX, DMZ_BOX6, HOP, INSIDE, LAN, LAN6, OUTSIDE, Router, Routes, SECOND,
+    no_neighbour, nothing_but,
 };
 
 use crate::check;
@@ -443,10 +444,10 @@ fn routes(setting: Setting) -> Routes {
         let address = address(&flow.destination, flow.family == 2);
         let inside = is_inside(address) && !setting.one_armed;
         match setting.ways {
-            _ if is_own(address) => Route::NotForwarded,
-            2 => Route::NoNeighbour { interface: if inside { INSIDE } else { OUTSIDE } },
+            _ if is_own(address) => nothing_but(Route::NotForwarded),
+            2 => no_neighbour(if inside { INSIDE } else { OUTSIDE }),
             GONE => BACK,
-            4 => Route::Encapsulated,
+            4 => nothing_but(Route::Encapsulated),
             _ if inside => HOP,
             _ => BACK,
         }

@@ -717,7 +717,7 @@ impl<const N: usize> Both<N> {
         kernel: &K,
         link: &mut Link<'_>,
         ip: &mut I,
-        hop: Option<Hop>,
+        hop: Option<&Hop>,
         mut rest: impl FnMut(Direction, Address<N>, Port, Change),
     ) {
         let Self { direction, end, other } = self;

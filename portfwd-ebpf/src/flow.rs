@@ -5,7 +5,7 @@
 //! packet becomes is tried in an order that depends on nothing but the packet and the rule, so the same
 //! packet finds the same entry.
 
-use crate::path::{self, Kernel, Route};
+use crate::path::{self, Kernel};
 use crate::table::{
     Address, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies, Mapping,
     MappingKey, Passed, Port, Size, Tally, Translation, flow_flags,
@@ -576,11 +576,8 @@ fn choose_backend<const N: usize, K: Kernel>(
 #[inline(never)]
 fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -> bool {
     let Bench { packet, becomes, client, .. } = bench;
-    let route = kernel.route(&path::Flow::of_key(becomes), 1, [0; 4]).0;
-    let (Route::Via { interface, .. } | Route::NoNeighbour { interface }) = route else {
-        return false;
-    };
-    let Some(interface) = kernel.interface(interface) else { return false };
+    let told = kernel.route(&path::Flow::of_key(becomes), 1, [0; 4]);
+    let Some(interface) = told.and_then(|told| told.leaves_by(kernel)) else { return false };
     becomes.source = interface.address();
     let FlowKey { source, source_port: port, protocol, .. } = packet.key;
     let (source, address) = (source.widen(), becomes.source.widen());

@@ -5,7 +5,7 @@
 mod hook;
 
 use core::cell::Cell;
-use core::mem::{MaybeUninit, size_of};
+use core::mem::size_of;
 
 use aya_ebpf::{
     EbpfContext,
@@ -32,12 +32,12 @@ use portfwd_ebpf::{
     flow_table::{self, Slot, Slots},
     icmp::Icmp,
     packet::{Check, EtherType, Ethernet, Frame, Ip, TCP},
-    path::{self, Flow, Kernel, Part, Role, Route, Verdict},
+    path::{self, Flow, Kernel, Part, Role, Route, Told, Verdict},
     table::{
         self, Address, AnyAddress, ArrivalKey, Bucket, Candidate, ClientKey, Counter, Direction,
-        Endpoint, Favourite, FirstFragment, FlowHalf, FlowKey, FragmentKey, HOP_BITS, Interface,
-        Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Page, Passed, Port, RememberedHop,
-        RouteSet, Settings, Translation, Trust,
+        Endpoint, Favourite, FirstFragment, FlowHalf, FlowKey, FragmentKey, HOP_BITS, Hop,
+        Interface, Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Page, Passed, Port,
+        RememberedHop, RouteSet, Settings, Translation, Trust,
     },
 };
 
@@ -102,6 +102,8 @@ static PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
 static ARRIVALS: LruHashMap<ArrivalKey, AnyAddress> = LruHashMap::with_max_entries(65_536, 0);
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment> = LruHashMap::with_max_entries(16_384, 0);
+#[map]
+static FIB: PerCpuArray<Fib> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static FRAGMENT_BENCH: PerCpuArray<FragmentBench> = PerCpuArray::with_max_entries(1, 0);
 #[map]
@@ -365,10 +367,9 @@ impl<H: Hook> Kernel for Run<H> {
     }
 
     #[inline(always)]
-    fn hop<R>(&self, row: u32, look: impl FnOnce(&mut RememberedHop) -> R) -> Option<R> {
-        let hop = HOPS.get_ptr_mut(cpu() << HOP_BITS | row)?;
+    fn hop(&self, row: u32) -> Option<&mut RememberedHop> {
         // SAFETY: this CPU's own.
-        Some(look(unsafe { &mut *hop }))
+        HOPS.get_ptr_mut(cpu() << HOP_BITS | row).map(|hop| unsafe { &mut *hop })
     }
 
     // Pages and translations do not change while packets can reach them: see "One change, one write"
@@ -450,64 +451,58 @@ impl<H: Hook> Kernel for Run<H> {
     }
 
     #[inline(always)]
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>) {
-        let mut fib = MaybeUninit::uninit();
-        let fib = zeroed::<fib_lookup>(&mut fib);
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Option<&mut Told> {
+        // SAFETY: this CPU's own, and of this run alone.
+        let Fib { asked: fib, told } = unsafe { &mut *FIB.get_ptr_mut(0)? };
         fib.family = flow.family;
         fib.l4_protocol = flow.protocol;
         fib.sport = u16::from_ne_bytes(flow.source_port.0);
         fib.dport = u16::from_ne_bytes(flow.destination_port.0);
-        fib.__bindgen_anon_1.tot_len = length;
-        fib.ifindex = self.hook.ingress();
-        fib.__bindgen_anon_2.flowinfo = u32::from_ne_bytes(class);
         fib.__bindgen_anon_3.ipv6_src = words(flow.source);
         fib.__bindgen_anon_4.ipv6_dst = words(flow.destination);
-        let lookup = |fib: &mut fib_lookup| {
+        let lookup = |fib: &mut fib_lookup, length| {
+            // The kernel writes to these.
+            fib.__bindgen_anon_1.tot_len = length;
+            fib.ifindex = self.hook.ingress();
+            fib.__bindgen_anon_2.flowinfo = u32::from_ne_bytes(class);
             // SAFETY: the context is this run's, the struct is initialised and of the size given.
             let result = unsafe {
                 bpf_fib_lookup(self.hook.context().as_ptr(), fib, size_of::<fib_lookup>() as i32, 0)
             };
             u32::try_from(result).unwrap_or(u32::MAX)
         };
-        let mut result = lookup(fib);
-        let mut narrow = None;
+        // In place of the length, the kernel writes the MTU (since 5.13).
+        // SAFETY: of integers.
+        let mtu = |fib: &fib_lookup| u32::from(unsafe { fib.__bindgen_anon_1.mtu_result });
+        let mut result = lookup(fib, length);
+        told.narrow = 0;
         if result == BPF_FIB_LKUP_RET_FRAG_NEEDED {
-            // Told before the egress is known: ask again for a short packet. Nothing else was written.
-            // SAFETY: in place of the length, the kernel has written the MTU (since 5.13).
-            narrow = Some(u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }));
-            // Not 0: at TC the device's MTU would be asked for instead.
-            fib.__bindgen_anon_1.tot_len = 1;
-            result = lookup(fib);
+            told.narrow = mtu(fib);
+            // Told before the egress is known: ask again for a short packet. Not of no bytes: at TC the
+            // device's MTU would be asked for instead.
+            result = lookup(fib, 1);
         }
         // Of a neighbour that is not resolved the egress is known (kernel d1c362e1dd68).
-        let route = match result {
+        told.interface = fib.ifindex;
+        told.hop = Hop { device: 0, mtu: mtu(fib), link: link_addresses(fib), padding: 0 };
+        told.route = match result {
             // Kernels before 6.3 do not look at the neighbour's state, and give the zero address of
             // one that is not resolved.
             BPF_FIB_LKUP_RET_SUCCESS
-                if link_source_and_destination(fib)[3..].iter().all(|half| *half == 0)
-                    && !self.is_bare(fib.ifindex) =>
+                if told.hop.link.is_unknown() && !self.is_bare(told.interface) =>
             {
-                Route::NoNeighbour { interface: fib.ifindex }
+                Route::NoNeighbour
             }
-            BPF_FIB_LKUP_RET_SUCCESS => Route::Via {
-                interface: fib.ifindex,
-                // SAFETY: as above.
-                mtu: u32::from(unsafe { fib.__bindgen_anon_1.mtu_result }),
-                link: link_addresses(fib),
-            },
+            BPF_FIB_LKUP_RET_SUCCESS => Route::Via,
             // There is none to be resolved. How much goes that way was not told: it is what too much is
             // refused for.
-            BPF_FIB_LKUP_RET_NO_NEIGH if self.is_bare(fib.ifindex) => {
-                let interface = fib.ifindex;
-                fib.ifindex = self.hook.ingress();
-                fib.__bindgen_anon_1.tot_len = u16::MAX;
-                fib.__bindgen_anon_2.flowinfo = u32::from_ne_bytes(class);
-                lookup(fib);
-                // SAFETY: as above.
-                let mtu = u32::from(unsafe { fib.__bindgen_anon_1.mtu_result });
-                Route::Via { interface, mtu, link: LinkAddresses::default() }
+            BPF_FIB_LKUP_RET_NO_NEIGH if self.is_bare(told.interface) => {
+                lookup(fib, u16::MAX);
+                told.hop.mtu = mtu(fib);
+                told.hop.link = LinkAddresses::default();
+                Route::Via
             }
-            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour { interface: fib.ifindex },
+            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour,
             BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
             BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
             BPF_FIB_LKUP_RET_BLACKHOLE => Route::Blackhole,
@@ -515,7 +510,7 @@ impl<H: Hook> Kernel for Run<H> {
             BPF_FIB_LKUP_RET_FWD_DISABLED => Route::ForwardingOff,
             _ => Route::NotForwarded,
         };
-        (route, narrow)
+        Some(told)
     }
 
     #[inline(always)]
@@ -788,24 +783,12 @@ fn added(result: Result<(), i32>) -> Added {
     }
 }
 
-/// Makes a struct of integers all zeros, word by word: the compiler would call a function for it, which has a
-/// stack of its own.
-#[inline(always)]
-fn zeroed<T>(to: &mut MaybeUninit<Aligned<T>>) -> &mut T {
-    const { assert!(size_of::<Aligned<T>>().is_multiple_of(8)) };
-    let words = to.as_mut_ptr().cast::<u64>();
-    for word in 0..size_of::<Aligned<T>>() / 8 {
-        // SAFETY: in bounds, and aligned.
-        unsafe { words.add(word).write_volatile(0) };
-    }
-    // SAFETY: of integers and arrays of them, all of which are zero now.
-    unsafe { &mut to.assume_init_mut().0 }
+/// What is asked of the FIB, and what it told.
+#[repr(C)]
+struct Fib {
+    asked: fib_lookup,
+    told: Told,
 }
-
-/// A struct of the kernel's, aligned as what the compiler copies into it: on the stack nothing else is
-/// allowed.
-#[repr(C, align(8))]
-struct Aligned<T>(T);
 
 #[inline(always)]
 fn cpu() -> u32 {
@@ -853,18 +836,10 @@ fn route_set<const N: usize>(direction: Direction, destination: &Address<N>) -> 
     (2 * cpu() + direction as u32) << bits | destination.route_set(bits)
 }
 
-/// The source's three halfwords, then the destination's, read one by one: what the compiler would
-/// join is not aligned, as anything on the stack must be.
-#[inline(always)]
-fn link_source_and_destination(fib: &fib_lookup) -> [u16; 6] {
-    let halfwords = (&raw const fib.smac).cast::<u16>();
-    // SAFETY: `smac` is aligned to four, and `dmac` follows it.
-    core::array::from_fn(|at| unsafe { halfwords.add(at).read_volatile() })
-}
-
 #[inline(always)]
 fn link_addresses(fib: &fib_lookup) -> LinkAddresses {
-    let [a, b, c, d, e, f] = link_source_and_destination(fib);
+    // SAFETY: twelve bytes of two that follow each other, and they are aligned to two.
+    let [a, b, c, d, e, f] = unsafe { (&raw const fib.smac).cast::<[u16; 6]>().read() };
     // SAFETY: the same twelve bytes.
     LinkAddresses::from_bytes(unsafe { core::mem::transmute([d, e, f, a, b, c]) })
 }

@@ -221,19 +221,28 @@ impl Flow {
     }
 }
 
-/// The route of a packet: the results of `bpf_fib_lookup`.
+/// What the FIB told of a packet: the results of `bpf_fib_lookup`. It belongs to one run of a program, like
+/// [`Bench`].
+// Not an enum with the rest in it: the verifier minds what is undefined in one, and the stack has no room.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct Told {
+    pub route: Route,
+    /// The one by which it leaves, if there is one.
+    pub interface: u32,
+    /// The MTU that the packet is larger than; 0 if it is not.
+    pub narrow: u32,
+    /// Of [`Route::Via`], but for the device.
+    pub hop: Hop,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
 pub enum Route {
-    /// By this interface, with these link addresses; packets of up to `mtu` bytes.
-    Via {
-        interface: u32,
-        mtu: u32,
-        link: LinkAddresses,
-    },
-    /// By this interface, whose neighbour is not resolved.
-    NoNeighbour {
-        interface: u32,
-    },
+    /// By the interface, with the link addresses of the hop.
+    Via,
+    /// By the interface, whose neighbour is not resolved.
+    NoNeighbour,
     /// Through a tunnel that the route itself encapsulates for.
     Encapsulated,
     /// To this box, or nowhere.
@@ -242,6 +251,17 @@ pub enum Route {
     Blackhole,
     Prohibited,
     ForwardingOff,
+}
+
+impl Told {
+    /// The interface by which the packet leaves, if it is one of ours.
+    #[inline(always)]
+    pub(crate) fn leaves_by<K: Kernel>(&self, kernel: &K) -> Option<Interface> {
+        match self.route {
+            Route::Via | Route::NoNeighbour => kernel.interface(self.interface),
+            _ => None,
+        }
+    }
 }
 
 /// What the path asks of the kernel: maps and helpers.
@@ -268,8 +288,9 @@ pub trait Kernel: Flows<4> + Flows<16> {
         destination: &Address<16>,
         look: impl FnOnce(&mut RouteSet<16>) -> R,
     ) -> Option<R>;
-    /// A row of the hops that this CPU remembers.
-    fn hop<R>(&self, row: u32, look: impl FnOnce(&mut RememberedHop) -> R) -> Option<R>;
+    /// A row of the hops that this CPU remembers. As [`Flows::bench`], but many may be asked for.
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn hop(&self, row: u32) -> Option<&mut RememberedHop>;
     /// The interface with this index, if it is one of ours.
     fn interface(&self, index: u32) -> Option<Interface>;
     /// The interface that the packet came by.
@@ -313,9 +334,10 @@ pub trait Kernel: Flows<4> + Flows<16> {
     fn leave_by(&self, _link: &LinkAddresses) {}
     /// Notes what changed in the packet that no checksum makes up for, but for the hop limit.
     fn unbalanced(&self, _change: Change) {}
-    /// The route of a translated packet, `class` as [`Ip::class`], and its MTU if that does not let
-    /// `length` bytes through. Of packets without bytes it may be another.
-    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> (Route, Option<u32>);
+    /// The route of a translated packet of `length` bytes, `class` as [`Ip::class`]. What was told before is
+    /// not used any more then.
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Option<&mut Told>;
     /// Whether a socket of this box is open for the packet.
     fn has_socket(&self, flow: &Flow) -> bool;
     /// By which address a client came, if it was not the first.
@@ -848,10 +870,8 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
     let tag = if hairpin { Tag::NONE } else { tag(kernel, direction, *ip, now) };
     let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
-    let (verdict, link) = match remembered {
-        Some(hop) if u32::from(longest) <= hop.mtu => {
-            (Verdict::Redirect(hop.device), Some(hop.link))
-        }
+    let (verdict, hop) = match remembered {
+        Some(hop) if u32::from(longest) <= hop.mtu => (Verdict::Redirect(hop.device), Some(hop)),
         _ => {
             let asked = Flow::of_key(ends);
             let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, longest, &asked)?;
@@ -871,13 +891,13 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
             if tag != Tag::NONE
                 && let Some(hop) = hop
                 && let row = hop.row::<N>(direction)
-                && kernel.hop(row, |row| row.claim(tag, &hop)) == Some(true)
+                && kernel.hop(row).is_some_and(|row| row.claim(tag, hop))
             {
                 I::routes(kernel, direction, &destination, |set| {
                     set.remember(destination, tag, row);
                 });
             }
-            (verdict, hop.map(|hop| hop.link))
+            (verdict, hop)
         }
     };
 
@@ -892,9 +912,9 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     }
     // The stack takes a hop off and writes the link addresses itself.
     let mut hops = 0;
-    if let Some(link) = link {
-        if !header.set(&link) {
-            kernel.leave_by(&link);
+    if let Some(Hop { link, .. }) = hop {
+        if !header.set(link) {
+            kernel.leave_by(link);
         }
         hops = 1;
     }
@@ -979,40 +999,40 @@ fn tag<const N: usize, I: Ip<N>, K: Kernel>(
 // Not a closure: one that the compiler does not inline takes the direction by its address, and then it
 // is no constant any more.
 #[inline(always)]
-fn remembered<const N: usize, I: Ip<N>, K: Kernel>(
-    kernel: &K,
+fn remembered<'k, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &'k K,
     direction: Direction,
     destination: &Address<N>,
     tag: Tag,
-) -> Option<Hop> {
+) -> Option<&'k Hop> {
     if tag == Tag::NONE {
         return None;
     }
     let row = I::routes(kernel, direction, destination, |set| set.find(destination, tag))??;
-    kernel.hop(row, |row| row.hop)
+    Some(&kernel.hop(row)?.hop)
 }
 
-/// What the FIB said.
-pub(crate) struct Asked {
+/// What follows from what the FIB told.
+pub(crate) struct Asked<'k> {
     pub verdict: Verdict,
     /// The way if it is one by which packets can be redirected at once.
-    pub hop: Option<Hop>,
+    pub hop: Option<&'k Hop>,
     /// The MTU that the packet is larger than; 0 if it is not.
     pub narrow: u32,
 }
 
 /// Asks the FIB.
 #[inline(always)]
-pub(crate) fn ask<const N: usize, I: Ip<N>, K: Kernel>(
-    kernel: &K,
+pub(crate) fn ask<'k, const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &'k K,
     direction: Direction,
     hairpin: bool,
     ip: &I,
     longest: u16,
     goes: &Flow,
-) -> Result<Asked, Passed> {
-    let (route, narrow) = kernel.route(goes, longest, ip.class());
-    let room = if narrow.is_none() {
+) -> Result<Asked<'k>, Passed> {
+    let told = kernel.route(goes, longest, ip.class()).ok_or(Passed::NoRule)?;
+    let room = if told.narrow == 0 {
         Room::Fits
     } else if kernel.is_merged(longest) {
         Room::Merged
@@ -1022,16 +1042,18 @@ pub(crate) fn ask<const N: usize, I: Ip<N>, K: Kernel>(
         Room::TooBig
     };
     let verdict = match direction {
-        Direction::Forward => forward(kernel, route, room),
-        Direction::Reply => reply(kernel, route, room, hairpin)?,
+        Direction::Forward => forward(kernel, told, room),
+        Direction::Reply => reply(kernel, told, room, hairpin)?,
     };
-    let hop = match (verdict, route) {
-        (Verdict::Redirect(device), Route::Via { mtu, link, .. }) => {
-            Some(Hop { device, mtu, link, padding: 0 })
+    let narrow = told.narrow;
+    let hop = match verdict {
+        Verdict::Redirect(device) => {
+            told.hop.device = device;
+            Some(&told.hop)
         }
         _ => None,
     };
-    Ok(Asked { verdict, hop, narrow: narrow.unwrap_or(0) })
+    Ok(Asked { verdict, hop, narrow })
 }
 
 /// How a packet's length and its route's MTU go together.
@@ -1050,17 +1072,17 @@ enum Room {
 /// A packet to a backend is the rule's whatever the route is. It leaves by an internal interface or
 /// not at all: where the route to the backend is gone, the default route would carry it outside.
 #[inline(always)]
-fn forward<K: Kernel>(kernel: &K, route: Route, room: Room) -> Verdict {
-    let internal =
-        |index| kernel.interface(index).filter(|interface| interface.has(Interface::INTERNAL));
-    match route {
-        Route::Via { interface: index, .. } | Route::NoNeighbour { interface: index } => {
-            match (internal(index), room) {
+fn forward<K: Kernel>(kernel: &K, told: &Told, room: Room) -> Verdict {
+    match told.route {
+        Route::Via | Route::NoNeighbour => {
+            let internal =
+                told.leaves_by(kernel).filter(|interface| interface.has(Interface::INTERNAL));
+            match (internal, room) {
                 (None, _) => Verdict::Drop(Dropped::NotInternal),
                 (Some(_), Room::Merged) => Verdict::Drop(Dropped::Merged),
                 (Some(_), Room::TooBig) => Verdict::Stack(ToStack::TooBig),
                 (Some(_), Room::TooBigToSplit) => Verdict::ForwardDetour(Passed::TooBig),
-                (Some(interface), Room::Fits) => leave(kernel, index, interface, route),
+                (Some(interface), Room::Fits) => leave(kernel, interface, told),
             }
         }
         Route::Encapsulated => Verdict::Stack(ToStack::Encapsulated),
@@ -1075,21 +1097,12 @@ fn forward<K: Kernel>(kernel: &K, route: Route, room: Room) -> Verdict {
 /// A packet of a backend is the rule's only if it leaves by an external interface, or by an internal one
 /// to a client that came from there; whatever else it is, the stack knows better.
 #[inline(always)]
-fn reply<K: Kernel>(
-    kernel: &K,
-    route: Route,
-    room: Room,
-    hairpin: bool,
-) -> Result<Verdict, Passed> {
+fn reply<K: Kernel>(kernel: &K, told: &Told, room: Room, hairpin: bool) -> Result<Verdict, Passed> {
     let place = if hairpin { Interface::INTERNAL } else { Interface::EXTERNAL };
-    let (Route::Via { interface: index, .. } | Route::NoNeighbour { interface: index }) = route
-    else {
-        return Err(Passed::Inside);
-    };
     let interface =
-        kernel.interface(index).filter(|interface| interface.has(place)).ok_or(Passed::Inside)?;
+        told.leaves_by(kernel).filter(|interface| interface.has(place)).ok_or(Passed::Inside)?;
     match room {
-        Room::Fits => Ok(leave(kernel, index, interface, route)),
+        Room::Fits => Ok(leave(kernel, interface, told)),
         Room::TooBig => Ok(Verdict::Stack(ToStack::TooBig)),
         Room::TooBigToSplit => Ok(Verdict::ReplyDetour(Passed::TooBig)),
         Room::Merged => Ok(Verdict::Drop(Dropped::Merged)),
@@ -1098,10 +1111,10 @@ fn reply<K: Kernel>(
 
 /// To a known neighbour: redirected, unless the interface cannot transmit.
 #[inline(always)]
-fn leave<K: Kernel>(kernel: &K, index: u32, interface: Interface, route: Route) -> Verdict {
-    match route {
-        Route::Via { .. } => kernel
-            .device(index, &interface)
+fn leave<K: Kernel>(kernel: &K, interface: Interface, told: &Told) -> Verdict {
+    match told.route {
+        Route::Via => kernel
+            .device(told.interface, &interface)
             .map_or(Verdict::Stack(ToStack::NoTransmit), Verdict::Redirect),
         _ => Verdict::Stack(ToStack::NoNeighbour),
     }

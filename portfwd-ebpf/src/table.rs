@@ -831,6 +831,13 @@ impl LinkAddresses {
     pub const fn is_group(&self) -> bool {
         self.0[0] & 1 == 1
     }
+
+    /// Whether the destination is all zeros, which nobody has.
+    #[inline(always)]
+    pub fn is_unknown(&self) -> bool {
+        let [a, b, c, d, e, f, ..] = self.0;
+        a | b | c | d | e | f == 0
+    }
 }
 
 /// Where a frame goes that can be redirected at once.

@@ -15,12 +15,12 @@ use crate::flow::{Added, Bench, Flows};
 use crate::flow_table::{self, Slot, Slots, WINDOW};
 use crate::icmp::Icmp;
 use crate::packet::Frame;
-use crate::path::{Flow, Kernel, Part, Role, Route, Verdict, handle, handle_flow};
+use crate::path::{Flow, Kernel, Part, Role, Route, Told, Verdict, handle, handle_flow};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Candidate, Claims, ClientKey, Counter, Direction,
-    Endpoint, FirstFragment, FlowHalf, FlowKey, FragmentKey, Interface, Jiffies, LinkAddresses,
-    Mapping, MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Shift, Translation,
-    Trust,
+    Endpoint, FirstFragment, FlowHalf, FlowKey, FragmentKey, Hop, Interface, Jiffies,
+    LinkAddresses, Mapping, MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Shift,
+    Translation, Trust,
 };
 
 pub const CLIENT: [u8; 4] = [198, 51, 100, 2];
@@ -45,18 +45,33 @@ pub const BITS: u32 = 4;
 /// Rows of `DEVICES`.
 pub const INSIDE_DEVICE: u32 = 7;
 pub const OUTSIDE_DEVICE: u32 = 8;
-pub const HOP: Route = via(INSIDE, [2, 0, 0, 0, 0, 10], [2, 0, 0, 0, 0, 3]);
-pub const BACK: Route = via(OUTSIDE, [2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+pub const HOP: Told = via(INSIDE, [2, 0, 0, 0, 0, 10], [2, 0, 0, 0, 0, 3]);
+pub const BACK: Told = via(OUTSIDE, [2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
 
-pub const fn via(interface: u32, destination: [u8; 6], source: [u8; 6]) -> Route {
-    Route::Via { interface, mtu: 1500, link: LinkAddresses::new(destination, source) }
+pub const fn via(interface: u32, destination: [u8; 6], source: [u8; 6]) -> Told {
+    let link = LinkAddresses::new(destination, source);
+    Told {
+        route: Route::Via,
+        hop: Hop { device: 0, mtu: 1500, link, padding: 0 },
+        ..no_neighbour(interface)
+    }
+}
+
+pub const fn no_neighbour(interface: u32) -> Told {
+    Told { interface, ..nothing_but(Route::NoNeighbour) }
+}
+
+/// Without an interface.
+pub const fn nothing_but(route: Route) -> Told {
+    let hop = Hop { device: 0, mtu: 0, link: LinkAddresses::new([0; 6], [0; 6]), padding: 0 };
+    Told { route, interface: 0, narrow: 0, hop }
 }
 
 /// The ports for masquerade.
 pub const PORTS: [u16; 2] = [40_000, 40_999];
 
 /// The way of a packet with these ends.
-pub type Routes = Box<dyn Fn(&Flow) -> Route>;
+pub type Routes = Box<dyn Fn(&Flow) -> Told>;
 
 /// A box with one rule, 8080 to port 80 of the backend, for TCP and UDP in both families, and one for
 /// all other protocols.
@@ -68,8 +83,9 @@ pub struct Router {
     /// Sets that are not here are empty.
     pub routes4: RefCell<HashMap<(Direction, u32), RouteSet<4>>>,
     pub routes6: RefCell<HashMap<(Direction, u32), RouteSet<16>>>,
-    pub hops: RefCell<HashMap<u32, RememberedHop>>,
-    /// How often the FIB was asked.
+    pub hops: UnsafeCell<HashMap<u32, Box<RememberedHop>>>,
+    /// What the FIB told last, and how often it was asked.
+    pub told: UnsafeCell<Told>,
     pub fib: Cell<u32>,
     pub rows: Vec<Translation>,
     pub arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
@@ -92,7 +108,7 @@ pub struct Router {
     pub now: Cell<u64>,
     /// The last ICMP error that was sent.
     pub answer: RefCell<Option<Vec<u8>>>,
-    pub route: Route,
+    pub route: Told,
     /// In place of that one, by the ends of the packet.
     pub routes: Option<Routes>,
     pub route_mtu: u16,
@@ -122,7 +138,7 @@ fn paged(port: u16, row: u32, pages: &mut HashMap<u32, Page>) -> Ports {
 }
 
 impl Router {
-    pub fn new(route: Route) -> Self {
+    pub fn new(route: Told) -> Self {
         let row = |address, from, to, flags| Translation {
             address,
             shift: Shift::between(from, to),
@@ -174,7 +190,8 @@ impl Router {
             trust: Cell::default(),
             routes4: RefCell::default(),
             routes6: RefCell::default(),
-            hops: RefCell::default(),
+            hops: UnsafeCell::default(),
+            told: UnsafeCell::new(route),
             fib: Cell::default(),
             rows,
             arrivals: RefCell::default(),
@@ -327,8 +344,10 @@ impl Kernel for Router {
         self.looked_up(2);
         self.rows.get(number as usize)
     }
-    fn hop<R>(&self, row: u32, look: impl FnOnce(&mut RememberedHop) -> R) -> Option<R> {
-        Some(look(self.hops.borrow_mut().entry(row).or_default()))
+    fn hop(&self, row: u32) -> Option<&mut RememberedHop> {
+        // SAFETY: as in `flows!`; each row stays where it is.
+        let hops = unsafe { &mut *self.hops.get() };
+        Some(hops.entry(row).or_default().as_mut())
     }
     fn interface(&self, index: u32) -> Option<Interface> {
         match index {
@@ -352,10 +371,13 @@ impl Kernel for Router {
         };
         Some(Interface { flags, mtu: self.ingress_mtu, device, v4, v6 })
     }
-    fn route(&self, flow: &Flow, length: u16, _class: [u8; 4]) -> (Route, Option<u32>) {
+    fn route(&self, flow: &Flow, length: u16, _class: [u8; 4]) -> Option<&mut Told> {
         self.fib.set(self.fib.get() + 1);
-        let route = self.routes.as_ref().map_or(self.route, |routes| routes(flow));
-        (route, (length > self.route_mtu).then_some(self.route_mtu.into()))
+        // SAFETY: as in `flows!`.
+        let told = unsafe { &mut *self.told.get() };
+        *told = self.routes.as_ref().map_or(self.route, |routes| routes(flow));
+        told.narrow = if length > self.route_mtu { self.route_mtu.into() } else { 0 };
+        Some(told)
     }
     fn first_fragment<R>(
         &self,

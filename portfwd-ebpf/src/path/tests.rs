@@ -199,10 +199,10 @@ fn a_remembered_way_is_not_for_packets_beyond_its_mtu() {
 #[test]
 fn only_ways_to_redirect_by_are_remembered() {
     for route in [
-        Route::NoNeighbour { interface: INSIDE },
-        Route::Encapsulated,
-        Route::NotForwarded,
-        Route::Prohibited,
+        no_neighbour(INSIDE),
+        nothing_but(Route::Encapsulated),
+        nothing_but(Route::NotForwarded),
+        nothing_but(Route::Prohibited),
         BACK,
     ] {
         let router = Router::new(route);
@@ -306,7 +306,7 @@ fn a_role_translates_its_own_end_only() {
 
 #[test]
 fn what_the_stack_sends_keeps_its_hops_and_link_addresses() {
-    let rule = Router::new(Route::NoNeighbour { interface: INSIDE });
+    let rule = Router::new(no_neighbour(INSIDE));
     let mut forward = frame(UDP, (&CLIENT, 5000), (&BOX, 8080), 2, b"x");
     let verdict = rule.handle(Role::External, &mut forward);
     assert_eq!(verdict, Verdict::Stack(ToStack::NoNeighbour));
@@ -322,18 +322,18 @@ fn routes_decide_before_a_byte_is_changed() {
     let cases = [
         (Forward, BACK, Verdict::Drop(Dropped::NotInternal)),
         (Forward, elsewhere, Verdict::Drop(Dropped::NotInternal)),
-        (Forward, Route::NoNeighbour { interface: 9 }, Verdict::Drop(Dropped::NotInternal)),
-        (Forward, Route::NotForwarded, Verdict::Drop(Dropped::NoRoute)),
-        (Forward, Route::Unreachable, Verdict::Drop(Dropped::Unreachable)),
-        (Forward, Route::Blackhole, Verdict::Drop(Dropped::Blackhole)),
-        (Forward, Route::Prohibited, Verdict::Drop(Dropped::Prohibited)),
-        (Forward, Route::ForwardingOff, Verdict::Drop(Dropped::ForwardingOff)),
+        (Forward, no_neighbour(9), Verdict::Drop(Dropped::NotInternal)),
+        (Forward, nothing_but(Route::NotForwarded), Verdict::Drop(Dropped::NoRoute)),
+        (Forward, nothing_but(Route::Unreachable), Verdict::Drop(Dropped::Unreachable)),
+        (Forward, nothing_but(Route::Blackhole), Verdict::Drop(Dropped::Blackhole)),
+        (Forward, nothing_but(Route::Prohibited), Verdict::Drop(Dropped::Prohibited)),
+        (Forward, nothing_but(Route::ForwardingOff), Verdict::Drop(Dropped::ForwardingOff)),
         (Reply, HOP, Verdict::Pass(Passed::Inside)),
         (Reply, elsewhere, Verdict::Pass(Passed::Inside)),
-        (Reply, Route::NoNeighbour { interface: INSIDE }, Verdict::Pass(Passed::Inside)),
-        (Reply, Route::NotForwarded, Verdict::Pass(Passed::Inside)),
-        (Reply, Route::Unreachable, Verdict::Pass(Passed::Inside)),
-        (Reply, Route::Encapsulated, Verdict::Pass(Passed::Inside)),
+        (Reply, no_neighbour(INSIDE), Verdict::Pass(Passed::Inside)),
+        (Reply, nothing_but(Route::NotForwarded), Verdict::Pass(Passed::Inside)),
+        (Reply, nothing_but(Route::Unreachable), Verdict::Pass(Passed::Inside)),
+        (Reply, nothing_but(Route::Encapsulated), Verdict::Pass(Passed::Inside)),
     ];
     for (direction, route, verdict) in cases {
         let rule = Router::new(route);
@@ -479,8 +479,8 @@ proptest! {
     fn what_passes_is_unchanged_and_what_is_translated_stays_valid(
         mut bytes in prop_oneof![nearly_valid(), prop::collection::vec(any::<u8>(), 0..200)],
         route in prop_oneof![
-            Just(HOP), Just(BACK), Just(Route::NotForwarded),
-            Just(Route::NoNeighbour { interface: INSIDE }),
+            Just(HOP), Just(BACK), Just(nothing_but(Route::NotForwarded)),
+            Just(no_neighbour(INSIDE)),
         ],
         route_mtu in prop_oneof![Just(1500), 20u16..80],
     ) {

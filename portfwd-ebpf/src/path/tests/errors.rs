@@ -69,7 +69,7 @@ impl Case {
         if self.is_v4() { &[3, 4, 11, 12] } else { &[1, 2, 3, 4] }
     }
 
-    fn way(&self) -> Route {
+    fn way(&self) -> Told {
         if self.direction == Direction::Forward { HOP } else { BACK }
     }
 
@@ -234,7 +234,7 @@ fn those_that_the_stack_sends_keep_their_hops() {
         let [seen, sent] = case.quoted(UDP, b"x");
         let kind = [case.kinds()[0], 0];
         let mut bytes = case.came(kind, [0; 4], &seen);
-        let verdict = Router::new(Route::NoNeighbour { interface }).handle(Role::Both, &mut bytes);
+        let verdict = Router::new(no_neighbour(interface)).handle(Role::Both, &mut bytes);
         assert_eq!(verdict, Verdict::Stack(ToStack::NoNeighbour));
         let mut goes = case.goes(kind, [0; 4], &sent);
         goes[..12].copy_from_slice(&bytes[..12]);

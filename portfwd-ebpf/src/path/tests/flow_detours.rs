@@ -350,7 +350,7 @@ fn what_begins_no_flow_is_passed_without_a_way_too() {
         let quoted = packet(talk.packet(&talk.asked, &client, 9, b"payload"));
         let kind = if talk.is_v4() { [3, 1] } else { [1, 0] };
         let mut came = error(talk.strangers[0], &talk.asked.0, 64, kind, [0; 4], &quoted);
-        talk.router.route = Route::NotForwarded;
+        talk.router.route = nothing_but(Route::NotForwarded);
         let verdict = talk.router.handle(Role::External, &mut came);
         assert_eq!(verdict, Verdict::Pass(Passed::NoFlow));
     }

@@ -43,7 +43,7 @@ pub fn repair(frame: &mut [u8]) {
 type Ends = [(&'static [u8], u16); 2];
 
 /// Each way, its route, and the ends.
-fn ways() -> [(Direction, Route, Ends, Ends); 4] {
+fn ways() -> [(Direction, Told, Ends, Ends); 4] {
     let [v4, v6]: [[&[u8]; 3]; 2] = [[&CLIENT, &BOX, &BACKEND], [&CLIENT6, &BOX6, &BACKEND6]];
     let way = |direction, [client, external, backend]: [&'static [u8]; 3]| {
         let (client, external, backend) = ((client, 5000), (external, 8080), (backend, 80));
@@ -57,9 +57,9 @@ fn ways() -> [(Direction, Route, Ends, Ends); 4] {
 }
 
 /// As a frame leaves: with the link addresses of the route.
-fn linked(mut frame: Vec<u8>, route: Route) -> Vec<u8> {
-    if let Route::Via { link, .. } = route {
-        frame[..12].copy_from_slice(&link.bytes());
+fn linked(mut frame: Vec<u8>, told: Told) -> Vec<u8> {
+    if told.route == Route::Via {
+        frame[..12].copy_from_slice(&told.hop.link.bytes());
     }
     frame
 }

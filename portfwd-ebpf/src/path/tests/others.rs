@@ -46,7 +46,7 @@ fn packet(protocol: u8, from: &[u8], to: &[u8], hops: u8, payload: &[u8]) -> Vec
 }
 
 /// Way, route, and the ends as they come and as they leave.
-type Case = (Direction, Route, [&'static [u8]; 2], [&'static [u8]; 2]);
+type Case = (Direction, Told, [&'static [u8]; 2], [&'static [u8]; 2]);
 
 fn ways() -> [Case; 4] {
     [
@@ -57,9 +57,9 @@ fn ways() -> [Case; 4] {
     ]
 }
 
-fn linked(mut frame: Vec<u8>, route: Route) -> Vec<u8> {
-    if let Route::Via { link, .. } = route {
-        frame[..12].copy_from_slice(&link.bytes());
+fn linked(mut frame: Vec<u8>, told: Told) -> Vec<u8> {
+    if told.route == Route::Via {
+        frame[..12].copy_from_slice(&told.hop.link.bytes());
     }
     frame
 }
