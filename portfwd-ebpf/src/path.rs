@@ -692,7 +692,9 @@ impl<'a, I> Packet<'a, I> {
     {
         let (start, len) = self.transport.header();
         let ip = &raw const *self.ip as usize;
-        OnWire::new(kernel, self.ip.length(), || start.wrapping_sub(ip) + len)
+        // The mask has the compiler do no sums with where the packet is, which the verifier does not let it
+        // do: 15 bits, as it would know that 16 are no mask here.
+        OnWire::new(kernel, self.ip.length(), || (start.wrapping_sub(ip) & 0x7fff) + len)
     }
 }
 
