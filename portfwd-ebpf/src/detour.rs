@@ -539,7 +539,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
     const FIRST: u32 = 1 << 8;
     const ENDS_HERE: u32 = 1 << 9;
     let first = if fragment.has_more() && fragment.offset == 0 { FIRST } else { 0 };
-    let last = if ip.ttl() <= 1 { ENDS_HERE } else { 0 };
+    let last = if ip.ttl() <= 1 && !kernel.is_sent() { ENDS_HERE } else { 0 };
     let state = forgotten(part as u32 | first | last, nothing);
     let is = |what: Holds| state & 0xff == what as u32;
     let (is_first, ends_here) = (state & FIRST != 0, state & ENDS_HERE != 0);

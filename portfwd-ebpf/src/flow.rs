@@ -297,7 +297,11 @@ fn on_probation<const N: usize, K: Kernel + Flows<N>>(
     if !choose_backend(kernel, translation, bench) {
         return Begun::NoBackend;
     }
-    bench.masquerade = bench.inside | u32::from(translation.has(Translation::MASQUERADE));
+    // What the box itself answers comes by here whoever the client is.
+    bench.masquerade = match kernel.is_own(&bench.becomes.destination.widen()) {
+        true => 0,
+        false => bench.inside | u32::from(translation.has(Translation::MASQUERADE)),
+    };
     bench.known = Port::new(0);
     if bench.masquerade != 0 {
         if !choose_address(kernel, bench) {

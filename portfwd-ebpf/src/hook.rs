@@ -1,5 +1,7 @@
 //! Where programs are attached: XDP or TC, and what differs between them.
 
+use core::ptr::null_mut;
+
 use aya_ebpf::{
     EbpfContext,
     bindings::{
@@ -7,9 +9,9 @@ use aya_ebpf::{
         BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode, xdp_action,
     },
     helpers::generated::{
-        bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_skb_adjust_room,
-        bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_vlan_pop,
-        bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
+        bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
     },
     maps::ProgramArray,
     programs::{TcContext, XdpContext},
@@ -21,10 +23,10 @@ use portfwd_ebpf::{
     icmp::IcmpHdr,
     packet::{Check, EtherType, Ethernet, Frame},
     path::Verdict,
-    table::{self, Interface, LinkAddresses},
+    table::{self, Interface, LinkAddresses, ToStack},
 };
 
-use crate::{DETOURS, DEVICES, LEAVE_BY, PARTS, TC_DETOURS, TC_PARTS};
+use crate::{DETOURS, DEVICES, FIB, LEAVE_BY, PARTS, TC_DETOURS, TC_PARTS};
 
 /// What a program at a hook has.
 pub trait Hook {
@@ -51,6 +53,7 @@ pub trait Hook {
     fn repair(&self, check: Check<'_>, addresses: Change, ports: Change);
     fn unbalanced(&self, change: Change);
     fn is_foreign(&self) -> bool;
+    fn is_sent(&self) -> bool;
     fn leave_by(&self, link: &LinkAddresses);
 
     /// From the path's verdict to the hook's.
@@ -144,6 +147,11 @@ impl Hook for Xdp {
     }
 
     #[inline(always)]
+    fn is_sent(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
     fn leave_by(&self, _: &LinkAddresses) {}
 
     #[inline(always)]
@@ -185,7 +193,7 @@ impl Hook for Xdp {
     }
 }
 
-/// The ingress of TC.
+/// TC: its ingress, and its egress for what the box sends.
 pub struct Tc {
     ctx: TcContext,
     /// Bytes of the link header: that of Ethernet or none.
@@ -200,14 +208,20 @@ const ADDRESSES: usize = 1;
 const PORTS: usize = 2;
 /// What no checksum makes up for.
 const UNBALANCED: usize = 3;
-/// [`Tc::link`].
+/// [`Tc::link`], and [`SENT`].
 const LINK: usize = 4;
+
+/// Added to [`LINK`] at the egress.
+const SENT: u32 = 1 << 8;
 
 /// Added to [`CHECK`].
 const IS_UDP: u32 = 1 << 16;
 
 /// What an answer is longer by.
 const ICMP_IN_IPV4: usize = Ipv4Hdr::LEN + size_of::<IcmpHdr>();
+
+/// The index of the loopback interface, the same everywhere.
+const LOOPBACK: u32 = 1;
 
 /// Marks the numbers of devices without link header. Others are their index.
 const BARE: u32 = 1 << 31;
@@ -216,12 +230,24 @@ impl Tc {
     /// In the program that is attached.
     #[inline(always)]
     pub fn enter(ctx: TcContext, link: usize) -> Self {
-        let tc = Self { ctx, link };
+        Self { ctx, link }.begin(0)
+    }
+
+    /// The same at the egress.
+    #[inline(always)]
+    pub fn leave(ctx: TcContext, link: usize) -> Self {
+        Self { ctx, link }.begin(SENT)
+    }
+
+    #[inline(always)]
+    fn begin(self, sent: u32) -> Self {
+        let tc = self;
+        let link = tc.link;
         // All of it: what was there before means something else to the kernel's own lookups.
         for place in [CHECK, ADDRESSES, PORTS, UNBALANCED] {
             tc.put(place, 0);
         }
-        tc.put(LINK, link as u32);
+        tc.put(LINK, link as u32 | sent);
         // IP and ports. What is behind them is TCP's, and of no concern but its length.
         tc.pull_first(if tc.protocol() == EtherType::IPV6 { link + 60 } else { link + 40 });
         tc
@@ -233,6 +259,13 @@ impl Tc {
         let tc = Self { ctx, link: 0 };
         let link = tc.get(LINK) as usize & size_of::<Ethernet>();
         Self { link, ..tc }
+    }
+
+    /// Whether the packet at the egress is none of the box's own: it came by an interface.
+    #[inline(always)]
+    pub fn is_passing(&self) -> bool {
+        // SAFETY: of this run's context.
+        self.is_sent() && unsafe { (*self.ctx.skb.skb).ingress_ifindex } != 0
     }
 
     #[inline(always)]
@@ -334,6 +367,15 @@ impl Tc {
         }
         // SAFETY: no memory is given.
         unsafe { bpf_redirect(device & !BARE, 0) as i32 }
+    }
+
+    /// Has the kernel find the neighbour. A packet of the box to itself has its way already, by which the
+    /// stack would go on.
+    #[inline(always)]
+    fn resolve(&self) -> i32 {
+        let Some(fib) = FIB.get_ptr(0) else { return TC_ACT_SHOT };
+        // SAFETY: this CPU's own, written by this run; no memory is given.
+        unsafe { bpf_redirect_neigh((*fib).told.interface, null_mut(), 0, 0) as i32 }
     }
 
     /// Gives a packet that came without a link header one.
@@ -452,6 +494,11 @@ impl Hook for Tc {
     }
 
     #[inline(always)]
+    fn is_sent(&self) -> bool {
+        self.get(LINK) & SENT != 0
+    }
+
+    #[inline(always)]
     fn leave_by(&self, link: &LinkAddresses) {
         if let Some(leave_by) = LEAVE_BY.get_ptr_mut(0) {
             // SAFETY: this CPU's own.
@@ -465,6 +512,10 @@ impl Hook for Tc {
             Verdict::Redirect(device) => {
                 self.settle(verdict);
                 self.redirect(device)
+            }
+            Verdict::Stack(ToStack::NoNeighbour) if self.ingress() == LOOPBACK => {
+                self.settle(verdict);
+                self.resolve()
             }
             Verdict::Stack(_) => {
                 self.settle(verdict);

@@ -114,6 +114,9 @@ static NOTED: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
 /// By [`Direction`].
 #[map]
 static DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
+/// The backends that are the box itself.
+#[map]
+static OWN: HashMap<AnyAddress, u32> = HashMap::with_max_entries(1024, 0);
 /// At TC: the link addresses of a packet that came without a link header and leaves with one.
 #[map]
 static LEAVE_BY: PerCpuArray<LinkAddresses> = PerCpuArray::with_max_entries(1, 0);
@@ -186,6 +189,11 @@ entries! {
     internal tc_internal bare_internal: |run| run.common(Role::Internal);
     both tc_both bare_both: |run| run.common(Role::Both);
 }
+
+// What the box sends: to itself, and out by an interface with or without link header.
+program!(classifier, tc_own(ctx: TcContext) -> i32, Tc::enter(ctx, size_of::<Ethernet>()), |run| run.own());
+program!(classifier, tc_sent(ctx: TcContext) -> i32, Tc::leave(ctx, size_of::<Ethernet>()), |run| run.own());
+program!(classifier, bare_sent(ctx: TcContext) -> i32, Tc::leave(ctx, 0), |run| run.own());
 
 /// Programs that are jumped to: at XDP and at TC.
 macro_rules! parts {
@@ -300,6 +308,17 @@ impl<H: Hook> Run<H> {
             // SAFETY: this CPU's own.
             log::verdict(self.hook.context(), unsafe { &*flow }, verdict);
         }
+    }
+}
+
+impl Run<Tc> {
+    #[inline(always)]
+    fn own(&self) -> i32 {
+        let verdict = match self.hook.is_passing() {
+            true => Verdict::Pass(Passed::NoRule),
+            false => path::handle_own(self, self.hook.frame()),
+        };
+        self.done(verdict)
     }
 }
 
@@ -454,6 +473,10 @@ impl<H: Hook> Kernel for Run<H> {
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Option<&mut Told> {
         // SAFETY: this CPU's own, and of this run alone.
         let Fib { asked: fib, told } = unsafe { &mut *FIB.get_ptr_mut(0)? };
+        if self.is_sent() {
+            (told.route, told.narrow) = (Route::Chosen, 0);
+            return Some(told);
+        }
         fib.family = flow.family;
         fib.l4_protocol = flow.protocol;
         fib.sport = u16::from_ne_bytes(flow.source_port.0);
@@ -511,6 +534,16 @@ impl<H: Hook> Kernel for Run<H> {
             _ => Route::NotForwarded,
         };
         Some(told)
+    }
+
+    #[inline(always)]
+    fn is_own(&self, address: &AnyAddress) -> bool {
+        OWN.get_ptr(address).is_some()
+    }
+
+    #[inline(always)]
+    fn is_sent(&self) -> bool {
+        self.hook.is_sent()
     }
 
     #[inline(always)]

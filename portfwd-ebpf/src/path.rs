@@ -251,6 +251,8 @@ pub enum Route {
     Blackhole,
     Prohibited,
     ForwardingOff,
+    /// The box sends the packet itself, and its stack has chosen the way already.
+    Chosen,
 }
 
 impl Told {
@@ -338,6 +340,12 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// not used any more then.
     #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Option<&mut Told>;
+    /// Whether this is a backend that is the box itself.
+    fn is_own(&self, address: &AnyAddress) -> bool;
+    /// Whether the box itself sends the packet, which leaves by the interface that it is at.
+    fn is_sent(&self) -> bool {
+        false
+    }
     /// Whether a socket of this box is open for the packet.
     fn has_socket(&self, flow: &Flow) -> bool;
     /// By which address a client came, if it was not the first.
@@ -392,6 +400,12 @@ pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdic
     }
 }
 
+/// The same for what the box itself sends, to clients and to itself. What is not a rule's is not counted.
+#[inline(always)]
+pub fn handle_own<K: Kernel>(kernel: &K, mut frame: Frame<'_>) -> Verdict {
+    network(kernel, Own, &mut frame).unwrap_or_else(Verdict::Pass)
+}
+
 /// What goes on behind the link header.
 pub(crate) trait Way {
     type End;
@@ -418,6 +432,40 @@ impl Way for Common {
         frame: &mut Frame<'a>,
     ) -> Result<Verdict, Passed> {
         ip::<N, I, K>(kernel, self.0, link, frame)
+    }
+}
+
+/// The way of what the box sends. It writes nothing: the kernel copies the headers of each packet for a
+/// program that may.
+struct Own;
+
+impl Way for Own {
+    type End = Verdict;
+
+    #[inline(always)]
+    fn ip<'a, const N: usize, I: Icmp<N>, K: Kernel>(
+        self,
+        kernel: &K,
+        _: Link<'a>,
+        frame: &mut Frame<'a>,
+    ) -> Result<Verdict, Passed> {
+        let available = kernel.available(frame);
+        let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+        let (source, destination) = (ip.source(), ip.destination());
+        let detour = Verdict::Flow(Part::FindReply.program::<N>());
+        if claims::<N, I, K>(kernel, Direction::Reply, &source).is_some() {
+            // A service's that is a backend, or to one from a client with its address.
+            return match ip.transport(frame, available) {
+                Ok(_) => Ok(Verdict::Flow(Part::Reply.program::<N>())),
+                Err(Passed::Icmp | Passed::Fragment) => Ok(detour),
+                Err(reason) => Err(reason),
+            };
+        }
+        if ip.may_carry_icmp() {
+            return Ok(detour);
+        }
+        claims::<N, I, K>(kernel, Direction::Forward, &destination).ok_or(Passed::NoRule)?;
+        Ok(Verdict::Flow(Part::Hairpin.program::<N>()))
     }
 }
 
@@ -592,7 +640,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
         claimed(kernel, direction, claims, packet)
     };
     if part == Part::Reply {
-        if packet.ip.ttl() <= 1 {
+        if packet.ip.ttl() <= 1 && !kernel.is_sent() {
             return Ok(Verdict::Flow(Part::FindReply.program::<N>()));
         }
         if let Some(sent) = reply_flow(kernel, bench, &mut packet) {
@@ -870,7 +918,10 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     let Goes { ends, came, flags, counter, hairpin } = goes;
     let destination = ends.destination;
     // Read before the FIB is asked: what it says then is void if the network changes meanwhile.
-    let tag = if hairpin { Tag::NONE } else { tag(kernel, direction, *ip, now) };
+    let tag = match hairpin || kernel.is_sent() {
+        true => Tag::NONE,
+        false => tag(kernel, direction, *ip, now),
+    };
     let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
     let (verdict, hop) = match remembered {
         Some(hop) if u32::from(longest) <= hop.mtu => (Verdict::Redirect(hop.device), Some(hop)),
@@ -1044,7 +1095,7 @@ pub(crate) fn ask<'k, const N: usize, I: Ip<N>, K: Kernel>(
         Room::TooBig
     };
     let verdict = match direction {
-        Direction::Forward => forward(kernel, told, room),
+        Direction::Forward => forward(kernel, told, room, &goes.destination),
         Direction::Reply => reply(kernel, told, room, hairpin)?,
     };
     let narrow = told.narrow;
@@ -1074,8 +1125,12 @@ enum Room {
 /// A packet to a backend is the rule's whatever the route is. It leaves by an internal interface or
 /// not at all: where the route to the backend is gone, the default route would carry it outside.
 #[inline(always)]
-fn forward<K: Kernel>(kernel: &K, told: &Told, room: Room) -> Verdict {
+fn forward<K: Kernel>(kernel: &K, told: &Told, room: Room, backend: &AnyAddress) -> Verdict {
     match told.route {
+        // A box that serves clients itself need not be a router.
+        Route::NotForwarded | Route::ForwardingOff if kernel.is_own(backend) => {
+            Verdict::Stack(ToStack::Local)
+        }
         Route::Via | Route::NoNeighbour => {
             let internal =
                 told.leaves_by(kernel).filter(|interface| interface.has(Interface::INTERNAL));
@@ -1088,7 +1143,7 @@ fn forward<K: Kernel>(kernel: &K, told: &Told, room: Room) -> Verdict {
             }
         }
         Route::Encapsulated => Verdict::Stack(ToStack::Encapsulated),
-        Route::NotForwarded => Verdict::Drop(Dropped::NoRoute),
+        Route::NotForwarded | Route::Chosen => Verdict::Drop(Dropped::NoRoute),
         Route::Unreachable => Verdict::Drop(Dropped::Unreachable),
         Route::Blackhole => Verdict::Drop(Dropped::Blackhole),
         Route::Prohibited => Verdict::Drop(Dropped::Prohibited),
@@ -1097,9 +1152,17 @@ fn forward<K: Kernel>(kernel: &K, told: &Told, room: Room) -> Verdict {
 }
 
 /// A packet of a backend is the rule's only if it leaves by an external interface, or by an internal one
-/// to a client that came from there; whatever else it is, the stack knows better.
+/// to a client that came from there, or is for a client on the box; whatever else it is, the stack knows
+/// better.
 #[inline(always)]
 fn reply<K: Kernel>(kernel: &K, told: &Told, room: Room, hairpin: bool) -> Result<Verdict, Passed> {
+    match told.route {
+        Route::Chosen => return Ok(Verdict::Stack(ToStack::Local)),
+        Route::NotForwarded | Route::ForwardingOff if hairpin => {
+            return Ok(Verdict::Stack(ToStack::Local));
+        }
+        _ => {}
+    }
     let place = if hairpin { Interface::INTERNAL } else { Interface::EXTERNAL };
     let interface =
         told.leaves_by(kernel).filter(|interface| interface.has(place)).ok_or(Passed::Inside)?;

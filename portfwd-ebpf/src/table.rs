@@ -1150,6 +1150,8 @@ reasons! {
         TooBig = "too_big",
         /// The route encapsulates.
         Encapsulated = "encapsulated",
+        /// The backend or the client is this box itself.
+        Local = "local",
     }
 }
 

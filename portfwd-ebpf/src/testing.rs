@@ -15,7 +15,9 @@ use crate::flow::{Added, Bench, Flows};
 use crate::flow_table::{self, Slot, Slots, WINDOW};
 use crate::icmp::Icmp;
 use crate::packet::Frame;
-use crate::path::{Flow, Kernel, Part, Role, Route, Told, Verdict, handle, handle_flow};
+use crate::path::{
+    Flow, Kernel, Part, Role, Route, Told, Verdict, handle, handle_flow, handle_own,
+};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Candidate, Claims, ClientKey, Counter, Direction,
     Endpoint, FirstFragment, FlowHalf, FlowKey, FragmentKey, Hop, Interface, Jiffies,
@@ -116,6 +118,10 @@ pub struct Router {
     /// Where the packet comes by: flags of an [`Interface`].
     pub ingress: Cell<u32>,
     pub sockets: bool,
+    /// The backend that is the box itself.
+    pub own: Option<AnyAddress>,
+    /// The box sends what is handled.
+    pub sent: bool,
     pub asked: Cell<bool>,
     /// Endpoints, pages and translations that were looked up.
     pub lookups: Cell<[u32; 3]>,
@@ -217,6 +223,8 @@ impl Router {
             ingress_mtu: 1500,
             ingress: Cell::default(),
             sockets: false,
+            own: None,
+            sent: false,
             asked: Cell::new(false),
             lookups: Cell::default(),
             counter: RefCell::new(Counter {
@@ -239,7 +247,19 @@ impl Router {
             Role::Internal => Interface::INTERNAL,
             Role::Both => Interface::EXTERNAL | Interface::INTERNAL,
         });
-        let mut verdict = handle(self, role, Frame::new(frame));
+        let verdict = handle(self, role, Frame::new(frame));
+        self.jump(verdict, frame)
+    }
+
+    /// The same of what the box sends.
+    pub fn handle_own(&self, frame: &mut [u8]) -> Verdict {
+        self.ingress.set(Interface::INTERNAL);
+        let verdict = handle_own(self, Frame::new(frame));
+        self.jump(verdict, frame)
+    }
+
+    /// Runs the programs that others jump to.
+    fn jump(&self, mut verdict: Verdict, frame: &mut [u8]) -> Verdict {
         loop {
             let came = Frame::new(frame);
             let outcome = match verdict {
@@ -395,6 +415,12 @@ impl Kernel for Router {
     }
     fn bucket<R>(&self, look: impl FnOnce(&mut Bucket) -> R) -> Option<R> {
         Some(look(&mut self.bucket.borrow_mut()))
+    }
+    fn is_own(&self, address: &AnyAddress) -> bool {
+        self.own == Some(*address)
+    }
+    fn is_sent(&self) -> bool {
+        self.sent
     }
     fn has_socket(&self, _flow: &Flow) -> bool {
         self.asked.set(true);

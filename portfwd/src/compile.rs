@@ -152,6 +152,8 @@ pub enum Stateful {
     OnePort,
     /// Another rule, by its place, answers differently from a port of the same backend.
     SharesPort(usize),
+    /// A backend is the box itself.
+    Local,
 }
 
 /// What the rules mean.
@@ -161,6 +163,8 @@ pub struct Plan {
     pub legs: Vec<Leg>,
     /// Rules that need the flow table, by their place; all others are stateless.
     pub stateful: BTreeMap<usize, Stateful>,
+    /// The backends that are the box itself.
+    local: BTreeSet<IpAddr>,
     /// The lists of several backends, with what becomes of ports there.
     pools: Vec<Pool>,
 }
@@ -220,7 +224,7 @@ impl Plan {
         }
         let (legs, new) = self.legs.split_at(before);
         let clash = |leg: &Leg| new.iter().any(|new| new.clashes(leg));
-        let own = own_reason(rule, new).is_some();
+        let own = own_reason(rule, new, &self.local).is_some();
         if own || legs.iter().any(clash) {
             self.mark(rules);
         }
@@ -236,6 +240,26 @@ impl Plan {
         if !self.stateful.is_empty() {
             self.mark(rules);
         }
+    }
+
+    /// Notes which backends are the box itself. Returns whether that is new.
+    pub fn locate(&mut self, rules: &[Rule], local: &BTreeSet<IpAddr>) -> bool {
+        let new = self.local != *local;
+        if new {
+            self.local.clone_from(local);
+            self.mark(rules);
+        }
+        new
+    }
+
+    /// The backends that are the box itself.
+    pub fn local(&self) -> &BTreeSet<IpAddr> {
+        &self.local
+    }
+
+    /// The legs to other hosts.
+    pub fn remote(&self) -> impl Iterator<Item = &Leg> {
+        self.legs.iter().filter(|leg| !self.local.contains(&leg.backend))
     }
 
     /// Whether some rule masquerades.
@@ -314,7 +338,7 @@ impl Plan {
         self.stateful.clear();
         for legs in self.legs.chunk_by(|a, b| a.rule == b.rule) {
             let rule = legs[0].rule;
-            if let Some(why) = own_reason(&rules[rule], legs) {
+            if let Some(why) = own_reason(&rules[rule], legs, &self.local) {
                 self.stateful.insert(rule, why);
             }
         }
@@ -326,7 +350,7 @@ impl Plan {
             leg.state = match (self.stateful.get(&leg.rule), leg.becomes) {
                 (None, _) => State::Stateless,
                 (Some(Stateful::SeveralBackends), Becomes::Shifted(_))
-                    if !shared.contains_key(&leg.rule) =>
+                    if !shared.contains_key(&leg.rule) && !self.local.contains(&leg.backend) =>
                 {
                     State::AlsoAlone
                 }
@@ -337,7 +361,7 @@ impl Plan {
 }
 
 /// Why a rule needs the flow table, whatever the others are.
-fn own_reason(rule: &Rule, legs: &[Leg]) -> Option<Stateful> {
+fn own_reason(rule: &Rule, legs: &[Leg], local: &BTreeSet<IpAddr>) -> Option<Stateful> {
     if rule.source == Source::Masquerade {
         return Some(Stateful::Masquerade);
     }
@@ -345,7 +369,10 @@ fn own_reason(rule: &Rule, legs: &[Leg]) -> Option<Stateful> {
         return Some(Stateful::SeveralBackends);
     }
     let one = |leg: &Leg| matches!(leg.becomes, Becomes::One(_));
-    legs.iter().any(one).then_some(Stateful::OnePort)
+    if legs.iter().any(one) {
+        return Some(Stateful::OnePort);
+    }
+    legs.iter().any(|leg| local.contains(&leg.backend)).then_some(Stateful::Local)
 }
 
 fn no_address(rule: &Rule, host: &Host) -> String {
@@ -481,6 +508,9 @@ fn explain_one(
         Some(Stateful::OnePort) => {
             "stateful: several listened ports become one, and a reply must find back".to_owned()
         }
+        Some(Stateful::Local) => "stateful: the backend is this box, whose other connections from \
+                                  that port stay as they are"
+            .to_owned(),
         Some(Stateful::SharesPort(other)) => format!(
             "stateful: rule \"{}\" answers differently from a port of the same backend",
             rules[*other].name
@@ -1262,7 +1292,7 @@ fn asking_ports(ports: Ports, ephemeral: (u16, u16)) -> Option<(u16, u16)> {
     (first <= last).then_some((first, last))
 }
 
-fn any_address(address: IpAddr) -> AnyAddress {
+pub(crate) fn any_address(address: IpAddr) -> AnyAddress {
     match address {
         IpAddr::V4(v4) => Address(v4.octets()).widen(),
         IpAddr::V6(v6) => Address(v6.octets()).widen(),

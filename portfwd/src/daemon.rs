@@ -92,7 +92,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         ));
     }
     let resolved = resolve_all(&config.rules).await?;
-    let plan = plan(&config.rules, &resolved)
+    let mut plan = plan(&config.rules, &resolved)
         .map_err(|refused| Failure::Configuration(refused.to_string()))?;
 
     let (network, changes) = Network::open()?;
@@ -100,6 +100,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     check_interfaces(&config, &snapshot)?;
     let survey = Survey::take(&network, &snapshot, &config, &plan, &Survey::default()).await?;
     none(&survey.problems)?;
+    plan.locate(&config.rules, &survey.local);
     let ports =
         BoxPorts { ephemeral: sysctl::ephemeral_ports()?, masquerade: config.masquerade.clone() };
 
@@ -111,6 +112,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let mut compiler = Compiler::default();
     compiler.leave(&survey.own);
     let update = compiler.compile(&config.rules, &plan, &survey.externals, &ports);
+    datapath.set_own(plan.local())?;
     datapath.apply(&update)?;
     compiler.commit(&update);
     drop(update);
@@ -235,6 +237,12 @@ pub async fn resolve_all(rules: &[Rule]) -> Result<Resolved, Failure> {
         })
         .collect();
     Err(Failure::Configuration(lines.join("\n")))
+}
+
+/// Where to attach.
+fn port(link: &Link) -> Port<'_> {
+    let Link { index, name, mtu, layer, .. } = link;
+    Port { index: *index, name, mtu: *mtu, bare: *layer == Layer::Bare }
 }
 
 /// A program on an interface.
@@ -390,7 +398,8 @@ impl Daemon {
                 self.survey = survey;
                 let mut problems = self.survey.problems.clone();
                 let moved = self.loaded.0 != self.survey.externals;
-                if moved || self.loaded.1 != self.survey.own {
+                let located = self.plan.locate(&self.config.rules, &self.survey.local);
+                if located || moved || self.loaded.1 != self.survey.own {
                     let problem = self.load();
                     if moved && problem.is_none() {
                         info!("external addresses: {}", Addresses(&self.loaded.0));
@@ -429,7 +438,7 @@ impl Daemon {
                     .to_owned(),
             );
         }
-        match datapath.apply(&update) {
+        match datapath.set_own(plan.local()).and_then(|()| datapath.apply(&update)) {
             Ok(()) => {
                 compiler.commit(&update);
                 *loaded = (survey.externals.clone(), survey.own.clone());
@@ -472,9 +481,7 @@ impl Daemon {
                 continue;
             }
             self.attached.remove(index);
-            let bare = link.layer == Layer::Bare;
-            let port = Port { index: *index, name: &link.name, mtu: link.mtu, bare };
-            let attach = |mode| self.datapath.attach(port, *role, mode).map(|()| mode);
+            let attach = |mode| self.datapath.attach(port(link), *role, mode).map(|()| mode);
             match modes::attach(link, self.config.attach_to(&link.name), attach) {
                 Ok((mode, why)) => {
                     let (name, role) = (link.name.clone(), *role);
@@ -486,8 +493,32 @@ impl Daemon {
             }
         }
         problems.extend(self.tell_programs(snapshot, &wanted));
+        problems.extend(self.settle_own(snapshot, &wanted));
         let names = self.attached.values().map(|attachment| attachment.name.clone()).collect();
         self.keeper.set_interfaces(names);
+        problems
+    }
+
+    /// Attaches to what the box itself sends: to clients, if it is a backend, and to itself. Returns what
+    /// could not be done.
+    fn settle_own(
+        &mut self,
+        snapshot: &Snapshot,
+        wanted: &BTreeMap<u32, (&Link, Role)>,
+    ) -> Vec<String> {
+        let mut problems = Vec::new();
+        let serves = !self.plan.local().is_empty();
+        for (index, (link, _)) in wanted {
+            let attached = match serves && self.attached.contains_key(index) {
+                true => self.datapath.attach_sent(port(link)),
+                false => Ok(self.datapath.detach_sent(*index)),
+            };
+            problems.extend(attached.err().map(|error| error.to_string()));
+        }
+        if let Some(loopback) = snapshot.loopback() {
+            let attached = self.datapath.attach_own(port(loopback));
+            problems.extend(attached.err().map(|error| error.to_string()));
+        }
         problems
     }
 
@@ -501,11 +532,12 @@ impl Daemon {
             attached.filter_map(|(index, _)| snapshot.link_by_index(*index)).collect()
         };
         let families = Families {
-            v4: self.plan.legs.iter().any(|leg| leg.backend.is_ipv4()),
-            v6: self.plan.legs.iter().any(|leg| leg.backend.is_ipv6()),
+            v4: self.plan.remote().any(|leg| leg.backend.is_ipv4()),
+            v6: self.plan.remote().any(|leg| leg.backend.is_ipv6()),
         };
         let mut changes = Vec::new();
-        let external = of(Role::Internal);
+        let mut external = of(Role::Internal);
+        external.extend(snapshot.loopback());
         let mut internal = of(Role::External);
         if self.plan.masquerades() {
             // Masqueraded packets come from outside with an address of the box as well.
@@ -551,8 +583,12 @@ impl Daemon {
                 v6: Address(own.v6.first().map_or([0; 16], Ipv6Addr::octets)),
             }
         };
-        let rows =
+        let mut rows: BTreeMap<u32, Interface> =
             wanted.iter().map(|(index, (link, role))| (*index, row(index, link, *role))).collect();
+        // Where its own clients are.
+        if let Some(loopback) = snapshot.loopback() {
+            rows.insert(loopback.index, row(&loopback.index, loopback, Role::Internal));
+        }
         self.datapath.set_interfaces(&rows).err().map(|error| error.to_string())
     }
 
@@ -639,6 +675,7 @@ impl Daemon {
                     }
                 }
                 let old = std::mem::replace(&mut self.plan, plan);
+                self.plan.locate(&self.config.rules, &self.survey.local);
                 if let Some(problem) = self.load() {
                     self.plan = old;
                     return warn!("{problem}");

@@ -22,14 +22,14 @@ use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
 use portfwd_ebpf::flow_table::WINDOW;
 use portfwd_ebpf::path::{Part, Role};
 use portfwd_ebpf::table::{
-    Address, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface, Jiffies,
-    LAYOUT, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
+    Address, AnyAddress, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface,
+    Jiffies, LAYOUT, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
 };
 use thiserror::Error;
 use tracing::warn;
 
 pub use self::flow_tables::{FlowTables, Living, Swept};
-use crate::compile::{BoxPorts, Capacity, EndpointKey, FlowRoom, Update};
+use crate::compile::{BoxPorts, Capacity, EndpointKey, FlowRoom, Update, any_address};
 use crate::sysctl::Families;
 pub use portfwd_ebpf::table::Hook;
 
@@ -280,6 +280,7 @@ impl Row for Counter {}
 impl Row for Interface {}
 impl Row for Settings {}
 impl Row for Trust {}
+impl Row for AnyAddress {}
 // SAFETY: each `Row` is `repr(C)` without padding (asserted in `table`). Rows that are read back
 // from the kernel hold integers only.
 unsafe impl<T: Row> Pod for Plain<T> {}
@@ -291,6 +292,9 @@ pub struct Datapath {
     /// Whose programs are loaded.
     hooks: Vec<Hook>,
     links: BTreeMap<u32, (Attached, Mode)>,
+    /// Programs for what the box itself sends: out by an interface, and to itself.
+    sent: BTreeMap<u32, SchedClassifierLink>,
+    own: Option<SchedClassifierLink>,
     capacity: Capacity,
     generation: u32,
     /// Addresses that [`Settings`] leads from, and their rows, by direction.
@@ -362,6 +366,8 @@ impl Datapath {
             verified: Vec::new(),
             hooks: Vec::new(),
             links: BTreeMap::new(),
+            sent: BTreeMap::new(),
+            own: None,
             capacity,
             generation: 0,
             favourites: [None; 2],
@@ -395,7 +401,8 @@ impl Datapath {
         // Those of a family that no rule has would only take their time to be verified.
         let is_needed = |part: &&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
         let mut verified = Vec::new();
-        for name in programs.entries.iter().chain(programs.detours).chain(programs.parts.iter()) {
+        let Programs { entries, own, detours, parts, .. } = programs;
+        for name in entries.iter().chain(*own).chain(*detours).chain(parts.iter()) {
             if programs.parts.contains(name) && !is_needed(name) {
                 continue;
             }
@@ -741,29 +748,88 @@ impl Datapath {
         }
         let link = match self.program_mut(name) {
             Program::Xdp(xdp) => attach_xdp(xdp, before, port, mode).map(Attached::Xdp),
-            Program::SchedClassifier(tc) => attach_tc(tc, before, port).map(Attached::Tc),
+            Program::SchedClassifier(tc) => {
+                let before = before.and_then(|before| match before {
+                    Attached::Tc(link) => Some(link),
+                    Attached::Xdp(_) => None,
+                });
+                attach_tc(tc, before, port, TcAttachType::Ingress).map(Attached::Tc)
+            }
             _ => unreachable!("programs are XDP's or TC's"),
         };
-        let link = link.map_err(|error| {
-            let interface = port.name.to_owned();
-            let message = chain(&error);
-            match os_error(&error) {
-                Some(libc::EBUSY | libc::EEXIST) if mode != Mode::Tc => {
-                    AttachError::Busy { interface }
-                }
-                Some(libc::ERANGE) if mode != Mode::Tc => {
-                    AttachError::Mtu { interface, mtu: port.mtu, message: reason(libc::ERANGE) }
-                }
-                Some(code) => AttachError::Other { interface, mode, message: reason(code) },
-                None => AttachError::Other { interface, mode, message },
-            }
-        })?;
+        let link = link.map_err(|error| attach_error(port, mode, &error))?;
         self.links.insert(port.index, (link, mode));
+        Ok(())
+    }
+
+    /// Attaches to what the box itself sends by an interface, for the answers of a backend that is this box.
+    ///
+    /// # Errors
+    ///
+    /// The kernel says why.
+    pub fn attach_sent(&mut self, port: Port<'_>) -> Result<(), AttachError> {
+        if self.sent.contains_key(&port.index) {
+            return Ok(());
+        }
+        let name = if port.bare { "bare_sent" } else { "tc_sent" };
+        let link = self.attach_own_program(name, port, TcAttachType::Egress)?;
+        self.sent.insert(port.index, link);
+        Ok(())
+    }
+
+    /// Detaches from what the box sends by an interface, which may be gone.
+    pub fn detach_sent(&mut self, index: u32) {
+        if let Some(link) = self.sent.remove(&index) {
+            // As in `detach`.
+            let _: Result<(), ProgramError> = link.detach();
+        }
+    }
+
+    /// Attaches to what the box sends to itself by its loopback interface.
+    ///
+    /// # Errors
+    ///
+    /// The kernel says why.
+    pub fn attach_own(&mut self, loopback: Port<'_>) -> Result<(), AttachError> {
+        if self.own.is_none() {
+            self.own = Some(self.attach_own_program("tc_own", loopback, TcAttachType::Ingress)?);
+        }
+        Ok(())
+    }
+
+    fn attach_own_program(
+        &mut self,
+        name: &str,
+        port: Port<'_>,
+        place: TcAttachType,
+    ) -> Result<SchedClassifierLink, AttachError> {
+        self.load_programs(Hook::Tc)?;
+        let Program::SchedClassifier(tc) = self.program_mut(name) else { no_program(name) };
+        attach_tc(tc, None, port, place).map_err(|error| attach_error(port, Mode::Tc, &error))
+    }
+
+    /// Notes which backends are the box itself.
+    ///
+    /// # Errors
+    ///
+    /// The map is full.
+    pub fn set_own(&mut self, own: &BTreeSet<IpAddr>) -> Result<(), DatapathError> {
+        let mut map: HashMap<&mut MapData, Plain<AnyAddress>, u32> =
+            HashMap::try_from(self.map_mut("OWN")).map_err(map_error("OWN"))?;
+        let wanted: BTreeSet<[u8; 16]> = own.iter().map(|address| any_address(*address).0).collect();
+        let there = map.keys().collect::<Result<Vec<_>, _>>().map_err(map_error("OWN"))?;
+        for key in there.iter().filter(|key| !wanted.contains(&key.0.0)) {
+            map.remove(key).map_err(map_error("OWN"))?;
+        }
+        for address in wanted {
+            map.insert(Plain(AnyAddress(address)), 1, 0).map_err(map_error("OWN"))?;
+        }
         Ok(())
     }
 
     /// Detaches from an interface, which may be gone.
     pub fn detach(&mut self, index: u32) {
+        self.detach_sent(index);
         if let Some((link, _)) = self.links.remove(&index) {
             // The link's file descriptor is closed either way, and that is what detaches; a filter goes with
             // its interface.
@@ -909,21 +975,25 @@ fn attach_xdp(
     xdp.attach_to_if_index(port.index, mode).and_then(|id| xdp.take_link(id))
 }
 
-/// The same of TC: before the programs that are there, where the kernel orders them (TCX, Linux 6.6), else
-/// as a filter of the qdisc `clsact`.
+/// The same of TC: before the programs that are there, and behind them at the egress, where the kernel orders
+/// them (TCX, Linux 6.6), else as a filter of the qdisc `clsact`.
 fn attach_tc(
     tc: &mut SchedClassifier,
-    before: Option<Attached>,
+    before: Option<SchedClassifierLink>,
     port: Port<'_>,
+    place: TcAttachType,
 ) -> Result<SchedClassifierLink, ProgramError> {
-    const INGRESS: TcAttachType = TcAttachType::Ingress;
-    if let Some(Attached::Tc(link)) = before
+    if let Some(link) = before
         && let Ok(link) = tc.attach_to_link(link).and_then(|id| tc.take_link(id))
     {
         return Ok(link);
     }
-    let order = TcAttachOptions::TcxOrder(LinkOrder::first());
-    let attached = match tc.attach_with_options(port.name, INGRESS, order) {
+    let order = match place {
+        TcAttachType::Egress => LinkOrder::last(),
+        _ => LinkOrder::first(),
+    };
+    let attached = match tc.attach_with_options(port.name, place, TcAttachOptions::TcxOrder(order))
+    {
         // No such attach type.
         Err(error) if os_error(&error) == Some(libc::EINVAL) => {
             match tc::qdisc_add_clsact(port.name) {
@@ -933,12 +1003,12 @@ fn attach_tc(
                 Err(error) => return Err(error.into()),
             }
             // What a daemon left behind that was killed.
-            for name in TC.entries {
-                let _: Result<(), _> = tc::qdisc_detach_program(port.name, INGRESS, name);
+            for name in TC.entries.iter().chain(TC.own) {
+                let _: Result<(), _> = tc::qdisc_detach_program(port.name, place, name);
             }
             // The kernel puts it before the others.
             let options = TcAttachOptions::Netlink(NlOptions::default());
-            tc.attach_with_options(port.name, INGRESS, options)
+            tc.attach_with_options(port.name, place, options)
         }
         attached => attached,
     };
@@ -957,6 +1027,8 @@ fn has_portfwd(interface: &str) -> bool {
 struct Programs {
     /// By role; then the same for interfaces without link header.
     entries: &'static [&'static str],
+    /// For what the box itself sends.
+    own: &'static [&'static str],
     /// By direction.
     detours: &'static [&'static str],
     /// Of [`portfwd_ebpf::path::Part`], by their number.
@@ -967,6 +1039,7 @@ struct Programs {
 
 const XDP: Programs = Programs {
     entries: &["external", "internal", "both"],
+    own: &[],
     detours: &["forward_detour", "reply_detour"],
     parts: &[
         "forward_v4",
@@ -997,6 +1070,7 @@ const TC: Programs = Programs {
         "bare_internal",
         "bare_both",
     ],
+    own: &["tc_own", "tc_sent", "bare_sent"],
     detours: &["tc_forward_detour", "tc_reply_detour"],
     parts: &[
         "tc_forward_v4",
@@ -1034,6 +1108,20 @@ impl Programs {
             Role::Both => 2,
         };
         self.entries[if bare && self.entries.len() > 3 { 3 + role } else { role }]
+    }
+}
+
+/// In the line that a user gets.
+fn attach_error(port: Port<'_>, mode: Mode, error: &ProgramError) -> AttachError {
+    let interface = port.name.to_owned();
+    let message = chain(error);
+    match os_error(error) {
+        Some(libc::EBUSY | libc::EEXIST) if mode != Mode::Tc => AttachError::Busy { interface },
+        Some(libc::ERANGE) if mode != Mode::Tc => {
+            AttachError::Mtu { interface, mtu: port.mtu, message: reason(libc::ERANGE) }
+        }
+        Some(code) => AttachError::Other { interface, mode, message: reason(code) },
+        None => AttachError::Other { interface, mode, message },
     }
 }
 

@@ -61,6 +61,8 @@ pub struct Survey {
     pub roles: BTreeMap<String, Role>,
     /// The next hops of the backends.
     pub hops: Vec<NextHop>,
+    /// The backends that are the box itself.
+    pub local: BTreeSet<IpAddr>,
     pub externals: Externals,
     /// Protocols that the box itself speaks, beside TCP and UDP.
     pub own: BTreeSet<u8>,
@@ -88,28 +90,23 @@ impl Survey {
         backends.sort_by_key(|(_, rule)| *rule);
         let addresses: Vec<IpAddr> = backends.iter().map(|(backend, _)| *backend).collect();
         let mut routes: Vec<(IpAddr, &Rule, NextHop)> = Vec::new();
+        let mut local = BTreeSet::new();
         for ((backend, rule), route) in backends.into_iter().zip(network.routes(&addresses).await?)
         {
             let rule = &config.rules[rule];
-            let problem = match route {
-                Route::Via(hop) => {
-                    routes.push((backend, rule, hop));
-                    continue;
-                }
+            match route {
+                Route::Via(hop) => routes.push((backend, rule, hop)),
                 Route::Local => {
-                    "is an address of this box, which XDP cannot forward to; let the service \
-                     listen on the port itself"
-                        .to_owned()
+                    local.insert(backend);
                 }
-                Route::Unreachable => format!(
-                    "has no route; add one: ip route add {backend}/{} via GATEWAY, or dev IFACE",
+                Route::Unreachable => problems.push(format!(
+                    "{}: rule \"{}\": backend {backend} has no route; add one: ip route add \
+                     {backend}/{} via GATEWAY, or dev IFACE",
+                    rule.place,
+                    rule.name,
                     if backend.is_ipv4() { 32 } else { 128 }
-                ),
-            };
-            problems.push(format!(
-                "{}: rule \"{}\": backend {backend} {problem}",
-                rule.place, rule.name
-            ));
+                )),
+            }
         }
         let mut hops: Vec<NextHop> = routes.iter().map(|(.., hop)| *hop).collect();
         hops.sort();
@@ -178,7 +175,7 @@ impl Survey {
         let mut externals = snapshot.external_addresses(&external);
         keep_order(&mut externals.v4, &before.externals.v4);
         keep_order(&mut externals.v6, &before.externals.v6);
-        Ok(Self { roles, hops, externals, own: protocols::of_the_box(snapshot), problems })
+        Ok(Self { roles, hops, local, externals, own: protocols::of_the_box(snapshot), problems })
     }
 }
 

@@ -117,6 +117,13 @@ impl Snapshot {
         self.links.iter().find(|link| link.index == index)
     }
 
+    /// By which the box speaks to itself, if that is up.
+    pub fn loopback(&self) -> Option<&Link> {
+        /// `LOOPBACK_IFINDEX`.
+        const INDEX: u32 = 1;
+        self.link_by_index(INDEX).filter(|link| link.up)
+    }
+
     /// The links to which the frames of this one come first: the ports of a bridge or a bond, the
     /// parent of a VLAN, and so on down to those that stand on no other. `link` alone if it is such
     /// a one.
