@@ -162,7 +162,7 @@ fn clock(ctx: XdpContext) -> u32 {
 
 /// A program of a hook.
 macro_rules! program {
-    ($kind:ident, $name:ident($ctx:ident: $context:ty) -> $action:ty, $hook:expr, |$run:ident| $do:expr) => {
+    ($kind:meta, $name:ident($ctx:ident: $context:ty) -> $action:ty, $hook:expr, |$run:ident| $do:expr) => {
         #[$kind]
         #[inline(always)]
         fn $name($ctx: $context) -> $action {
@@ -175,7 +175,7 @@ macro_rules! program {
 /// Programs that are attached: at XDP, at TC, and at TC of interfaces without link header.
 macro_rules! entries {
     ($($xdp:ident $tc:ident $bare:ident: |$run:ident| $do:expr;)*) => {$(
-        program!(xdp, $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
+        program!(xdp(frags), $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
         program!(classifier, $tc(ctx: TcContext) -> i32, Tc::enter(ctx, size_of::<Ethernet>()), |$run| $do);
         program!(classifier, $bare(ctx: TcContext) -> i32, Tc::enter(ctx, 0), |$run| $do);
     )*};
@@ -190,7 +190,7 @@ entries! {
 /// Programs that are jumped to: at XDP and at TC.
 macro_rules! parts {
     ($($xdp:ident $tc:ident: |$run:ident| $do:expr;)*) => {$(
-        program!(xdp, $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
+        program!(xdp(frags), $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
         program!(classifier, $tc(ctx: TcContext) -> i32, Tc::again(ctx), |$run| $do);
     )*};
 }
@@ -411,6 +411,11 @@ impl<H: Hook> Kernel for Run<H> {
     }
 
     #[inline(always)]
+    fn beyond(&self) -> usize {
+        self.hook.beyond()
+    }
+
+    #[inline(always)]
     fn segment(&self) -> u32 {
         self.hook.segment()
     }
@@ -423,6 +428,11 @@ impl<H: Hook> Kernel for Run<H> {
     #[inline(always)]
     fn device(&self, index: u32, interface: &Interface) -> Option<u32> {
         self.hook.device(index, interface)
+    }
+
+    #[inline(always)]
+    fn is_sent_by(&self, device: u32) -> bool {
+        self.hook.is_sent_by(device)
     }
 
     #[inline(always)]

@@ -302,9 +302,14 @@ pub trait Kernel: Flows<4> + Flows<16> {
     fn ether_type(&self) -> Option<EtherType> {
         None
     }
-    /// Bytes of the packet that `frame` goes on with. Not all of them need be in the frame.
+    /// Bytes of the packet that `frame` goes on with, as far as that is told at once. Not all of them need
+    /// be in the frame.
     fn available(&self, frame: &Frame<'_>) -> usize {
         frame.remaining()
+    }
+    /// How many more there are.
+    fn beyond(&self) -> usize {
+        0
     }
     /// Bytes of the payload in each of the packets that the stack made this one of; 0 if it did not.
     fn segment(&self) -> u32 {
@@ -317,6 +322,10 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// By which number packets can be sent out by an interface at once, if they can.
     fn device(&self, _index: u32, interface: &Interface) -> Option<u32> {
         interface.has(Interface::TRANSMITS).then_some(interface.device)
+    }
+    /// Whether this one can, by such a number.
+    fn is_sent_by(&self, _device: u32) -> bool {
+        true
     }
     /// The same, of the interface that the packet came by.
     fn back(&self) -> Option<u32> {
@@ -473,7 +482,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
     match role {
         Role::External => {
             let forward = claims(Direction::Forward)?;
-            let mut packet = match Packet::take(link, ip, frame, available) {
+            let mut packet = match Packet::take(kernel, link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) => return detour(Direction::Forward, reason),
             };
@@ -488,7 +497,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
                 claims(Direction::Forward)?;
                 return Ok(Verdict::Flow(Part::Hairpin.program::<N>()));
             };
-            let mut packet = match Packet::take(link, ip, frame, available) {
+            let mut packet = match Packet::take(kernel, link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) => return detour(Direction::Reply, reason),
             };
@@ -512,7 +521,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
                     Err(reason) => return Err(reason),
                 },
             };
-            let mut packet = match Packet::take(link, ip, frame, available) {
+            let mut packet = match Packet::take(kernel, link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) if forward.is_ok() => return detour(Direction::Forward, reason),
                 Err(reason) => return detour(Direction::Reply, reason),
@@ -570,7 +579,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     let available = kernel.available(frame);
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
     let transport = ip
-        .whole(available)
+        .whole(available, || kernel.beyond())
         .and_then(|whole| ip.payload(frame, whole, Reads::Whole))
         // Where extension headers may be, each number of them would be verified with all that follows.
         .and_then(|payload| if N == 4 { Ok(payload) } else { payload.forgotten(kernel.nothing()) })
@@ -654,7 +663,8 @@ struct Packet<'a, I> {
 impl<'a, I> Packet<'a, I> {
     /// Takes what follows `ip`, from whose start on `available` bytes are there.
     #[inline(always)]
-    fn take<const N: usize>(
+    fn take<const N: usize, K: Kernel>(
+        kernel: &K,
         link: Link<'a>,
         ip: &'a mut I,
         frame: &mut Frame<'a>,
@@ -663,7 +673,7 @@ impl<'a, I> Packet<'a, I> {
     where
         I: Ip<N>,
     {
-        let transport = ip.transport(frame, available)?;
+        let transport = ip.transport(frame, available, || kernel.beyond())?;
         Ok(Self { link, ip, transport })
     }
 
@@ -871,7 +881,9 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     let tag = if hairpin { Tag::NONE } else { tag(kernel, direction, *ip, now) };
     let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
     let (verdict, hop) = match remembered {
-        Some(hop) if u32::from(longest) <= hop.mtu => (Verdict::Redirect(hop.device), Some(hop)),
+        Some(hop) if u32::from(longest) <= hop.mtu && kernel.is_sent_by(hop.device) => {
+            (Verdict::Redirect(hop.device), Some(hop))
+        }
         _ => {
             let asked = Flow::of_key(ends);
             let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, longest, &asked)?;
@@ -1109,12 +1121,13 @@ fn reply<K: Kernel>(kernel: &K, told: &Told, room: Room, hairpin: bool) -> Resul
     }
 }
 
-/// To a known neighbour: redirected, unless the interface cannot transmit.
+/// To a known neighbour: redirected, unless the interface cannot transmit it.
 #[inline(always)]
 fn leave<K: Kernel>(kernel: &K, interface: Interface, told: &Told) -> Verdict {
     match told.route {
         Route::Via => kernel
             .device(told.interface, &interface)
+            .filter(|device| kernel.is_sent_by(*device))
             .map_or(Verdict::Stack(ToStack::NoTransmit), Verdict::Redirect),
         _ => Verdict::Stack(ToStack::NoNeighbour),
     }

@@ -113,6 +113,11 @@ pub struct Router {
     pub routes: Option<Routes>,
     pub route_mtu: u16,
     pub ingress_mtu: u32,
+    /// Bytes of the first piece of a frame. Programs do not see the others.
+    pub piece: usize,
+    pub beyond: Cell<usize>,
+    /// Whether interfaces transmit frames in several.
+    pub transmits_pieces: bool,
     /// Where the packet comes by: flags of an [`Interface`].
     pub ingress: Cell<u32>,
     pub sockets: bool,
@@ -215,6 +220,9 @@ impl Router {
             routes: None,
             route_mtu: 1500,
             ingress_mtu: 1500,
+            piece: usize::MAX,
+            beyond: Cell::default(),
+            transmits_pieces: true,
             ingress: Cell::default(),
             sockets: false,
             asked: Cell::new(false),
@@ -239,6 +247,8 @@ impl Router {
             Role::Internal => Interface::INTERNAL,
             Role::Both => Interface::EXTERNAL | Interface::INTERNAL,
         });
+        let (frame, beyond) = frame.split_at_mut(frame.len().min(self.piece));
+        self.beyond.set(beyond.len());
         let mut verdict = handle(self, role, Frame::new(frame));
         loop {
             let came = Frame::new(frame);
@@ -370,6 +380,12 @@ impl Kernel for Router {
             _ => OUTSIDE_DEVICE,
         };
         Some(Interface { flags, mtu: self.ingress_mtu, device, v4, v6 })
+    }
+    fn beyond(&self) -> usize {
+        self.beyond.get()
+    }
+    fn is_sent_by(&self, _device: u32) -> bool {
+        self.transmits_pieces || self.beyond() == 0
     }
     fn route(&self, flow: &Flow, length: u16, _class: [u8; 4]) -> Option<&mut Told> {
         self.fib.set(self.fib.get() + 1);

@@ -1145,6 +1145,16 @@ mod tests {
     }
 
     #[test]
+    fn an_mtu_that_a_driver_refuses_is_explained() {
+        let message = reason(libc::ERANGE);
+        let refused = AttachError::Mtu { interface: "eth0".to_owned(), mtu: 9000, message };
+        assert_eq!(
+            refused.to_string(),
+            "eth0: MTU 9000 is too large for native XDP here (Numerical result out of range (os error 34)); lower it with `ip link set dev eth0 mtu 1500`, or set attach = \"tc\""
+        );
+    }
+
+    #[test]
     fn generations_are_never_none() {
         let of = |generation| Trust { generation, ..Trust::default() };
         assert_eq!(next(of(0)).generation, 1);

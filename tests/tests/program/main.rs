@@ -7,6 +7,7 @@ mod flows;
 mod fragments;
 mod headers;
 mod hostile;
+mod large;
 mod others;
 mod own;
 mod remembered;
