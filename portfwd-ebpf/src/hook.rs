@@ -36,7 +36,7 @@ pub trait Hook {
     fn frame(&self) -> Frame<'_>;
     /// The index of the interface that the packet came by.
     fn ingress(&self) -> u32;
-    /// The programs of the detour, and those of flows.
+    /// The programs of the detour and for SYNs, and those of flows.
     fn programs() -> [&'static ProgramArray; 2];
     /// Sees to it that headers in headers are in the frame, if the packet has them.
     fn pull(&self);
@@ -192,7 +192,7 @@ impl Hook for Xdp {
             | Verdict::ForwardDetour(_)
             | Verdict::ReplyDetour(_)
             | Verdict::Flow(..) => xdp_action::XDP_PASS,
-            Verdict::Drop(_) => xdp_action::XDP_DROP,
+            Verdict::Drop(_) | Verdict::Syn(_) => xdp_action::XDP_DROP,
         }
     }
 
@@ -519,7 +519,7 @@ impl Hook for Tc {
             | Verdict::ForwardDetour(_)
             | Verdict::ReplyDetour(_)
             | Verdict::Flow(..) => TC_ACT_UNSPEC,
-            Verdict::Drop(_) => TC_ACT_SHOT,
+            Verdict::Drop(_) | Verdict::Syn(_) => TC_ACT_SHOT,
         }
     }
 

@@ -31,12 +31,13 @@ use portfwd_ebpf::{
     flow::{Added, Bench, Flows},
     flow_table::{self, Slot, Slots},
     icmp::Icmp,
+    mss::{self, Syn},
     packet::{Check, EtherType, Ethernet, Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Told, Verdict},
     table::{
         self, Address, AnyAddress, ArrivalKey, Bucket, Candidate, ClientKey, Counter, Direction,
         Endpoint, Favourite, FirstFragment, FlowHalf, FlowKey, FragmentKey, HOP_BITS, Hop,
-        Interface, Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Page, Passed, Port,
+        Interface, Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Mss, Page, Passed, Port,
         RememberedHop, RouteSet, Settings, Translation, Trust,
     },
 };
@@ -108,12 +109,17 @@ static FIB: PerCpuArray<Fib> = PerCpuArray::with_max_entries(1, 0);
 static FRAGMENT_BENCH: PerCpuArray<FragmentBench> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static ANSWERS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
+/// By the rows of `COUNTERS`.
+#[map]
+static MSS: Array<Mss> = Array::with_max_entries(1024, 0);
+#[map]
+static SYN: PerCpuArray<Syn> = PerCpuArray::with_max_entries(1, 0);
 /// For the log: the ends of the packet.
 #[map]
 static NOTED: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
-/// By [`Direction`].
+/// By [`Direction`]; then the one for SYNs.
 #[map]
-static DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
+static DETOURS: ProgramArray = ProgramArray::with_max_entries(FOR_SYN + 1, 0);
 /// At TC: the link addresses of a packet that came without a link header and leaves with one.
 #[map]
 static LEAVE_BY: PerCpuArray<LinkAddresses> = PerCpuArray::with_max_entries(1, 0);
@@ -121,7 +127,9 @@ static LEAVE_BY: PerCpuArray<LinkAddresses> = PerCpuArray::with_max_entries(1, 0
 #[map]
 static TC_PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
 #[map]
-static TC_DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
+static TC_DETOURS: ProgramArray = ProgramArray::with_max_entries(FOR_SYN + 1, 0);
+
+const FOR_SYN: u32 = 2;
 
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
 #[unsafe(no_mangle)]
@@ -204,6 +212,7 @@ parts! {
     hairpin_v6 tc_hairpin_v6: |run| run.flow::<16, Ipv6Hdr>(Part::Hairpin);
     forward_detour tc_forward_detour: |run| run.detour(Direction::Forward);
     reply_detour tc_reply_detour: |run| run.detour(Direction::Reply);
+    syn tc_syn: |run| run.syn();
     find_forward_v4 tc_find_forward_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Find(Direction::Forward));
     find_forward_v6 tc_find_forward_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Find(Direction::Forward));
     find_reply_v4 tc_find_reply_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Find(Direction::Reply));
@@ -247,6 +256,14 @@ impl<H: Hook> Run<H> {
     }
 
     #[inline(always)]
+    fn syn(&self) -> H::Action {
+        self.hook.pull();
+        // By the program that jumped here.
+        self.noted.set(true);
+        self.done(mss::handle(self, self.hook.frame()))
+    }
+
+    #[inline(always)]
     fn flow_detour<const N: usize, I: Icmp<N>>(&self, part: FlowPart) -> H::Action
     where
         Self: Flows<N>,
@@ -282,6 +299,11 @@ impl<H: Hook> Run<H> {
             Verdict::ForwardDetour(reason) => (detours, Direction::Forward as u32, reason),
             Verdict::ReplyDetour(reason) => (detours, Direction::Reply as u32, reason),
             Verdict::Flow(program) => (parts, program.number(), Passed::NoFlow),
+            Verdict::Syn(_) => {
+                // SAFETY: as below. Translated as it is, it is lost.
+                unsafe { detours.tail_call(self.hook.context(), FOR_SYN) };
+                return;
+            }
             _ => return,
         };
         // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
@@ -504,16 +526,22 @@ impl<H: Hook> Kernel for Run<H> {
                 Route::NoNeighbour
             }
             BPF_FIB_LKUP_RET_SUCCESS => Route::Via,
-            // There is none to be resolved. How much goes that way was not told: it is what too much is
-            // refused for.
-            BPF_FIB_LKUP_RET_NO_NEIGH if self.is_bare(told.interface) => {
+            // How much goes that way was not told: it is what too much is refused for.
+            BPF_FIB_LKUP_RET_NO_NEIGH => {
                 lookup(fib, u16::MAX);
                 told.hop.mtu = mtu(fib);
-                told.hop.link = LinkAddresses::default();
-                Route::Via
+                if self.is_bare(told.interface) {
+                    // There is none to be resolved.
+                    told.hop.link = LinkAddresses::default();
+                    Route::Via
+                } else {
+                    Route::NoNeighbour
+                }
             }
-            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour,
-            BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
+            BPF_FIB_LKUP_RET_UNSUPP_LWT => {
+                told.hop.mtu = u32::MAX;
+                Route::Encapsulated
+            }
             BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
             BPF_FIB_LKUP_RET_BLACKHOLE => Route::Blackhole,
             BPF_FIB_LKUP_RET_PROHIBIT => Route::Prohibited,
@@ -521,6 +549,23 @@ impl<H: Hook> Kernel for Run<H> {
             _ => Route::NotForwarded,
         };
         Some(told)
+    }
+
+    #[inline(always)]
+    fn told(&self) -> Option<&Told> {
+        // SAFETY: this CPU's own, and of this run alone.
+        FIB.get_ptr(0).map(|fib| unsafe { &(*fib).told })
+    }
+
+    #[inline(always)]
+    fn mss(&self, counter: u32) -> Mss {
+        MSS.get(counter).copied().unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn syn(&self) -> Option<&mut Syn> {
+        // SAFETY: this CPU's own, and of this run alone.
+        SYN.get_ptr_mut(0).map(|syn| unsafe { &mut *syn })
     }
 
     #[inline(always)]
@@ -903,6 +948,7 @@ mod log {
             | Verdict::ReplyDetour(reason) => ("passed: ", reason.name()),
             Verdict::Drop(reason) => ("dropped: ", reason.name()),
             Verdict::Flow(..) => ("passed: ", Passed::NoFlow.name()),
+            Verdict::Syn(_) => ("dropped", ""),
         };
         if flow.family == 2 {
             let source = u32::from_be(words(flow.source)[0]);

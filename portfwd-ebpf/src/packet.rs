@@ -142,6 +142,12 @@ pub struct Link<'a> {
 }
 
 impl Link<'_> {
+    /// How far behind the beginning of the frame something is that stands at an address.
+    #[inline(always)]
+    pub fn distance(&self, address: usize) -> usize {
+        address.wrapping_sub(self.start as usize)
+    }
+
     #[inline(always)]
     pub fn ethernet(&mut self) -> Option<&mut Ethernet> {
         // SAFETY: checked when it was taken; valid for any bytes, and handed out once at a time.
@@ -304,6 +310,12 @@ impl<'a> Transport<'a> {
             (false, true, false) => (Segment::Acknowledges, number(tcp.ack_seq)),
             _ => (Segment::Other, 0),
         }
+    }
+
+    /// Whether it is TCP's SYN, or the answer to one.
+    #[inline(always)]
+    pub fn is_syn(&self) -> bool {
+        matches!(self, Self::Tcp(tcp) if tcp.syn() != 0)
     }
 
     /// The [`flow_flags`] that it brings.

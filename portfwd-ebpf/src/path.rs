@@ -3,18 +3,22 @@
 //! Everything is decided before the first byte is changed, so a packet that is passed leaves as it
 //! came. The kernel is asked through [`Kernel`], so the same code runs on the host.
 
-use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use network_types::{
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+};
 
 use crate::checksum::Change;
 use crate::detour::FragmentBench;
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::icmp::Icmp;
+use crate::mss::Syn;
 use crate::packet::{Check, EtherType, Frame, Ip, Link, Reads, Transport, forgotten};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Claims, ClientKey, Counter, Direction, Dropped,
     Endpoint, FirstFragment, FlowKey, FragmentKey, Hook, Hop, Interface, Jiffies, LinkAddresses,
-    Mapping, MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Size, Tag, ToStack,
-    Translation, Trust,
+    Mapping, MappingKey, Mss, Page, Passed, Port, Ports, RememberedHop, RouteSet, Size, Tag,
+    ToStack, Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -44,6 +48,9 @@ pub enum Verdict {
     /// packet passes.
     ForwardDetour(Passed),
     ReplyDetour(Passed),
+    /// Translated, but for the MSS: [`mss::handle`](crate::mss::handle) says what becomes of it, which is
+    /// another program. With the rule's counter.
+    Syn(u32),
     /// A flow decides, for which there is another program: [`handle_flow`] or
     /// [`detour::handle_flow`](crate::detour::handle_flow).
     Flow(Program),
@@ -232,7 +239,7 @@ pub struct Told {
     pub interface: u32,
     /// The MTU that the packet is larger than; 0 if it is not.
     pub narrow: u32,
-    /// Of [`Route::Via`], but for the device.
+    /// Of [`Route::Via`], but for the device. The MTU is that of any way out; `u32::MAX` if it is not known.
     pub hop: Hop,
 }
 
@@ -347,6 +354,13 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// not used any more then.
     #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Option<&mut Told>;
+    /// What the FIB told last.
+    fn told(&self) -> Option<&Told>;
+    /// How the rule with a counter has the MSS.
+    fn mss(&self, counter: u32) -> Mss;
+    /// The SYN that is translated in this run.
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn syn(&self) -> Option<&mut Syn>;
     /// Whether a socket of this box is open for the packet.
     fn has_socket(&self, flow: &Flow) -> bool;
     /// By which address a client came, if it was not the first.
@@ -694,6 +708,27 @@ impl<'a, I> Packet<'a, I> {
         (flow.size, flow.now) = (self.on_wire(kernel).size, kernel.now());
     }
 
+    /// What becomes of a translated SYN, which goes by `hop` if it is redirected.
+    #[inline(always)]
+    fn syn<const N: usize, K: Kernel>(
+        &self,
+        kernel: &K,
+        hop: Option<&Hop>,
+        rule: u32,
+        then: Verdict,
+    ) -> Verdict
+    where
+        I: Ip<N>,
+    {
+        let told = || kernel.told().map(|told| &told.hop);
+        let (Some(syn), Some(Hop { mtu, .. })) = (kernel.syn(), hop.or_else(told)) else {
+            return then;
+        };
+        let place = self.link.distance(self.transport.header().0) as u32;
+        *syn = Syn { then, mtu: *mtu, headers: (size_of::<I>() + TcpHdr::LEN) as u32, rule, place };
+        Verdict::Syn(rule)
+    }
+
     /// What it is on a wire.
     #[inline(always)]
     fn on_wire<const N: usize, K: Kernel>(&self, kernel: &K) -> OnWire
@@ -949,6 +984,9 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     kernel.repair(transport.check(), addresses, ports);
     // Again, and not kept: there is little room on the stack.
     count(kernel, counter, direction, packet.on_wire(kernel).size, now, verdict);
+    if packet.transport.is_syn() {
+        return Ok(packet.syn(kernel, hop, counter, verdict));
+    }
     Ok(verdict)
 }
 

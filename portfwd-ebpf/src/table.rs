@@ -236,6 +236,18 @@ impl Translation {
     }
 }
 
+/// Value of `MSS`, by the rule's row in `COUNTERS`: the largest MSS of TCP that goes through the rule.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[repr(transparent)]
+pub struct Mss(pub u16);
+
+impl Mss {
+    /// What fits the way.
+    pub const AUTO: Self = Self(0);
+    /// Any.
+    pub const OFF: Self = Self(u16::MAX);
+}
+
 /// A flow's packets in one direction, as they come: key of `PROBATION_V4` and `PROBATION_V6`, and of the
 /// entries of `FLOWS_V4` and `FLOWS_V6`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

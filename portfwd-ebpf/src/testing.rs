@@ -14,13 +14,14 @@ use crate::detour::{self, FlowPart, FragmentBench, Outcome};
 use crate::flow::{Added, Bench, Flows};
 use crate::flow_table::{self, Slot, Slots, WINDOW};
 use crate::icmp::Icmp;
+use crate::mss::{self, Syn};
 use crate::packet::Frame;
 use crate::path::{Flow, Kernel, Part, Role, Route, Told, Verdict, handle, handle_flow};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Candidate, Claims, ClientKey, Counter, Direction,
     Endpoint, FirstFragment, FlowHalf, FlowKey, FragmentKey, Hop, Interface, Jiffies,
-    LinkAddresses, Mapping, MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Shift,
-    Translation, Trust,
+    LinkAddresses, Mapping, MappingKey, Mss, Page, Passed, Port, Ports, RememberedHop, RouteSet,
+    Shift, Translation, Trust,
 };
 
 pub const CLIENT: [u8; 4] = [198, 51, 100, 2];
@@ -63,7 +64,7 @@ pub const fn no_neighbour(interface: u32) -> Told {
 
 /// Without an interface.
 pub const fn nothing_but(route: Route) -> Told {
-    let hop = Hop { device: 0, mtu: 0, link: LinkAddresses::new([0; 6], [0; 6]), padding: 0 };
+    let hop = Hop { device: 0, mtu: 1500, link: LinkAddresses::new([0; 6], [0; 6]), padding: 0 };
     Told { route, interface: 0, narrow: 0, hop }
 }
 
@@ -87,6 +88,9 @@ pub struct Router {
     /// What the FIB told last, and how often it was asked.
     pub told: UnsafeCell<Told>,
     pub fib: Cell<u32>,
+    /// Of the only rule.
+    pub mss: Mss,
+    pub syn: UnsafeCell<Syn>,
     pub rows: Vec<Translation>,
     pub arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
     pub flows4: Places<4>,
@@ -198,6 +202,14 @@ impl Router {
             hops: UnsafeCell::default(),
             told: UnsafeCell::new(route),
             fib: Cell::default(),
+            mss: Mss::AUTO,
+            syn: UnsafeCell::new(Syn {
+                then: Verdict::Pass(Passed::NoRule),
+                mtu: 0,
+                headers: 0,
+                rule: 0,
+                place: 0,
+            }),
             rows,
             arrivals: RefCell::default(),
             flows4: Places::default(),
@@ -259,6 +271,7 @@ impl Router {
                     (part, true) => self.part::<4, Ipv4Hdr>(part, came),
                     (part, false) => self.part::<16, Ipv6Hdr>(part, came),
                 },
+                Verdict::Syn(_) => Outcome::Done(mss::handle(self, came)),
                 verdict => return verdict,
             };
             verdict = self.done(outcome, frame);
@@ -394,6 +407,17 @@ impl Kernel for Router {
         *told = self.routes.as_ref().map_or(self.route, |routes| routes(flow));
         told.narrow = if length > self.route_mtu { self.route_mtu.into() } else { 0 };
         Some(told)
+    }
+    fn told(&self) -> Option<&Told> {
+        // SAFETY: as in `flows!`.
+        Some(unsafe { &*self.told.get() })
+    }
+    fn mss(&self, _counter: u32) -> Mss {
+        self.mss
+    }
+    fn syn(&self) -> Option<&mut Syn> {
+        // SAFETY: as in `flows!`.
+        Some(unsafe { &mut *self.syn.get() })
     }
     fn first_fragment<R>(
         &self,

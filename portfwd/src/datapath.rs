@@ -337,6 +337,7 @@ impl Datapath {
             .map_max_entries("TRANSLATIONS", capacity.translations)
             .map_max_entries("PAGES", capacity.pages)
             .map_max_entries("COUNTERS", capacity.counters)
+            .map_max_entries("MSS", capacity.counters)
             .override_global("FLOW_HOMES_V4", &v4.homes(), true)
             .override_global("FLOW_HOMES_V6", &v6.homes(), true)
             .override_global("FLOW_SEED", &seed, true)
@@ -957,7 +958,7 @@ fn has_portfwd(interface: &str) -> bool {
 struct Programs {
     /// By role; then the same for interfaces without link header.
     entries: &'static [&'static str],
-    /// By direction.
+    /// By direction; then the one for SYNs.
     detours: &'static [&'static str],
     /// Of [`portfwd_ebpf::path::Part`], by their number.
     parts: &'static [&'static str; Part::PROGRAMS as usize],
@@ -967,7 +968,7 @@ struct Programs {
 
 const XDP: Programs = Programs {
     entries: &["external", "internal", "both"],
-    detours: &["forward_detour", "reply_detour"],
+    detours: &["forward_detour", "reply_detour", "syn"],
     parts: &[
         "forward_v4",
         "forward_v6",
@@ -997,7 +998,7 @@ const TC: Programs = Programs {
         "bare_internal",
         "bare_both",
     ],
-    detours: &["tc_forward_detour", "tc_reply_detour"],
+    detours: &["tc_forward_detour", "tc_reply_detour", "tc_syn"],
     parts: &[
         "tc_forward_v4",
         "tc_forward_v6",

@@ -6,6 +6,7 @@ mod answers;
 mod errors;
 mod flow_detours;
 mod fragments;
+mod mss;
 mod others;
 
 use std::collections::{HashMap, HashSet};
@@ -544,7 +545,9 @@ proptest! {
                 prop_assert_eq!(translated, 0);
             }
             Verdict::Drop(_) => prop_assert_eq!(translated, 0),
-            Verdict::Flow(..) => prop_assert!(false, "a part that decides nothing"),
+            Verdict::Flow(..) | Verdict::Syn(_) => {
+                prop_assert!(false, "a part that decides nothing");
+            }
             Verdict::Redirect(_) | Verdict::Stack(_) => {
                 prop_assert_eq!(translated, 1);
                 prop_assert_eq!(is_valid(&bytes), is_valid(&before));
