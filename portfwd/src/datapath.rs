@@ -23,7 +23,7 @@ use portfwd_ebpf::flow_table::WINDOW;
 use portfwd_ebpf::path::{Part, Role};
 use portfwd_ebpf::table::{
     Address, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface, Jiffies,
-    LAYOUT, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
+    LAYOUT, Mss, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
 };
 use thiserror::Error;
 use tracing::warn;
@@ -277,6 +277,7 @@ impl Row for Endpoint {}
 impl Row for Page {}
 impl Row for Translation {}
 impl Row for Counter {}
+impl Row for Mss {}
 impl Row for Interface {}
 impl Row for Settings {}
 impl Row for Trust {}
@@ -607,10 +608,20 @@ impl Datapath {
         if let Err(error) = removed {
             warn!("{error}; what was removed there stays in the way of later changes");
         }
+        if let Err(error) = self.write_mss(&update.mss) {
+            warn!("{error}; segments of TCP may stay larger or smaller than rules say");
+        }
         // While nobody waits for it: it takes several milliseconds.
         let waiting = thread::Builder::new().name("readers".to_owned()).spawn(wait_for_readers);
         self.readers = waiting.map_err(|_| wait_for_readers()).ok();
         Ok(())
+    }
+
+    fn write_mss(&mut self, rules: &[(u32, Mss)]) -> Result<(), DatapathError> {
+        let mut rows = self.array::<Mss>("MSS")?;
+        rules
+            .iter()
+            .try_for_each(|(rule, mss)| rows.set(*rule, Plain(*mss), 0).map_err(map_error("MSS")))
     }
 
     /// Makes an address lead to this row of the endpoints, or to none.

@@ -1,9 +1,14 @@
-//! Links that carry more in a frame than others.
+//! Links that carry more in a frame than others, or less.
+
+use std::io::{Read, Write};
+use std::time::Duration;
 
 use portfwd_tests::is_root;
-use portfwd_tests::netns::Namespace;
+use portfwd_tests::netns::{self, Namespace};
 use portfwd_tests::peers::{self, Answer, Server};
-use portfwd_tests::rig::Rig;
+use portfwd_tests::rig::{self, Options, Rig};
+use portfwd_tests::rule::Rule;
+use portfwd_tests::wire::{Capture, Direction, Frame};
 
 use crate::running::*;
 
@@ -53,5 +58,126 @@ fn jumbo_frames() {
             assert!(stats.to_stack(&rule.name, "no_neighbour") <= 4, "{}", stats.0);
         }
         running.finish_exact();
+    }
+}
+
+/// Has nobody hear of packets that are too big.
+fn lose_icmp(ends: [&Namespace; 2]) {
+    const DROP: &str = "table inet lost { chain input { type filter hook input priority 0;
+        icmp type destination-unreachable drop;
+        icmpv6 type packet-too-big drop;
+    }
+    }";
+    for end in ends {
+        netns::run(end.command("nft").arg(DROP)).unwrap();
+    }
+}
+
+/// The MSS of the SYNs among frames that arrived.
+fn sizes(frames: &[Frame]) -> Vec<u16> {
+    let received = frames.iter().filter(|frame| frame.direction == Direction::Received);
+    let segments = received.filter_map(|frame| match frame.data[12..14] {
+        [0x08, 0x00] if frame.data[23] == TCP => Some(&frame.data[34..]),
+        [0x86, 0xdd] if frame.data[20] == TCP => Some(&frame.data[54..]),
+        _ => None,
+    });
+    let syns = segments.filter(|tcp| tcp[13] & 2 != 0);
+    syns.map(|tcp| match tcp[20..24] {
+        [2, 4, high, low] => u16::from_be_bytes([high, low]),
+        _ => panic!("{tcp:02x?}"),
+    })
+    .collect()
+}
+
+/// Sends bytes to an echo server and has them back; an error is that it took too long.
+fn moves_bytes(client: &Namespace, server: std::net::SocketAddr) -> std::io::Result<()> {
+    let mut stream = peers::connect(client, server).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    stream.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+    let question = vec![0x5a; 50_000];
+    stream.write_all(&question)?;
+    let mut answer = vec![0; question.len()];
+    stream.read_exact(&mut answer)?;
+    assert!(answer == question);
+    Ok(())
+}
+
+/// Where the MTU of one side is smaller and ICMP is lost, the MSS is what lets a transfer through.
+#[test]
+fn segments_fit_where_icmp_is_lost() {
+    if !is_root() {
+        return;
+    }
+    let rules = |mss| -> Vec<Rule> {
+        let rules = for_both("web", "tcp", 8080..=8080, 80);
+        rules.into_iter().map(|rule| Rule { mss, ..rule }).collect()
+    };
+    for narrow in ["wan0", "lan0"] {
+        for (rules, most) in [
+            (rules(""), Some([1260, 1240])),
+            (masqueraded(rules("\"auto\"")), Some([1260, 1240])),
+            (rules("1000"), Some([1000, 1000])),
+            (rules("false"), None),
+        ] {
+            let rig = Rig::new().unwrap();
+            rig.router.ip(&format!("link set {narrow} mtu 1300")).unwrap();
+            lose_icmp([&rig.client, &rig.server]);
+            let running = Running::start(rig, rules);
+            let Rig { client, server, .. } = &running.rig;
+            for (version, (wan, backend)) in both().into_iter().enumerate() {
+                let _echo = Server::tcp(server, at(backend, 80), Answer::Echo).unwrap();
+                let captures = [client, server].map(|end| Capture::start(end, "eth0").unwrap());
+                let moved = moves_bytes(client, at(wan, 8080));
+                let expected = match most {
+                    Some(most) => most[version],
+                    None if wan.is_ipv4() => 1460,
+                    None => 1440,
+                };
+                for capture in captures {
+                    let seen = sizes(&capture.stop().unwrap());
+                    assert!(
+                        !seen.is_empty() && seen.iter().all(|size| *size == expected),
+                        "{seen:?}"
+                    );
+                }
+                assert_eq!(
+                    moved.is_ok(),
+                    most.is_some(),
+                    "{narrow}: {:?}: {moved:?}",
+                    running.rules
+                );
+            }
+            if most.is_some() {
+                let stats = running.settle(nothing);
+                assert_eq!(total(&stats.rule("web4")["dropped"]), 0);
+                running.finish();
+            }
+        }
+    }
+}
+
+/// From one network inside to another, by the router's address outside.
+#[test]
+fn segments_fit_between_networks_inside() {
+    if !is_root() {
+        return;
+    }
+    let rig = Rig::with(Options { second_server: true, ..Options::default() }).unwrap();
+    rig.router.ip("link set lan1 mtu 1300").unwrap();
+    let client = rig.second_server.as_ref().unwrap();
+    lose_icmp([client, &rig.server]);
+    let interfaces = "external = [\"wan0\"]\ninternal = [\"lan0\", \"lan1\"]";
+    let running = Running::with(rig, for_both("web", "tcp", 8080..=8080, 80), interfaces, &[]);
+    let Rig { server, second_server, .. } = &running.rig;
+    let client = second_server.as_ref().unwrap();
+    for (wan, backend) in rig::WAN.both().into_iter().zip(rig::SERVER.both()) {
+        let _echo = Server::tcp(server, at(backend, 80), Answer::Echo).unwrap();
+        let captures = [client, server].map(|end| Capture::start(end, "eth0").unwrap());
+        moves_bytes(client, at(wan, 8080)).unwrap();
+        for capture in captures {
+            let seen = sizes(&capture.stop().unwrap());
+            let expected = if wan.is_ipv4() { 1260 } else { 1240 };
+            assert!(!seen.is_empty() && seen.iter().all(|size| *size == expected), "{seen:?}");
+        }
     }
 }

@@ -124,7 +124,7 @@ fn options() -> impl Strategy<Value = Vec<u8>> {
     let option = prop_oneof![
         3 => Just(vec![1]),
         2 => any::<[u8; 2]>().prop_map(|[high, low]| vec![2, 4, high, low]),
-        2 => (3_u8..40, prop::collection::vec(any::<u8>(), 0..20)).prop_map(|(kind, mut data)| {
+        2 => (2_u8..40, prop::collection::vec(any::<u8>(), 0..20)).prop_map(|(kind, mut data)| {
             data.splice(0..0, [kind, data.len() as u8 + 2]);
             data
         }),
