@@ -8,6 +8,7 @@ mod fragments;
 mod headers;
 mod hostile;
 mod large;
+mod mss;
 mod others;
 mod own;
 mod remembered;
