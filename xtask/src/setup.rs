@@ -78,13 +78,23 @@ done
 /// What libFuzzer is compiled with.
 const FUZZERS: [(&str, &str); 1] = [("c++", "g++")];
 
-/// For what: to compile, also to run the tests and the lab, or also to compare with others, or to fuzz.
+/// What boots other kernels.
+const MACHINES: [(&str, &str); 4] = [
+    ("ip", "iproute2"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("/usr/lib/qemu/virtiofsd", "qemu-system-common"),
+    ("cpio", "cpio"),
+];
+
+/// For what: to compile, also to run the tests and the lab, or also to compare with others, to fuzz, or to
+/// run tests on other kernels.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Need {
     Build,
     Everything,
     Bench,
     Fuzz,
+    Kernels,
 }
 
 impl Need {
@@ -95,6 +105,7 @@ impl Need {
             Self::Everything => &PROGRAMS,
             Self::Bench => &CONTENDERS,
             Self::Fuzz => &FUZZERS,
+            Self::Kernels => &MACHINES,
         }
     }
 }
