@@ -80,7 +80,7 @@ exec switch_root /root /bin/sh /run/guest
 const BEFORE: &str = r#"
 stty -F /dev/ttyS1 raw
 exec </dev/null >/dev/ttyS1 2>&1
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
 mkdir -p /lib/modules /dev/pts /dev/shm
 mount --bind MODULES /lib/modules
 [ -e /sbin/modprobe ] || ln -s /run/busybox /sbin/modprobe
@@ -122,7 +122,8 @@ printf %s "$4" >guest
 chmod 755 init
 find . | cpio -o -H newc --quiet >../initrd
 cd ..
-/usr/lib/qemu/virtiofsd --socket-path=files -o source=/ -o cache=always -o sandbox=chroot \
+# Its lock is by the path of the socket.
+/usr/lib/qemu/virtiofsd --socket-path="$run/files" -o source=/ -o cache=always -o sandbox=chroot \
     >files.log 2>&1 &
 files=$!
 tries=0
