@@ -1,6 +1,6 @@
 //! The commands: from arguments to what runs, and from answers to tables.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,9 +13,10 @@ use serde::Serialize;
 use crate::api::{self, Count, FlowInfo, List, RuleStats, Stats};
 use crate::compile::{BoxPorts, Capacity, Plan, explain, plan};
 use crate::config::{self, Config};
-use crate::daemon::{self, Failure, Options, resolve_all};
+use crate::daemon::{self, Failure, Options, modes, resolve_all};
 use crate::datapath::{Datapath, DatapathError, Hook, Verified};
 use crate::flows::{self, Filter};
+use crate::network::{Layer, Network};
 use crate::report;
 use crate::rule::Invalid;
 
@@ -264,6 +265,9 @@ struct Checked {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     lacks: Vec<&'static str>,
     rules: Vec<CheckedRule>,
+    /// Those that are on this box.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    interfaces: Vec<CheckedInterface>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     programs: Vec<CheckedProgram>,
 }
@@ -281,6 +285,13 @@ struct CheckedRule {
     rule: api::RuleInfo,
     #[serde(skip_serializing_if = "Option::is_none")]
     explanation: Option<String>,
+}
+
+#[derive(Serialize)]
+struct CheckedInterface {
+    name: String,
+    attach: String,
+    why: String,
 }
 
 #[derive(Serialize)]
@@ -309,6 +320,7 @@ impl Check {
         let lacks = lacks.into_iter().filter_map(|(lacks, what)| lacks.then_some(what)).collect();
         let explanations = if self.explain { explain(&config.rules, &plan) } else { Vec::new() };
         let mut explanations = explanations.into_iter();
+        let interfaces = if self.explain { foresee(&config).await } else { Vec::new() };
         let size = config.flows.size;
         let checked = Checked {
             file: self.file.clone(),
@@ -323,6 +335,7 @@ impl Check {
                     explanation: explanations.next(),
                 })
                 .collect(),
+            interfaces,
             programs: programs
                 .into_iter()
                 .map(|verified| CheckedProgram {
@@ -335,6 +348,23 @@ impl Check {
         };
         print(json, &checked, || checked.text())
     }
+}
+
+/// How programs would be attached to the interfaces that are named and here.
+async fn foresee(config: &Config) -> Vec<CheckedInterface> {
+    // A file for another box can be checked too, and by anybody.
+    let Ok((network, _)) = Network::open() else { return Vec::new() };
+    let Ok(snapshot) = network.snapshot().await else { return Vec::new() };
+    let names: BTreeSet<&str> =
+        config.external.iter().chain(&config.internal).map(|it| it.name.as_str()).collect();
+    let links = names.into_iter().filter_map(|name| snapshot.link(name));
+    links
+        .filter(|link| link.layer != Layer::Other)
+        .map(|link| {
+            let (mode, why) = modes::foresee(link, config.attach_to(&link.name));
+            CheckedInterface { name: link.name.clone(), attach: mode.to_string(), why }
+        })
+        .collect()
 }
 
 /// Loads the programs, attaches nothing, and takes them off again.
@@ -364,6 +394,12 @@ impl Checked {
             for line in explanation.lines() {
                 text.push_str(&format!("\n  {line}"));
             }
+        }
+        if !self.interfaces.is_empty() {
+            text.push('\n');
+        }
+        for CheckedInterface { name, attach, why } in &self.interfaces {
+            text.push_str(&format!("\n{name}: {attach} ({why})"));
         }
         if !self.programs.is_empty() {
             let mut table = table(&["program", "instructions verified", "bytes", "load time"]);

@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use crate::api::{self, Request, Socket};
 use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::Config;
-use crate::datapath::{Datapath, Living, Mode, Port};
+use crate::datapath::{Datapath, Hook, Living, Mode, Port};
 use crate::flows::FlowRow;
 use crate::network::{
     self, Changes, Externals, Layer, Link, Network, NetworkError, NextHop, Snapshot,
@@ -33,7 +33,7 @@ use crate::sysctl::{self, Families};
 use crate::{metrics, names, report};
 
 mod hints;
-mod modes;
+pub(crate) mod modes;
 mod protocols;
 mod routes;
 mod survey;
@@ -292,6 +292,8 @@ struct Daemon {
 
 /// How long gateways are taken for known: to find them, the whole routing table is read.
 const GATEWAYS_LAST: Duration = Duration::from_secs(30);
+/// Between the programs for clients on the box, which are loaded when all else is done.
+const LOAD_OWN: Duration = Duration::from_millis(20);
 /// With fewer ports for connections of the box itself the user is warned.
 const FEW_PORTS: usize = 1024;
 
@@ -323,6 +325,8 @@ impl Daemon {
         }
 
         let mut told_of_changes = true;
+        let mut loads_own = !self.datapath.has(Hook::Tc);
+        let mut load_own = every(LOAD_OWN);
         let mut neighbours = every(network::REFRESH);
         let mut refresh_names = every(self.config.refresh);
         let (answers, mut answered) = mpsc::channel(1);
@@ -344,6 +348,18 @@ impl Daemon {
                     self.keep_resolved(&mut inbox).await;
                     self.hint_at_silence();
                 }
+                // One program at a time: others are served meanwhile.
+                _ = load_own.tick(), if loads_own => match self.datapath.load_next(Hook::Tc) {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        loads_own = false;
+                        self.refresh(&mut inbox).await;
+                    }
+                    Err(error) => {
+                        loads_own = false;
+                        warn!("clients on this box cannot use external addresses: {error}");
+                    }
+                },
                 _ = refresh_names.tick() => {
                     let names = names::of(&self.config.rules);
                     // One round at a time: the channel holds one, and a slow resolver delays the next.
@@ -499,8 +515,8 @@ impl Daemon {
         problems
     }
 
-    /// Attaches to what the box itself sends: to clients, if it is a backend, and to itself. Returns what
-    /// could not be done.
+    /// Attaches to what the box itself sends: to clients, if it is a backend, and to itself once the programs
+    /// are loaded for that. Returns what could not be done.
     fn settle_own(
         &mut self,
         snapshot: &Snapshot,
@@ -515,9 +531,14 @@ impl Daemon {
             };
             problems.extend(attached.err().map(|error| error.to_string()));
         }
-        if let Some(loopback) = snapshot.loopback() {
-            let attached = self.datapath.attach_own(port(loopback));
-            problems.extend(attached.err().map(|error| error.to_string()));
+        if let Some(loopback) = snapshot.loopback()
+            && self.datapath.has(Hook::Tc)
+        {
+            match self.datapath.attach_own(port(loopback)) {
+                Ok(true) => info!("{}: clients on this box, TC", loopback.name),
+                Ok(false) => {}
+                Err(error) => problems.push(error.to_string()),
+            }
         }
         problems
     }

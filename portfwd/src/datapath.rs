@@ -5,6 +5,8 @@ use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::net::IpAddr;
+use std::num::NonZero;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -387,61 +389,80 @@ impl Datapath {
         Ok(datapath)
     }
 
-    /// Loads the programs of a hook, unless they are.
+    /// Loads the programs of a hook, unless they are, on all CPUs: the verifier takes its time for each.
     ///
     /// # Errors
     ///
     /// The kernel refuses them.
     pub fn load_programs(&mut self, hook: Hook) -> Result<(), DatapathError> {
+        let wanted = self.missing_programs(hook);
+        let named = |name: &str| wanted.iter().find(|wanted| **wanted == name).copied();
+        let programs = self.ebpf.programs_mut();
+        let programs = programs.filter_map(|(name, program)| Some((named(name)?, program)));
+        let mut verified = verify_all(programs)?;
+        verified.sort_by_key(|it| wanted.iter().position(|name| *name == it.program));
+        self.verified.extend(verified);
+        self.link_programs(hook)
+    }
+
+    /// Loads one more of them. Returns whether all are loaded.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses it.
+    pub fn load_next(&mut self, hook: Hook) -> Result<bool, DatapathError> {
+        let Some(name) = self.missing_programs(hook).first().copied() else {
+            self.link_programs(hook)?;
+            return Ok(true);
+        };
+        let verified = verify(name, self.program_mut(name))?;
+        self.verified.push(verified);
+        Ok(false)
+    }
+
+    /// The programs of a hook that are needed and not loaded.
+    fn missing_programs(&self, hook: Hook) -> Vec<&'static str> {
+        let Programs { entries, own, detours, parts, .. } = Programs::of(hook);
+        let parts = parts.iter().filter(|part| self.is_needed(part));
+        let mut names: Vec<&str> =
+            entries.iter().chain(*own).chain(*detours).chain(parts).copied().collect();
+        names.retain(|name| !self.is_loaded(name));
+        names
+    }
+
+    fn is_loaded(&self, program: &str) -> bool {
+        self.verified.iter().any(|verified| verified.program == program)
+    }
+
+    /// Parts of a family that no rule has would only take their time to be verified.
+    fn is_needed(&self, part: &str) -> bool {
+        let FlowRoom { v4, v6 } = self.capacity.flows;
+        if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 }
+    }
+
+    /// Lets the programs of a hook jump to each other, once they are loaded.
+    fn link_programs(&mut self, hook: Hook) -> Result<(), DatapathError> {
         if self.hooks.contains(&hook) {
             return Ok(());
         }
-        let FlowRoom { v4, v6 } = self.capacity.flows;
-        let programs = Programs::of(hook);
-        // Those of a family that no rule has would only take their time to be verified.
-        let is_needed = |part: &&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
-        let mut verified = Vec::new();
-        let Programs { entries, own, detours, parts, .. } = programs;
-        for name in entries.iter().chain(*own).chain(*detours).chain(parts.iter()) {
-            if programs.parts.contains(name) && !is_needed(name) {
-                continue;
-            }
-            let start = Instant::now();
-            let program = self.program_mut(name);
-            let info = match program {
-                Program::Xdp(xdp) => load(|| xdp.load()).and_then(|()| xdp.info()),
-                Program::SchedClassifier(tc) => load(|| tc.load()).and_then(|()| tc.info()),
-                _ => unreachable!("programs are XDP's or TC's"),
-            };
-            let info: ProgramInfo = info.map_err(|error| verifier_error(name, error))?;
-            verified.push(Verified {
-                program: name,
-                instructions: info.verified_instruction_count(),
-                size: info.size_translated(),
-                time: start.elapsed(),
-            });
-        }
-        let mut jumps = Vec::new();
-        for (map, names) in [
-            (programs.part_map, programs.parts.as_slice()),
-            (programs.detour_map, programs.detours),
-        ] {
+        let Programs { detours, parts, part_map, detour_map, .. } = Programs::of(hook);
+        for (map, names) in [(part_map, parts.as_slice()), (detour_map, detours)] {
             let taken = self.ebpf.take_map(map).unwrap_or_else(|| missing(map));
             let mut array = ProgramArray::try_from(taken).map_err(map_error(map))?;
-            for (number, name) in names
-                .iter()
-                .enumerate()
-                .filter(|(_, name)| verified.iter().any(|verified| verified.program == **name))
+            for (number, name) in names.iter().enumerate().filter(|(_, name)| self.is_loaded(name))
             {
                 let fd = self.program_fd(name).map_err(|error| verifier_error(name, error))?;
                 array.set(number as u32, fd, 0).map_err(map_error(map))?;
             }
-            jumps.push(array);
+            self.jumps.push(array);
         }
-        self.verified.extend(verified);
-        self.jumps.extend(jumps);
         self.hooks.push(hook);
         Ok(())
+    }
+
+    /// Whether the programs of a hook are loaded.
+    pub fn has(&self, hook: Hook) -> bool {
+        self.hooks.contains(&hook)
     }
 
     fn program_mut(&mut self, name: &str) -> &mut Program {
@@ -790,11 +811,12 @@ impl Datapath {
     /// # Errors
     ///
     /// The kernel says why.
-    pub fn attach_own(&mut self, loopback: Port<'_>) -> Result<(), AttachError> {
-        if self.own.is_none() {
+    pub fn attach_own(&mut self, loopback: Port<'_>) -> Result<bool, AttachError> {
+        let new = self.own.is_none();
+        if new {
             self.own = Some(self.attach_own_program("tc_own", loopback, TcAttachType::Ingress)?);
         }
-        Ok(())
+        Ok(new)
     }
 
     fn attach_own_program(
@@ -816,7 +838,8 @@ impl Datapath {
     pub fn set_own(&mut self, own: &BTreeSet<IpAddr>) -> Result<(), DatapathError> {
         let mut map: HashMap<&mut MapData, Plain<AnyAddress>, u32> =
             HashMap::try_from(self.map_mut("OWN")).map_err(map_error("OWN"))?;
-        let wanted: BTreeSet<[u8; 16]> = own.iter().map(|address| any_address(*address).0).collect();
+        let wanted: BTreeSet<[u8; 16]> =
+            own.iter().map(|address| any_address(*address).0).collect();
         let there = map.keys().collect::<Result<Vec<_>, _>>().map_err(map_error("OWN"))?;
         for key in there.iter().filter(|key| !wanted.contains(&key.0.0)) {
             map.remove(key).map_err(map_error("OWN"))?;
@@ -1146,6 +1169,43 @@ fn load_error(error: EbpfError) -> DatapathError {
         Some(libc::ENOSYS) => DatapathError::NoBpf(message),
         _ => DatapathError::Load(message),
     }
+}
+
+/// Has the kernel verify and load these programs, by their names, on all CPUs.
+fn verify_all<'a>(
+    programs: impl Iterator<Item = (&'static str, &'a mut Program)> + Send,
+) -> Result<Vec<Verified>, DatapathError> {
+    let programs = Mutex::new(programs);
+    let next = || programs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || std::iter::from_fn(next).map(|(name, program)| verify(name, program)).collect();
+    thread::scope(|scope| {
+        let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+        let threads: Vec<_> = (1..cpus).map(|_| scope.spawn(work)).collect();
+        let mut verified: Vec<Verified> = work()?;
+        for thread in threads {
+            let others: Result<Vec<Verified>, _> =
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+            verified.extend(others?);
+        }
+        Ok(verified)
+    })
+}
+
+/// Has the kernel verify and load a program.
+fn verify(name: &'static str, program: &mut Program) -> Result<Verified, DatapathError> {
+    let start = Instant::now();
+    let info = match program {
+        Program::Xdp(xdp) => load(|| xdp.load()).and_then(|()| xdp.info()),
+        Program::SchedClassifier(tc) => load(|| tc.load()).and_then(|()| tc.info()),
+        _ => unreachable!("programs are XDP's or TC's"),
+    };
+    let info: ProgramInfo = info.map_err(|error| verifier_error(name, error))?;
+    Ok(Verified {
+        program: name,
+        instructions: info.verified_instruction_count(),
+        size: info.size_translated(),
+        time: start.elapsed(),
+    })
 }
 
 /// Loads a program. A signal that comes meanwhile has the verifier give up with EAGAIN: then again, as libbpf

@@ -291,14 +291,6 @@ fn configurations() {
             1,
         ),
         (
-            "a backend that is the box",
-            "[interfaces]\nexternal = ['wan0']\n[[rule]]\nname = 'a'\nlisten = 80\nto = '192.168.77.1'\n",
-            &[
-                "DIR/portfwd.toml:3: rule \"a\": backend 192.168.77.1 is an address of this box, which XDP cannot forward to; let the service listen on the port itself",
-            ],
-            1,
-        ),
-        (
             "a backend beyond an interface that is not internal",
             "[interfaces]\nexternal = ['wan0']\ninternal = ['wan0']\n[[rule]]\nlisten = 80\nto = '192.168.77.10'\n",
             &[
@@ -632,6 +624,7 @@ fn check_of_a_good_file() {
         assert!(long.contains(line), "{line} is not in {long}");
     }
     let json: serde_json::Value = serde_json::from_str(&check("--explain --json")).unwrap();
+    assert!(json.get("interfaces").is_none());
     assert_eq!(json["rules"][0]["name"], "web");
     assert_eq!(json["rules"][0]["stateful"], false);
     assert!(json["rules"][1]["explanation"].as_str().unwrap().contains("any *"));
@@ -639,13 +632,24 @@ fn check_of_a_good_file() {
     assert!(json["flows"]["memory"].as_u64().unwrap() > 65_536 * 256);
     assert!(json.get("programs").is_none());
 
+    // How those would be attached to that are here.
+    let interfaces = "[interfaces]\nexternal = ['wan0', 'elsewhere0']\ninternal = 'lan0'\n\
+                      [interfaces.lan0]\nattach = 'native'\n";
+    let file = place.path("portfwd.toml");
+    let rules = fs::read_to_string(&file).unwrap();
+    fs::write(&file, format!("{interfaces}{rules}")).unwrap();
+    let ways = "\n\nlan0: native (as configured)\n\
+                wan0: tc (veth: packets of this machine stay whole there)\n";
+    assert!(check("--explain").ends_with(ways), "{}", check("--explain"));
+    fs::write(&file, rules).unwrap();
+
     let verified = check("-v");
     assert!(verified.contains("instructions verified"), "{verified}");
     let json: serde_json::Value = serde_json::from_str(&check("-v --json")).unwrap();
     let programs = json["programs"].as_array().unwrap();
-    // The three entries, at TC three more, and at each hook two detours and, without IPv6, three programs of
-    // flows and four of their detour.
-    assert_eq!(programs.len(), 12 + 15);
+    // The three entries, at TC three more and three for what the box sends, and at each hook two detours and,
+    // without IPv6, three programs of flows and four of their detour.
+    assert_eq!(programs.len(), 12 + 18);
     for program in programs {
         let instructions = program["instructions"].as_u64().unwrap();
         assert!((100..1_000_000).contains(&instructions), "{program}");

@@ -809,3 +809,25 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_backend_that_is_the_box_has_flows() {
+    let rules = rules(&["80:10.0.0.1:8080", "81:10.0.0.2", "82:10.0.0.2"]);
+    let mut plan = plan(&rules, &Resolved::new()).unwrap();
+    assert_eq!(plan.stateful, BTreeMap::new());
+    assert_eq!(plan.remote().count(), 3);
+    let local = BTreeSet::from([IpAddr::from([10, 0, 0, 1])]);
+    assert!(plan.locate(&rules, &local));
+    assert!(!plan.locate(&rules, &local));
+    assert_eq!(plan.stateful, BTreeMap::from([(0, Stateful::Local)]));
+    let states = plan.legs.iter().map(|leg| leg.state);
+    assert!(states.eq([State::Stateful, State::Stateless, State::Stateless]));
+    assert_eq!(plan.remote().count(), 2);
+    assert_eq!(
+        explain(&rules, &plan)[0],
+        "every external IPv4 address, tcp 80 -> 10.0.0.1, port 8080\n\
+         stateful: the backend is this box, whose other connections from that port stay as they are"
+    );
+    assert!(plan.locate(&rules, &BTreeSet::new()));
+    assert_eq!(plan.stateful, BTreeMap::new());
+}

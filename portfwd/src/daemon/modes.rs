@@ -34,6 +34,19 @@ fn choose(link: &Link) -> (Mode, String) {
     }
 }
 
+/// Which way would be taken, and why. What is `wanted` can still be refused.
+pub fn foresee(link: &Link, wanted: Attach) -> (Mode, String) {
+    let asked = |mode| (mode, AS_CONFIGURED.to_owned());
+    match wanted {
+        Attach::Native => asked(Mode::Native),
+        Attach::Generic => asked(Mode::Generic),
+        Attach::Tc => asked(Mode::Tc),
+        Attach::Auto => choose(link),
+    }
+}
+
+const AS_CONFIGURED: &str = "as configured";
+
 /// Attaches as `wanted`, by means of `attach`. Returns how, and why.
 ///
 /// # Errors
@@ -44,32 +57,20 @@ pub fn attach(
     wanted: Attach,
     mut attach: impl FnMut(Mode) -> Result<Mode, AttachError>,
 ) -> Result<(Mode, String), AttachError> {
-    let asked = |mode| (mode, "as configured".to_owned());
-    match wanted {
-        Attach::Native => attach(Mode::Native).map(asked),
-        Attach::Generic => attach(Mode::Generic).map(asked),
-        Attach::Tc => attach(Mode::Tc).map(asked),
-        Attach::Auto => {
-            let (mode, why) = choose(link);
-            match (mode, attach(mode)) {
-                (_, Ok(mode)) => Ok((mode, why)),
-                (Mode::Tc, Err(error)) => Err(error),
-                (_, Err(error)) => {
-                    let why = match &error {
-                        AttachError::Busy { .. } => "another XDP program is there".to_owned(),
-                        AttachError::Mtu { mtu, .. } => {
-                            format!("MTU {mtu} is too large for its native XDP")
-                        }
-                        AttachError::Other { message, .. } => {
-                            format!("no native XDP: {message}")
-                        }
-                        AttachError::Programs(_) | AttachError::Portfwd { .. } => {
-                            return Err(error);
-                        }
-                    };
-                    attach(Mode::Tc).map(|mode| (mode, why))
+    let (mode, why) = foresee(link, wanted);
+    match attach(mode) {
+        Ok(mode) => Ok((mode, why)),
+        Err(error) if wanted != Attach::Auto || mode == Mode::Tc => Err(error),
+        Err(error) => {
+            let why = match &error {
+                AttachError::Busy { .. } => "another XDP program is there".to_owned(),
+                AttachError::Mtu { mtu, .. } => {
+                    format!("MTU {mtu} is too large for its native XDP")
                 }
-            }
+                AttachError::Other { message, .. } => format!("no native XDP: {message}"),
+                AttachError::Programs(_) | AttachError::Portfwd { .. } => return Err(error),
+            };
+            attach(Mode::Tc).map(|mode| (mode, why))
         }
     }
 }

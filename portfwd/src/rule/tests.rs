@@ -184,11 +184,11 @@ fn bad_targets_are_refused() {
         ("::", ":: names no host; write the backend's address"),
         (
             "127.0.0.1:80",
-            "127.0.0.1 is a loopback address, which never leaves the box; write the backend's own address",
+            "127.0.0.1 is a loopback address, which never leaves the box; write the backend's own address; if that is this box, one of its others, on which the service has to listen too",
         ),
         (
             "localhost",
-            "localhost is a loopback address, which never leaves the box; write the backend's own address",
+            "localhost is a loopback address, which never leaves the box; write the backend's own address; if that is this box, one of its others, on which the service has to listen too",
         ),
         (
             "[ff02::1]:80",

@@ -282,6 +282,10 @@ fn split_host(text: &str) -> Result<(&str, Option<&str>), Invalid> {
     }
 }
 
+/// What a backend is that is the box itself.
+const THIS_BOX: &str = "the backend's own address; if that is this box, one of its others, on which \
+                        the service has to listen too";
+
 /// Why packets of other hosts can neither be sent to this address nor arrive by it.
 fn not_a_host(address: IpAddr) -> Option<&'static str> {
     match address {
@@ -338,7 +342,8 @@ impl FromStr for Host {
             return invalid!("{address} is an IPv4 address in IPv6 form; write {v4}");
         }
         if let Some(reason) = not_a_host(address) {
-            return invalid!("{address} is {reason}; write the backend's own address");
+            let host = if address.is_loopback() { THIS_BOX } else { "the backend's own address" };
+            return invalid!("{address} is {reason}; write {host}");
         }
         Ok(Host::Address(address))
     }
@@ -372,8 +377,7 @@ fn host_name(text: &str) -> Result<String, Invalid> {
     }
     if last == "localhost" {
         return invalid!(
-            "{text} is a loopback address, which never leaves the box; write the backend's own \
-             address"
+            "{text} is a loopback address, which never leaves the box; write {THIS_BOX}"
         );
     }
     Ok(if text.ends_with('.') { name + "." } else { name })

@@ -4,6 +4,7 @@ mod applications;
 mod beside;
 mod few;
 mod modes;
+mod own;
 mod programs;
 mod rules;
 mod running;

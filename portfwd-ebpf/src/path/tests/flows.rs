@@ -470,6 +470,56 @@ fn an_answer_to_a_masqueraded_client_comes_in_where_clients_do() {
     assert_eq!(answer, Ok(((BOX, 8080), GAMER)));
 }
 
+#[test]
+fn the_box_answers_as_a_backend_by_the_address_that_was_asked() {
+    let mut router = router(STATEFUL);
+    router.own = Some(Address(SERVER.0).widen());
+    for route in [Route::NotForwarded, Route::ForwardingOff] {
+        router.route = nothing_but(route);
+        for ttl in [64, 2] {
+            let (listen, server) = ((&BOX[..], 8080), (&SERVER.0[..], SERVER.1));
+            let mut asked = frame(UDP, (&GAMER.0, GAMER.1), listen, ttl, b"hello");
+            let verdict = router.handle(Role::External, &mut asked);
+            assert_eq!(verdict, Verdict::Stack(ToStack::Local));
+            assert_eq!(asked, frame(UDP, (&GAMER.0, GAMER.1), server, ttl, b"hello"));
+        }
+    }
+    (router.sent, router.route) = (true, nothing_but(Route::Chosen));
+    // How far it may go is not portfwd's to say.
+    for ttl in [64, 1] {
+        let (listen, server) = ((&BOX[..], 8080), (&SERVER.0[..], SERVER.1));
+        let mut answer = frame(UDP, server, (&GAMER.0, GAMER.1), ttl, b"hello");
+        assert_eq!(router.handle_own(&mut answer), Verdict::Stack(ToStack::Local));
+        assert_eq!(answer, frame(UDP, listen, (&GAMER.0, GAMER.1), ttl, b"hello"));
+        // To another client, of whom no rule knows.
+        let mut own = frame(UDP, server, (&GAMER.0, 7), ttl, b"hello");
+        let came = own.clone();
+        assert!(matches!(router.handle_own(&mut own), Verdict::Pass(_)));
+        assert_eq!(own, came);
+    }
+    assert!(router.answer.borrow().is_none());
+}
+
+#[test]
+fn a_client_on_the_box_is_masqueraded_and_answered() {
+    let mut router = router(0);
+    router.route = HOP;
+    let client = (BOX, 40_001);
+    let mut asked = frame(UDP, (&client.0, client.1), (&BOX, 8080), 64, b"hello");
+    assert_eq!(router.handle_own(&mut asked), Verdict::Redirect(INSIDE_DEVICE));
+    let source =
+        ([0, 1, 2, 3].map(|at| asked[26 + at]), u16::from_be_bytes([asked[34], asked[35]]));
+    assert_eq!(source.0, LAN);
+    router.route = nothing_but(Route::NotForwarded);
+    let (server, to) = ((&SERVER.0[..], SERVER.1), (&source.0[..], source.1));
+    let mut answer = frame(UDP, server, to, 64, b"hello");
+    assert_eq!(router.handle(Role::Internal, &mut answer), Verdict::Stack(ToStack::Local));
+    assert_eq!(answer, frame(UDP, (&BOX, 8080), (&client.0, client.1), 64, b"hello"));
+    // What is to another address of its own is not looked at.
+    let mut own = frame(UDP, (&BOX, 40_001), (&SECOND, 53), 64, b"hello");
+    assert_eq!(router.handle_own(&mut own), Verdict::Pass(Passed::NoRule));
+}
+
 proptest! {
     /// Whatever comes, no two clients look the same to a backend, and every answer finds its client.
     #[test]
