@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::num::NonZero;
 use std::panic::resume_unwind;
+use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -1208,17 +1210,21 @@ fn verify(name: &'static str, program: &mut Program) -> Result<Verified, Datapat
     })
 }
 
-/// Loads a program. A signal that comes meanwhile has the verifier give up with EAGAIN: then again, as libbpf
-/// does.
-fn load(mut program: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
-    const ATTEMPTS: u32 = 5;
-    for _ in 1..ATTEMPTS {
-        match program() {
-            Err(error) if os_error(&error) == Some(libc::EAGAIN) => {}
-            result => return result,
-        }
+/// Loads a program, while this thread takes no signals: a signal has the verifier give up with EAGAIN, and aya
+/// then asks it again for its reasons, which takes many times as long.
+fn load(program: impl FnOnce() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    let mut before = MaybeUninit::uninit();
+    // SAFETY: sets of signals of the right size, of which the first is filled before it is read. That it fails
+    // is not possible, and would only mean that a signal is in the way.
+    unsafe {
+        let mut all = MaybeUninit::uninit();
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
     }
-    program()
+    let loaded = program();
+    // SAFETY: as above; it was written by the call before.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), null_mut()) };
+    loaded
 }
 
 fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
