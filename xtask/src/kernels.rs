@@ -166,7 +166,7 @@ pub const CARDS: &str = "52:54:00:00:00:01 52:54:00:00:00:02 52:54:00:00:00:03 5
 /// # Errors
 ///
 /// Another architecture than x86-64; apt knows no such kernel, or cannot get it.
-fn bring(series: Series) -> Result<PathBuf> {
+pub fn bring(series: Series) -> Result<PathBuf> {
     ensure!(ARCH == "x86_64", "other kernels can be tried on x86-64 alone, and this is {ARCH}");
     let kernels = Path::new(cargo::WORKSPACE).join("target/kernels");
     fs::create_dir_all(&kernels).with_context(|| kernels.display().to_string())?;
@@ -203,7 +203,6 @@ fn newest(known: &str) -> Option<&str> {
 
 /// A machine that does a task. Dropped, it ends.
 pub struct Machine {
-    series: Series,
     directory: PathBuf,
     limit: Duration,
     process: Child,
@@ -211,13 +210,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Starts one; needs root. The task is a shell script for the guest.
-    ///
-    /// # Errors
-    ///
-    /// The kernel cannot be had, or the machine not started.
-    pub fn start(series: Series, task: &str, limit: Duration) -> Result<Self> {
-        let directory = bring(series)?;
+    /// Starts one with the kernel of a directory; needs root. The task is a shell script for the guest.
+    pub fn start(directory: PathBuf, task: &str, limit: Duration) -> Result<Self> {
         let modules = quoted(directory.join("lib/modules").as_os_str());
         let guest = BEFORE.replace("MODULES", &modules) + task + AFTER;
         // Ends also with this process.
@@ -235,7 +229,7 @@ impl Machine {
                 let _ = sender.send(line.trim_end_matches('\r').to_owned());
             }
         });
-        Ok(Self { series, directory, limit, process, lines })
+        Ok(Self { directory, limit, process, lines })
     }
 
     /// Gives its lines, until it has come to its end. Returns whether the task succeeded.
@@ -262,23 +256,20 @@ impl Machine {
             let text = String::from_utf8_lossy(&text);
             let lines: Vec<&str> = text.lines().collect();
             let last = lines[lines.len().saturating_sub(10)..].join("\n");
-            format!(
-                "the machine with kernel {} {what}; the end of {}:\n{last}",
-                self.series,
-                console.display()
-            )
+            format!("the machine {what}; the end of {}:\n{last}", console.display())
         })
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Its script ends what it started. A process of sudo's ends when its terminal says so.
-        let _ = rustix::process::kill_process(
-            rustix::process::Pid::from_child(&self.process),
-            rustix::process::Signal::TERM,
-        );
-        let _ = self.process.wait();
+        use rustix::process::{Pid, Signal, kill_process};
+        // Its script ends what it started. One of sudo's is not ours to end: it sees its terminal end.
+        if matches!(self.process.try_wait(), Ok(None))
+            && kill_process(Pid::from_child(&self.process), Signal::TERM).is_ok()
+        {
+            let _ = self.process.wait();
+        }
     }
 }
 

@@ -169,6 +169,8 @@ fn build() -> Result<(PathBuf, Vec<Executable>)> {
 fn on_kernels(options: &Options) -> Result<()> {
     setup::bring(Need::Everything)?;
     setup::bring(Need::Kernels)?;
+    let kernels = options.kernel.iter().map(|series| kernels::bring(*series));
+    let kernels = kernels.collect::<Result<Vec<_>>>()?;
     let (portfwd, tests) = build()?;
     root::ask("virtual machines with networks")?;
     let limit = if options.quick { QUICK_LIMIT } else { LIMIT };
@@ -191,8 +193,8 @@ fn on_kernels(options: &Options) -> Result<()> {
         }
     }
     task += AS_ROOT;
-    let start = |series: &Series| Machine::start(*series, &task, limit);
-    let machines = options.kernel.iter().map(start).collect::<Result<Vec<_>>>()?;
+    let machines = kernels.into_iter().map(|kernel| Machine::start(kernel, &task, limit));
+    let machines = machines.collect::<Result<Vec<_>>>()?;
     let mut verdict = Ok(());
     for (series, machine) in options.kernel.iter().zip(machines) {
         println!("kernel {series}:");

@@ -22,20 +22,22 @@ struct Kind {
     attach: &'static str,
     /// IPv6 over it as well.
     v6: bool,
+    /// What is to be done then: at this end of the two, which has an address below.
+    then: fn(&Namespace, usize, [Addresses; 2]),
 }
 
 impl Kind {
     /// The same at both ends, which carries both families.
     const fn pair(name: &'static str, commands: &'static [&'static str]) -> Self {
-        Self { name, near: commands, far: commands, attach: "tc", v6: true }
+        Self { name, near: commands, far: commands, attach: "tc", v6: true, then: |_, _, _| {} }
     }
 
     /// Of the router alone.
     const fn near(name: &'static str, commands: &'static [&'static str]) -> Self {
-        Self { name, near: commands, far: &[], attach: "tc", v6: true }
+        Self { name, near: commands, far: &[], attach: "tc", v6: true, then: |_, _, _| {} }
     }
 
-    /// Makes it at both ends, and gives the name of the far one. An error if this kernel has none.
+    /// Makes it at both ends. An error if this kernel has none.
     fn make(
         &self,
         ends: [&Namespace; 2],
@@ -60,6 +62,7 @@ impl Kind {
                     panic!("{error}");
                 }
             }
+            (self.then)(ends[end], end, outer);
         }
         Ok(())
     }
@@ -246,4 +249,26 @@ fn a_sit_tunnel() {
 fn a_tunnel_over_ipv6() {
     const MAKE: &str = "link add over0 type ip6tnl mode any local LOCAL6 remote REMOTE6";
     through(&Kind::pair("tunnel over IPv6", &[MAKE]));
+}
+
+/// Gives one end of two over WireGuard its key and its peer's.
+fn with_keys(namespace: &Namespace, end: usize, outer: [Addresses; 2]) {
+    let wg = |input: &str, arguments: &[&str]| {
+        let script = r#"printf %s "$0" | wg "$@""#;
+        let mut command = namespace.command("sh");
+        netns::run(command.args(["-c", script, input]).args(arguments)).unwrap()
+    };
+    // Any 32 bytes, in base64.
+    let private = ["A", "B"].map(|letter| letter.repeat(42) + "A=");
+    let public = wg(&private[1 - end], &["pubkey"]);
+    let endpoint = format!("{}:51820", outer[1 - end].v4);
+    let own = ["set", "over0", "listen-port", "51820", "private-key", "/dev/stdin"];
+    let peer = ["peer", public.trim(), "endpoint", &endpoint, "allowed-ips", "0.0.0.0/0,::/0"];
+    wg(&private[end], &[own, peer].concat());
+}
+
+#[test]
+fn a_wireguard_tunnel() {
+    let pair = Kind::pair("WireGuard", &["link add over0 type wireguard"]);
+    through(&Kind { then: with_keys, ..pair });
 }
