@@ -226,7 +226,7 @@ impl Stream {
     pub fn new(seed: u64, packets: usize, extent: Extent) -> Self {
         let mut random = Random::new(seed);
         let rules = rules::some(&mut random, extent);
-        let attach = *random.pick(&["native", "native", "generic"]);
+        let attach = *random.pick(&["native", "native", "tc", "tc", "generic"]);
         let mut maker = Maker { random, extent, rules, flows: Vec::new() };
         let mut open: Vec<VecDeque<Step>> = Vec::new();
         let mut steps = Vec::with_capacity(packets);
