@@ -50,13 +50,13 @@ impl Portfwd {
     }
 
     fn wait_until_ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(180);
         while !self.answers() {
             if let Some(status) = self.process.exited()? {
                 bail!("portfwd ended at once: {status}: {}", self.stderr().trim());
             }
             if Instant::now() > deadline {
-                bail!("portfwd takes no commands after 20 s: {}", self.stderr().trim());
+                bail!("portfwd takes no commands after 180 s: {}", self.stderr().trim());
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -111,7 +111,7 @@ impl Portfwd {
         self.process.signal(libc::SIGINT)?;
         let status = self
             .process
-            .wait(Duration::from_secs(10))
+            .wait(Duration::from_secs(30))
             .with_context(|| format!("portfwd does not end: {}", self.stderr().trim()))?;
         Ok((status, self.stderr()))
     }

@@ -13,10 +13,15 @@
 //!
 //! Client and server send every frame as it would be on a wire: one packet, with its checksums
 //! filled in. Nothing merges or splits frames before a capture sees them.
+//!
+//! The links are veth pairs. In a virtual machine the two of the picture can be network cards instead, which
+//! `PORTFWD_TEST_CARDS` names by their link addresses, from left to right.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -111,9 +116,55 @@ pub struct Rig {
     pub gateway: Option<Namespace>,
     /// The programs that pass, at every end but the router's.
     _programs: Vec<OwnedFd>,
+    /// Given back last.
+    _cards: Option<Cards>,
 }
 
-/// One end of a veth pair.
+/// The network cards of this machine, which one rig at a time has.
+#[derive(Debug)]
+struct Cards {
+    addresses: Vec<String>,
+}
+
+static CARDS_TAKEN: AtomicBool = AtomicBool::new(false);
+
+impl Drop for Cards {
+    fn drop(&mut self) {
+        CARDS_TAKEN.store(false, Ordering::Release);
+    }
+}
+
+impl Cards {
+    /// Waits until no other rig has them. `None` if this machine's are not to be used.
+    fn take() -> Option<Self> {
+        let addresses = std::env::var("PORTFWD_TEST_CARDS").ok()?;
+        while CARDS_TAKEN.swap(true, Ordering::Acquire) {
+            thread::sleep(Duration::from_millis(10));
+        }
+        Some(Self { addresses: addresses.split_whitespace().map(str::to_owned).collect() })
+    }
+
+    /// Moves a card into a namespace under a name. It may still be on its way back from the one before.
+    fn give(&self, number: usize, end: &End<'_>) -> Result<()> {
+        let address = self.addresses.get(number).context("PORTFWD_TEST_CARDS names too few")?;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let name = loop {
+            let links = netns::run(Command::new("ip").args(["-j", "link"]))?;
+            let links: serde_json::Value = serde_json::from_str(&links)?;
+            let mut links = links.as_array().into_iter().flatten();
+            if let Some(link) = links.find(|link| link["address"] == **address) {
+                break link["ifname"].as_str().unwrap_or_default().to_owned();
+            }
+            ensure!(Instant::now() < deadline, "no network card has the address {address}");
+            thread::sleep(Duration::from_millis(10));
+        };
+        let (namespace, interface) = (end.namespace.name(), end.interface);
+        let command = format!("link set {name} mtu 1500 netns {namespace} name {interface}");
+        netns::run(Command::new("ip").args(command.split(' '))).map(drop)
+    }
+}
+
+/// One end of a link.
 struct End<'a> {
     namespace: &'a Namespace,
     interface: &'a str,
@@ -126,6 +177,9 @@ impl Rig {
     }
 
     pub fn with(options: Options<'_>) -> Result<Self> {
+        let cards = Cards::take();
+        let outside = cards.as_ref().map(|cards| (cards, [0, 1]));
+        let inside = cards.as_ref().map(|cards| (cards, [2, 3]));
         let client = host("client")?;
         let router = host("router")?;
         let server = host("server")?;
@@ -142,8 +196,8 @@ impl Rig {
             let inner = End { namespace: gateway, interface: "lan0", address: distant(1) };
             let outer = End { namespace: gateway, interface: "wan0", address: GATEWAY };
             let eth0 = End { namespace: &client, interface: "eth0", address: DISTANT_CLIENT };
-            connect(&eth0, &inner)?;
-            connect(&outer, &wan0)?;
+            connect(&eth0, &inner, None)?;
+            connect(&outer, &wan0, outside)?;
             for end in [&eth0, &inner, &outer] {
                 programs.extend(end.as_on_a_wire()?);
             }
@@ -155,7 +209,7 @@ impl Rig {
             router.ip(&format!("route add default via {}", GATEWAY.v6))?;
         } else {
             let eth0 = End { namespace: &client, interface: "eth0", address: CLIENT };
-            connect(&eth0, &wan0)?;
+            connect(&eth0, &wan0, outside)?;
             programs.extend(eth0.as_on_a_wire()?);
         }
         for address in options.external {
@@ -171,7 +225,7 @@ impl Rig {
             let number = number as u8;
             let lan = End { namespace: &router, interface: lan, address: internal(number, 1) };
             let eth0 = End { namespace: server, interface: "eth0", address: internal(number, 10) };
-            connect(&eth0, &lan)?;
+            connect(&lan, &eth0, inside.filter(|_| number == 0))?;
             programs.extend(eth0.as_on_a_wire()?);
             server.ip(&format!("route add default via {}", lan.address.v4))?;
             server.ip(&format!("route add default via {}", lan.address.v6))?;
@@ -179,7 +233,7 @@ impl Rig {
         if let Some(deep) = &deep {
             let deep0 = End { namespace: &server, interface: "deep0", address: internal(2, 1) };
             let eth0 = End { namespace: deep, interface: "eth0", address: DEEP };
-            connect(&eth0, &deep0)?;
+            connect(&eth0, &deep0, None)?;
             programs.extend(eth0.as_on_a_wire()?);
             programs.extend(deep0.as_on_a_wire()?);
             server.set_sysctl("net.ipv4.ip_forward", "1")?;
@@ -197,7 +251,16 @@ impl Rig {
                 netns::run(&mut command)?;
             }
         }
-        Ok(Self { client, router, server, second_server, deep, gateway, _programs: programs })
+        Ok(Self {
+            client,
+            router,
+            server,
+            second_server,
+            deep,
+            gateway,
+            _programs: programs,
+            _cards: cards,
+        })
     }
 
     /// Frames that client and servers sent into a full veth: captures there have seen them, but
@@ -219,14 +282,19 @@ fn host(role: &str) -> Result<Namespace> {
     Ok(namespace)
 }
 
-/// Connects two namespaces by a veth pair, up and with addresses.
-fn connect(a: &End<'_>, b: &End<'_>) -> Result<()> {
-    a.namespace.ip(&format!(
-        "link add {} type veth peer name {} netns {}",
-        a.interface,
-        b.interface,
-        b.namespace.name()
-    ))?;
+/// Connects two namespaces, up and with addresses: by two of the cards, else by a veth pair.
+fn connect(a: &End<'_>, b: &End<'_>, cards: Option<(&Cards, [usize; 2])>) -> Result<()> {
+    if let Some((cards, numbers)) = cards {
+        cards.give(numbers[0], a)?;
+        cards.give(numbers[1], b)?;
+    } else {
+        a.namespace.ip(&format!(
+            "link add {} type veth peer name {} netns {}",
+            a.interface,
+            b.interface,
+            b.namespace.name()
+        ))?;
+    }
     for End { namespace, interface, address } in [a, b] {
         namespace.ip(&format!("address add {}/24 dev {interface}", address.v4))?;
         namespace.ip(&format!("address add {}/64 dev {interface} nodad", address.v6))?;
@@ -265,7 +333,7 @@ impl End<'_> {
 fn wait_until_asked_for(namespace: &Namespace, interface: &str, address: Ipv6Addr) -> Result<()> {
     let [.., a, b, c] = address.octets();
     let group = format!("ff0200000000000000000001ff{a:02x}{b:02x}{c:02x}");
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         // Each line: index, interface, group, and more.
         let groups = namespace.enter(|| fs::read_to_string("/proc/thread-self/net/igmp6"))?;

@@ -24,7 +24,8 @@ pub enum Direction {
     Sent,
 }
 
-/// A frame as captured, from its Ethernet header on. A VLAN tag that the kernel keeps beside the
+/// A frame as captured, from its Ethernet header on; of an interface without one, with a header whose addresses
+/// are zero. A VLAN tag that the kernel keeps beside the
 /// frame is back in its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
@@ -495,6 +496,9 @@ fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<Frame>> {
         buffer.len()
     );
     let mut data = buffer[..length as usize].to_vec();
+    if ![libc::ARPHRD_ETHER, libc::ARPHRD_LOOPBACK].contains(&from.sll_hatype) {
+        data.splice(..0, [[0; 12].as_slice(), &from.sll_protocol.to_ne_bytes()].concat());
+    }
     let mut unfilled = false;
     // SAFETY: the kernel has filled in the control messages; auxdata is read unaligned.
     unsafe {

@@ -3,6 +3,7 @@
 mod bench;
 mod cargo;
 mod fuzz;
+mod kernels;
 mod lab;
 mod oracle;
 mod root;

@@ -23,7 +23,7 @@ const LLVM: u32 = 22;
 const COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
 /// The programs that the lab and the tests start, and the Debian packages that have them.
-const PROGRAMS: [(&str, &str); 13] = [
+const PROGRAMS: [(&str, &str); 14] = [
     ("ip", "iproute2"),
     ("ethtool", "ethtool"),
     ("ping", "iputils-ping"),
@@ -37,6 +37,7 @@ const PROGRAMS: [(&str, &str); 13] = [
     ("tcpdump", "tcpdump"),
     ("nft", "nftables"),
     ("sysctl", "procps"),
+    ("wg", "wireguard-tools"),
 ];
 
 /// What the bench needs and whom it compares with: programs, and nginx's module for it.
@@ -78,13 +79,23 @@ done
 /// What libFuzzer is compiled with.
 const FUZZERS: [(&str, &str); 1] = [("c++", "g++")];
 
-/// For what: to compile, also to run the tests and the lab, or also to compare with others, or to fuzz.
+/// What boots other kernels.
+const MACHINES: [(&str, &str); 4] = [
+    ("ip", "iproute2"),
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("/usr/lib/qemu/virtiofsd", "qemu-system-common"),
+    ("cpio", "cpio"),
+];
+
+/// For what: to compile, also to run the tests and the lab, or also to compare with others, to fuzz, or to
+/// run tests on other kernels.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Need {
     Build,
     Everything,
     Bench,
     Fuzz,
+    Kernels,
 }
 
 impl Need {
@@ -95,6 +106,7 @@ impl Need {
             Self::Everything => &PROGRAMS,
             Self::Bench => &CONTENDERS,
             Self::Fuzz => &FUZZERS,
+            Self::Kernels => &MACHINES,
         }
     }
 }

@@ -205,7 +205,7 @@ impl Running {
 
 /// Looks again and again until there is what is looked for, or until it is too late.
 pub fn poll<T>(mut look: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         match look() {
             Ok(found) => return found,

@@ -136,8 +136,10 @@ fn the_verifier_has_room_to_spare() {
     if !is_root() {
         return;
     }
-    // Messages are for looking into things; there the kernel's own limit of a million is enough.
-    for (log, limit) in [(false, 500_000), (true, 900_000)] {
+    // Messages are for looking into things; there the kernel's own limit of a million is enough. Verifiers
+    // before 6.3 find fewer states to be the same, and change no more.
+    let old = portfwd_tests::kernel() < (6, 3);
+    for (log, limit) in [(false, if old { 900_000 } else { 500_000 }), (true, 900_000)] {
         let mut datapath = Datapath::load(CAPACITY, &PORTS, log).unwrap();
         datapath.load_programs(hook()).unwrap();
         for verified in datapath.verified() {
