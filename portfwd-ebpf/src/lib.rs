@@ -1,6 +1,6 @@
 //! The datapath's logic, free of aya: what the packet's way is ([`path`], and of the few [`detour`]),
 //! what flows remember ([`flow`], [`flow_table`]), what the maps hold ([`table`]), how headers are read ([`packet`],
-//! [`segment`], [`icmp`]) and how checksums are kept ([`checksum`]).
+//! [`segment`], [`icmp`], [`mss`]) and how checksums are kept ([`checksum`]).
 //!
 //! `main.rs` beside this file gives it the kernel's maps and helpers; the host's tests give it plain
 //! tables. Addresses and ports are network-order bytes everywhere, in types of their own.

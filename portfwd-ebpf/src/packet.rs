@@ -143,9 +143,10 @@ pub struct Link<'a> {
 
 impl Link<'_> {
     /// How far behind the beginning of the frame something is that stands at an address.
+    // The compiler would make sums of this difference and other pointers, which the verifier does not let it do.
     #[inline(always)]
     pub fn distance(&self, address: usize) -> usize {
-        address.wrapping_sub(self.start as usize)
+        core::hint::black_box(address).wrapping_sub(core::hint::black_box(self.start as usize))
     }
 
     #[inline(always)]
