@@ -1,8 +1,10 @@
 //! What must hold for a packet that was translated, and for an answer.
 
+use std::ops::Range;
+
 use portfwd_ebpf::table::Dropped;
 
-use crate::wire::{ICMP, ICMPV6, LINK, Packet, UDP, UDP_LITE, sum};
+use crate::wire::{ICMP, ICMPV6, LINK, Packet, TCP, UDP, UDP_LITE, sum};
 
 /// A frame before and after its translation: only what may change did, and checksums are as right as
 /// they were. With `is_sent` it has new link addresses and one hop less. Gives where its parts are.
@@ -27,6 +29,11 @@ pub fn translated(before: &[u8], after: &[u8], is_sent: bool) -> Packet {
     if quoted.is_some() {
         may_change.push(packet.payload + 2..packet.payload + 4);
     }
+    if let Some(place) = mss(&packet, before) {
+        let [was, is] = [before, after].map(|bytes| &bytes[place.clone()]);
+        assert!(is <= was, "an MSS of {was:?} became {is:?}");
+        may_change.push(place);
+    }
     for (place, (was, is)) in before.iter().zip(after).enumerate() {
         let may = may_change.iter().any(|range| range.contains(&place));
         assert!(may || was == is, "byte {place} became {is:#x} of {was:#x}");
@@ -36,6 +43,27 @@ pub fn translated(before: &[u8], after: &[u8], is_sent: bool) -> Packet {
         headers(&quoted, before, after);
     }
     packet
+}
+
+/// Where a SYN has the value of its MSS option.
+fn mss(packet: &Packet, frame: &[u8]) -> Option<Range<usize>> {
+    let tcp = frame.get(packet.payload..packet.end)?;
+    if packet.protocol != TCP || packet.offset != 0 || tcp.get(13)? & 2 == 0 {
+        return None;
+    }
+    let end = usize::from(tcp[12] >> 4) * 4;
+    let mut at = 20;
+    while at < end {
+        at += match tcp.get(at..end)? {
+            [0, ..] => return None,
+            [1, ..] => 1,
+            [2, 4, _, _, ..] => return Some(packet.payload + at + 2..packet.payload + at + 4),
+            [2, ..] | [_, 0 | 1, ..] => return None,
+            [_, size, ..] => usize::from(*size),
+            _ => return None,
+        };
+    }
+    None
 }
 
 /// The checksums of a packet, whole or quoted, are wrong by as much as they were.

@@ -46,6 +46,12 @@ impl Answer {
         Self { about, is_v4: N == 4, quoted: quoted as u16, device }
     }
 
+    /// The same, but of a packet of which only this many bytes can be quoted.
+    #[inline(always)]
+    pub fn of_first(self, bytes: usize) -> Self {
+        Self { quoted: bytes.min(self.quoted.into()) as u16, ..self }
+    }
+
     /// Bytes of the packet that stay.
     #[inline(always)]
     pub fn quoted(&self) -> usize {

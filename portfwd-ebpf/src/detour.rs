@@ -518,7 +518,7 @@ fn translate<const N: usize, I: Icmp<N>, K: Kernel, D: Decides<N, K>>(
     available: usize,
     frame: &mut Frame<'_>,
 ) -> Result<Outcome, Passed> {
-    let whole = ip.whole(available)?;
+    let whole = ip.whole(available, || kernel.beyond())?;
     let nothing = kernel.nothing();
     let payload = ip.payload(frame, whole, Reads::All)?.forgotten(nothing)?;
     let Payload { protocol, fragment, .. } = payload;

@@ -11,7 +11,7 @@ use aya_ebpf::{
     helpers::generated::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
         bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
-        bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
     },
     maps::ProgramArray,
     programs::{TcContext, XdpContext},
@@ -38,7 +38,7 @@ pub trait Hook {
     fn frame(&self) -> Frame<'_>;
     /// The index of the interface that the packet came by.
     fn ingress(&self) -> u32;
-    /// The programs of the detour, and those of flows.
+    /// The programs of the detour and for SYNs, and those of flows.
     fn programs() -> [&'static ProgramArray; 2];
     /// Sees to it that headers in headers are in the frame, if the packet has them.
     fn pull(&self);
@@ -46,9 +46,11 @@ pub trait Hook {
     // The rest is as in `Kernel`.
     fn ether_type(&self) -> Option<EtherType>;
     fn available(&self, frame: &Frame<'_>) -> usize;
+    fn beyond(&self) -> usize;
     fn segment(&self) -> u32;
     fn is_merged(&self, length: u16, ingress: Option<Interface>) -> bool;
     fn device(&self, index: u32, interface: &Interface) -> Option<u32>;
+    fn is_sent_by(&self, device: u32) -> bool;
     fn back(&self, ingress: Option<Interface>) -> Option<u32>;
     fn repair(&self, check: Check<'_>, addresses: Change, ports: Change);
     fn unbalanced(&self, change: Change);
@@ -62,9 +64,33 @@ pub trait Hook {
     fn answer(&self, answer: &Answer) -> Self::Action;
 }
 
+/// The frame may be in several pieces, of which programs see the first.
 pub struct Xdp(pub XdpContext);
 
+/// Marks the numbers of devices that can transmit frames in several pieces. Others are rows of [`DEVICES`].
+const PIECES: u32 = 1 << 31;
+
 impl Xdp {
+    /// Bytes of all pieces.
+    #[inline(always)]
+    fn length(&self) -> usize {
+        // SAFETY: of this run's context.
+        unsafe { bpf_xdp_get_buff_len(self.0.ctx) as usize }
+    }
+
+    /// Bytes of the first.
+    #[inline(always)]
+    fn first(&self) -> usize {
+        // The mask has the compiler do no sums with the end of the frame, which the verifier does not let
+        // it do.
+        self.frame().remaining() & 0xffff
+    }
+
+    #[inline(always)]
+    fn redirect(device: u32) -> u32 {
+        DEVICES.redirect(device & !PIECES, 0).unwrap_or(xdp_action::XDP_DROP)
+    }
+
     /// Moves the link header to the front, from where it is.
     #[inline(always)]
     fn move_link(&self, place: usize) -> Option<()> {
@@ -114,6 +140,11 @@ impl Hook for Xdp {
     }
 
     #[inline(always)]
+    fn beyond(&self) -> usize {
+        self.length().wrapping_sub(self.first())
+    }
+
+    #[inline(always)]
     fn segment(&self) -> u32 {
         0
     }
@@ -125,7 +156,13 @@ impl Hook for Xdp {
 
     #[inline(always)]
     fn device(&self, _: u32, interface: &Interface) -> Option<u32> {
-        interface.has(Interface::TRANSMITS).then_some(interface.device)
+        let pieces = if interface.has(Interface::TRANSMITS_PIECES) { PIECES } else { 0 };
+        interface.has(Interface::TRANSMITS).then_some(interface.device | pieces)
+    }
+
+    #[inline(always)]
+    fn is_sent_by(&self, device: u32) -> bool {
+        device & PIECES != 0 || self.beyond() == 0
     }
 
     #[inline(always)]
@@ -157,15 +194,13 @@ impl Hook for Xdp {
     #[inline(always)]
     fn act(&self, verdict: Verdict) -> u32 {
         match verdict {
-            Verdict::Redirect(device) => {
-                DEVICES.redirect(device, 0).unwrap_or(xdp_action::XDP_DROP)
-            }
+            Verdict::Redirect(device) => Self::redirect(device),
             Verdict::Stack(_)
             | Verdict::Pass(_)
             | Verdict::ForwardDetour(_)
             | Verdict::ReplyDetour(_)
             | Verdict::Flow(..) => xdp_action::XDP_PASS,
-            Verdict::Drop(_) => xdp_action::XDP_DROP,
+            Verdict::Drop(_) | Verdict::Syn(_) => xdp_action::XDP_DROP,
         }
     }
 
@@ -173,10 +208,9 @@ impl Hook for Xdp {
     fn answer(&self, answer: &Answer) -> u32 {
         let xdp = self.0.ctx;
         let growth = answer.growth();
-        // The mask has the compiler do no sums with the end of the frame, which the verifier does not let
-        // it do.
-        let length = self.frame().remaining() & 0xffff;
-        let cut = length.wrapping_sub(size_of::<Ethernet>() + answer.quoted());
+        // What is behind the first piece goes.
+        let answer = &answer.of_first(self.first().saturating_sub(size_of::<Ethernet>()));
+        let cut = self.length().wrapping_sub(size_of::<Ethernet>() + answer.quoted());
         // SAFETY: the context is this run's. What was read from the frame before is not used any more.
         let resized = unsafe {
             bpf_xdp_adjust_tail(xdp, -(cut as i32)) == 0
@@ -186,7 +220,7 @@ impl Hook for Xdp {
             && self.move_link(growth).is_some()
             && answer.write(self.frame(), false).is_some()
         {
-            DEVICES.redirect(answer.device, 0).unwrap_or(xdp_action::XDP_DROP)
+            Self::redirect(answer.device)
         } else {
             xdp_action::XDP_DROP
         }
@@ -445,6 +479,11 @@ impl Hook for Tc {
     }
 
     #[inline(always)]
+    fn beyond(&self) -> usize {
+        0
+    }
+
+    #[inline(always)]
     fn segment(&self) -> u32 {
         // SAFETY: of this run's context.
         unsafe { (*self.ctx.skb.skb).gso_size }
@@ -458,6 +497,11 @@ impl Hook for Tc {
     #[inline(always)]
     fn device(&self, index: u32, interface: &Interface) -> Option<u32> {
         Some(index | if interface.has(Interface::BARE) { BARE } else { 0 })
+    }
+
+    #[inline(always)]
+    fn is_sent_by(&self, _: u32) -> bool {
+        true
     }
 
     #[inline(always)]
@@ -526,7 +570,7 @@ impl Hook for Tc {
             | Verdict::ForwardDetour(_)
             | Verdict::ReplyDetour(_)
             | Verdict::Flow(..) => TC_ACT_UNSPEC,
-            Verdict::Drop(_) => TC_ACT_SHOT,
+            Verdict::Drop(_) | Verdict::Syn(_) => TC_ACT_SHOT,
         }
     }
 

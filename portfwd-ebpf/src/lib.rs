@@ -13,6 +13,7 @@ pub mod detour;
 pub mod flow;
 pub mod flow_table;
 pub mod icmp;
+pub mod mss;
 pub mod packet;
 pub mod path;
 pub mod segment;

@@ -31,12 +31,13 @@ use portfwd_ebpf::{
     flow::{Added, Bench, Flows},
     flow_table::{self, Slot, Slots},
     icmp::Icmp,
+    mss::{self, Syn},
     packet::{Check, EtherType, Ethernet, Frame, Ip, TCP},
     path::{self, Flow, Kernel, Part, Role, Route, Told, Verdict},
     table::{
         self, Address, AnyAddress, ArrivalKey, Bucket, Candidate, ClientKey, Counter, Direction,
         Endpoint, Favourite, FirstFragment, FlowHalf, FlowKey, FragmentKey, HOP_BITS, Hop,
-        Interface, Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Page, Passed, Port,
+        Interface, Jiffies, Lines, LinkAddresses, Mapping, MappingKey, Mss, Page, Passed, Port,
         RememberedHop, RouteSet, Settings, Translation, Trust,
     },
 };
@@ -108,12 +109,17 @@ static FIB: PerCpuArray<Fib> = PerCpuArray::with_max_entries(1, 0);
 static FRAGMENT_BENCH: PerCpuArray<FragmentBench> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static ANSWERS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
+/// By the rows of `COUNTERS`.
+#[map]
+static MSS: Array<Mss> = Array::with_max_entries(1024, 0);
+#[map]
+static SYN: PerCpuArray<Syn> = PerCpuArray::with_max_entries(1, 0);
 /// For the log: the ends of the packet.
 #[map]
 static NOTED: PerCpuArray<Flow> = PerCpuArray::with_max_entries(1, 0);
-/// By [`Direction`].
+/// By [`Direction`]; then the one for SYNs.
 #[map]
-static DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
+static DETOURS: ProgramArray = ProgramArray::with_max_entries(FOR_SYN + 1, 0);
 /// The backends that are the box itself.
 #[map]
 static OWN: HashMap<AnyAddress, u32> = HashMap::with_max_entries(1024, 0);
@@ -124,7 +130,9 @@ static LEAVE_BY: PerCpuArray<LinkAddresses> = PerCpuArray::with_max_entries(1, 0
 #[map]
 static TC_PARTS: ProgramArray = ProgramArray::with_max_entries(Part::PROGRAMS, 0);
 #[map]
-static TC_DETOURS: ProgramArray = ProgramArray::with_max_entries(2, 0);
+static TC_DETOURS: ProgramArray = ProgramArray::with_max_entries(FOR_SYN + 1, 0);
+
+const FOR_SYN: u32 = 2;
 
 /// How many bits of a hash choose a set of routes. The control plane says so, with the sizes.
 #[unsafe(no_mangle)]
@@ -165,7 +173,7 @@ fn clock(ctx: XdpContext) -> u32 {
 
 /// A program of a hook.
 macro_rules! program {
-    ($kind:ident, $name:ident($ctx:ident: $context:ty) -> $action:ty, $hook:expr, |$run:ident| $do:expr) => {
+    ($kind:meta, $name:ident($ctx:ident: $context:ty) -> $action:ty, $hook:expr, |$run:ident| $do:expr) => {
         #[$kind]
         #[inline(always)]
         fn $name($ctx: $context) -> $action {
@@ -178,7 +186,7 @@ macro_rules! program {
 /// Programs that are attached: at XDP, at TC, and at TC of interfaces without link header.
 macro_rules! entries {
     ($($xdp:ident $tc:ident $bare:ident: |$run:ident| $do:expr;)*) => {$(
-        program!(xdp, $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
+        program!(xdp(frags), $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
         program!(classifier, $tc(ctx: TcContext) -> i32, Tc::enter(ctx, size_of::<Ethernet>()), |$run| $do);
         program!(classifier, $bare(ctx: TcContext) -> i32, Tc::enter(ctx, 0), |$run| $do);
     )*};
@@ -198,7 +206,7 @@ program!(classifier, bare_sent(ctx: TcContext) -> i32, Tc::leave(ctx, 0), |run| 
 /// Programs that are jumped to: at XDP and at TC.
 macro_rules! parts {
     ($($xdp:ident $tc:ident: |$run:ident| $do:expr;)*) => {$(
-        program!(xdp, $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
+        program!(xdp(frags), $xdp(ctx: XdpContext) -> u32, Xdp(ctx), |$run| $do);
         program!(classifier, $tc(ctx: TcContext) -> i32, Tc::again(ctx), |$run| $do);
     )*};
 }
@@ -212,6 +220,7 @@ parts! {
     hairpin_v6 tc_hairpin_v6: |run| run.flow::<16, Ipv6Hdr>(Part::Hairpin);
     forward_detour tc_forward_detour: |run| run.detour(Direction::Forward);
     reply_detour tc_reply_detour: |run| run.detour(Direction::Reply);
+    syn tc_syn: |run| run.syn();
     find_forward_v4 tc_find_forward_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Find(Direction::Forward));
     find_forward_v6 tc_find_forward_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Find(Direction::Forward));
     find_reply_v4 tc_find_reply_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Find(Direction::Reply));
@@ -255,6 +264,14 @@ impl<H: Hook> Run<H> {
     }
 
     #[inline(always)]
+    fn syn(&self) -> H::Action {
+        self.hook.pull();
+        // By the program that jumped here.
+        self.noted.set(true);
+        self.done(mss::handle(self, self.hook.frame()))
+    }
+
+    #[inline(always)]
     fn flow_detour<const N: usize, I: Icmp<N>>(&self, part: FlowPart) -> H::Action
     where
         Self: Flows<N>,
@@ -290,6 +307,11 @@ impl<H: Hook> Run<H> {
             Verdict::ForwardDetour(reason) => (detours, Direction::Forward as u32, reason),
             Verdict::ReplyDetour(reason) => (detours, Direction::Reply as u32, reason),
             Verdict::Flow(program) => (parts, program.number(), Passed::NoFlow),
+            Verdict::Syn(_) => {
+                // SAFETY: as below. Translated as it is, it is lost.
+                unsafe { detours.tail_call(self.hook.context(), FOR_SYN) };
+                return;
+            }
             _ => return,
         };
         // SAFETY: nothing here is to be dropped. It returns only if there is no such program.
@@ -430,6 +452,11 @@ impl<H: Hook> Kernel for Run<H> {
     }
 
     #[inline(always)]
+    fn beyond(&self) -> usize {
+        self.hook.beyond()
+    }
+
+    #[inline(always)]
     fn segment(&self) -> u32 {
         self.hook.segment()
     }
@@ -442,6 +469,11 @@ impl<H: Hook> Kernel for Run<H> {
     #[inline(always)]
     fn device(&self, index: u32, interface: &Interface) -> Option<u32> {
         self.hook.device(index, interface)
+    }
+
+    #[inline(always)]
+    fn is_sent_by(&self, device: u32) -> bool {
+        self.hook.is_sent_by(device)
     }
 
     #[inline(always)]
@@ -474,7 +506,7 @@ impl<H: Hook> Kernel for Run<H> {
         // SAFETY: this CPU's own, and of this run alone.
         let Fib { asked: fib, told } = unsafe { &mut *FIB.get_ptr_mut(0)? };
         if self.is_sent() {
-            (told.route, told.narrow) = (Route::Chosen, 0);
+            (told.route, told.narrow, told.hop.mtu) = (Route::Chosen, 0, u32::MAX);
             return Some(told);
         }
         fib.family = flow.family;
@@ -507,7 +539,8 @@ impl<H: Hook> Kernel for Run<H> {
         }
         // Of a neighbour that is not resolved the egress is known (kernel d1c362e1dd68).
         told.interface = fib.ifindex;
-        told.hop = Hop { device: 0, mtu: mtu(fib), link: link_addresses(fib), padding: 0 };
+        let told_mtu = if result == BPF_FIB_LKUP_RET_SUCCESS { mtu(fib) } else { u32::MAX };
+        told.hop = Hop { device: 0, mtu: told_mtu, link: link_addresses(fib), padding: 0 };
         told.route = match result {
             // Kernels before 6.3 do not look at the neighbour's state, and give the zero address of
             // one that is not resolved.
@@ -517,15 +550,18 @@ impl<H: Hook> Kernel for Run<H> {
                 Route::NoNeighbour
             }
             BPF_FIB_LKUP_RET_SUCCESS => Route::Via,
-            // There is none to be resolved. How much goes that way was not told: it is what too much is
-            // refused for.
-            BPF_FIB_LKUP_RET_NO_NEIGH if self.is_bare(told.interface) => {
+            // How much goes that way was not told: it is what too much is refused for.
+            BPF_FIB_LKUP_RET_NO_NEIGH => {
                 lookup(fib, u16::MAX);
                 told.hop.mtu = mtu(fib);
-                told.hop.link = LinkAddresses::default();
-                Route::Via
+                if self.is_bare(told.interface) {
+                    // There is none to be resolved.
+                    told.hop.link = LinkAddresses::default();
+                    Route::Via
+                } else {
+                    Route::NoNeighbour
+                }
             }
-            BPF_FIB_LKUP_RET_NO_NEIGH => Route::NoNeighbour,
             BPF_FIB_LKUP_RET_UNSUPP_LWT => Route::Encapsulated,
             BPF_FIB_LKUP_RET_UNREACHABLE => Route::Unreachable,
             BPF_FIB_LKUP_RET_BLACKHOLE => Route::Blackhole,
@@ -544,6 +580,23 @@ impl<H: Hook> Kernel for Run<H> {
     #[inline(always)]
     fn is_sent(&self) -> bool {
         self.hook.is_sent()
+    }
+
+    #[inline(always)]
+    fn told(&self) -> Option<&Told> {
+        // SAFETY: this CPU's own, and of this run alone.
+        FIB.get_ptr(0).map(|fib| unsafe { &(*fib).told })
+    }
+
+    #[inline(always)]
+    fn mss(&self, counter: u32) -> Mss {
+        MSS.get(counter).copied().unwrap_or_default()
+    }
+
+    #[inline(always)]
+    fn syn(&self) -> Option<&mut Syn> {
+        // SAFETY: this CPU's own, and of this run alone.
+        SYN.get_ptr_mut(0).map(|syn| unsafe { &mut *syn })
     }
 
     #[inline(always)]
@@ -926,6 +979,7 @@ mod log {
             | Verdict::ReplyDetour(reason) => ("passed: ", reason.name()),
             Verdict::Drop(reason) => ("dropped: ", reason.name()),
             Verdict::Flow(..) => ("passed: ", Passed::NoFlow.name()),
+            Verdict::Syn(_) => ("dropped", ""),
         };
         if flow.family == 2 {
             let source = u32::from_be(words(flow.source)[0]);

@@ -142,6 +142,12 @@ pub struct Link<'a> {
 }
 
 impl Link<'_> {
+    /// How far behind the beginning of the frame something is that stands at an address.
+    #[inline(always)]
+    pub fn distance(&self, address: usize) -> usize {
+        address.wrapping_sub(self.start as usize)
+    }
+
     #[inline(always)]
     pub fn ethernet(&mut self) -> Option<&mut Ethernet> {
         // SAFETY: checked when it was taken; valid for any bytes, and handed out once at a time.
@@ -304,6 +310,12 @@ impl<'a> Transport<'a> {
             (false, true, false) => (Segment::Acknowledges, number(tcp.ack_seq)),
             _ => (Segment::Other, 0),
         }
+    }
+
+    /// Whether it is TCP's SYN, or the answer to one.
+    #[inline(always)]
+    pub fn is_syn(&self) -> bool {
+        matches!(self, Self::Tcp(tcp) if tcp.syn() != 0)
     }
 
     /// The [`flow_flags`] that it brings.
@@ -521,28 +533,37 @@ pub trait Ip<const N: usize>: Header {
     ) -> Option<R>;
 
     /// Bytes of the whole packet, of which the frame held `available` from the start of this header
-    /// on: the frame may have more, but not less.
-    fn whole(&self, available: usize) -> Result<usize, Passed>;
+    /// on, and `beyond` what it did not: they may be more, but not less.
+    fn whole(&self, available: usize, beyond: impl FnOnce() -> usize) -> Result<usize, Passed>;
 
     /// What the packet carries of which this header, which was just taken from `frame`, and what
     /// follows are `len` bytes.
     fn payload(&self, frame: &Frame<'_>, len: usize, reads: Reads) -> Result<Payload, Passed>;
 
     /// Goes on from this header, which was just taken from `frame`, to the transport header.
-    /// `available` is what the frame held from the start of this header on.
+    /// `available` is what the frame held from the start of this header on, and `beyond` as in
+    /// [`whole`](Self::whole).
     #[inline(always)]
     fn transport<'a>(
         &self,
         frame: &mut Frame<'a>,
         available: usize,
+        beyond: impl FnOnce() -> usize,
     ) -> Result<Transport<'a>, Passed> {
-        let payload = self.payload(frame, self.whole(available)?, Reads::Whole)?;
+        let payload = self.payload(frame, self.whole(available, beyond)?, Reads::Whole)?;
         payload.transport(frame)
     }
 
     /// Sets the address that `direction` translates, takes `hops` (less than [`ttl`](Self::ttl)) off,
     /// and repairs the header's own checksum. Returns what changed for the pseudo header.
     fn rewrite(&mut self, direction: Direction, address: Address<N>, hops: u8) -> Change;
+}
+
+/// The length of a packet that is there.
+#[inline(always)]
+fn fits(length: usize, available: usize, beyond: impl FnOnce() -> usize) -> Result<usize, Passed> {
+    let is_there = length <= available || length <= available.wrapping_add(beyond());
+    if is_there { Ok(length) } else { Err(Passed::Malformed) }
 }
 
 impl Ip<4> for Ipv4Hdr {
@@ -618,9 +639,8 @@ impl Ip<4> for Ipv4Hdr {
     }
 
     #[inline(always)]
-    fn whole(&self, available: usize) -> Result<usize, Passed> {
-        let length = usize::from(self.tot_len());
-        if length > available { Err(Passed::Malformed) } else { Ok(length) }
+    fn whole(&self, available: usize, beyond: impl FnOnce() -> usize) -> Result<usize, Passed> {
+        fits(self.tot_len().into(), available, beyond)
     }
 
     #[inline(always)]
@@ -672,7 +692,7 @@ struct ExtensionHdr {
     rest: [u8; 4],
 }
 
-/// Bytes of extension headers that are read past: a page, which no frame in XDP is longer than.
+/// Bytes of extension headers that are read past: a page, which no piece of a frame in XDP is longer than.
 const LONGEST_EXTENSIONS: usize = 4096;
 
 impl Ip<16> for Ipv6Hdr {
@@ -749,9 +769,8 @@ impl Ip<16> for Ipv6Hdr {
     }
 
     #[inline(always)]
-    fn whole(&self, available: usize) -> Result<usize, Passed> {
-        let length = usize::from(self.payload_len()) + Self::LEN;
-        if length > available { Err(Passed::Malformed) } else { Ok(length) }
+    fn whole(&self, available: usize, beyond: impl FnOnce() -> usize) -> Result<usize, Passed> {
+        fits(usize::from(self.payload_len()) + Self::LEN, available, beyond)
     }
 
     #[inline(always)]

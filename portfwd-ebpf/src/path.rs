@@ -3,18 +3,22 @@
 //! Everything is decided before the first byte is changed, so a packet that is passed leaves as it
 //! came. The kernel is asked through [`Kernel`], so the same code runs on the host.
 
-use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use network_types::{
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+};
 
 use crate::checksum::Change;
 use crate::detour::FragmentBench;
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::icmp::Icmp;
+use crate::mss::Syn;
 use crate::packet::{Check, EtherType, Frame, Ip, Link, Reads, Transport, forgotten};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Claims, ClientKey, Counter, Direction, Dropped,
     Endpoint, FirstFragment, FlowKey, FragmentKey, Hook, Hop, Interface, Jiffies, LinkAddresses,
-    Mapping, MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Size, Tag, ToStack,
-    Translation, Trust,
+    Mapping, MappingKey, Mss, Page, Passed, Port, Ports, RememberedHop, RouteSet, Size, Tag,
+    ToStack, Translation, Trust,
 };
 
 /// Where an interface stands; a constant of each entry point.
@@ -44,6 +48,9 @@ pub enum Verdict {
     /// packet passes.
     ForwardDetour(Passed),
     ReplyDetour(Passed),
+    /// Translated, but for the MSS: [`mss::handle`](crate::mss::handle) says what becomes of it, which is
+    /// another program. With the rule's counter.
+    Syn(u32),
     /// A flow decides, for which there is another program: [`handle_flow`] or
     /// [`detour::handle_flow`](crate::detour::handle_flow).
     Flow(Program),
@@ -232,7 +239,7 @@ pub struct Told {
     pub interface: u32,
     /// The MTU that the packet is larger than; 0 if it is not.
     pub narrow: u32,
-    /// Of [`Route::Via`], but for the device.
+    /// Of [`Route::Via`], but for the device. The MTU is that of any way out; `u32::MAX` if it is not known.
     pub hop: Hop,
 }
 
@@ -304,9 +311,14 @@ pub trait Kernel: Flows<4> + Flows<16> {
     fn ether_type(&self) -> Option<EtherType> {
         None
     }
-    /// Bytes of the packet that `frame` goes on with. Not all of them need be in the frame.
+    /// Bytes of the packet that `frame` goes on with, as far as that is told at once. Not all of them need
+    /// be in the frame.
     fn available(&self, frame: &Frame<'_>) -> usize {
         frame.remaining()
+    }
+    /// How many more there are.
+    fn beyond(&self) -> usize {
+        0
     }
     /// Bytes of the payload in each of the packets that the stack made this one of; 0 if it did not.
     fn segment(&self) -> u32 {
@@ -319,6 +331,10 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// By which number packets can be sent out by an interface at once, if they can.
     fn device(&self, _index: u32, interface: &Interface) -> Option<u32> {
         interface.has(Interface::TRANSMITS).then_some(interface.device)
+    }
+    /// Whether this one can, by such a number.
+    fn is_sent_by(&self, _device: u32) -> bool {
+        true
     }
     /// The same, of the interface that the packet came by.
     fn back(&self) -> Option<u32> {
@@ -340,6 +356,13 @@ pub trait Kernel: Flows<4> + Flows<16> {
     /// not used any more then.
     #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
     fn route(&self, flow: &Flow, length: u16, class: [u8; 4]) -> Option<&mut Told>;
+    /// What the FIB told last.
+    fn told(&self) -> Option<&Told>;
+    /// How the rule with a counter has the MSS.
+    fn mss(&self, counter: u32) -> Mss;
+    /// The SYN that is translated in this run.
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn syn(&self) -> Option<&mut Syn>;
     /// Whether this is a backend that is the box itself.
     fn is_own(&self, address: &AnyAddress) -> bool;
     /// Whether the box itself sends the packet, which leaves by the interface that it is at.
@@ -455,7 +478,7 @@ impl Way for Own {
         let detour = Verdict::Flow(Part::FindReply.program::<N>());
         if claims::<N, I, K>(kernel, Direction::Reply, &source).is_some() {
             // A service's that is a backend, or to one from a client with its address.
-            return match ip.transport(frame, available) {
+            return match ip.transport(frame, available, || kernel.beyond()) {
                 Ok(_) => Ok(Verdict::Flow(Part::Reply.program::<N>())),
                 Err(Passed::Icmp | Passed::Fragment) => Ok(detour),
                 Err(reason) => Err(reason),
@@ -521,7 +544,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
     match role {
         Role::External => {
             let forward = claims(Direction::Forward)?;
-            let mut packet = match Packet::take(link, ip, frame, available) {
+            let mut packet = match Packet::take(kernel, link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) => return detour(Direction::Forward, reason),
             };
@@ -536,7 +559,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
                 claims(Direction::Forward)?;
                 return Ok(Verdict::Flow(Part::Hairpin.program::<N>()));
             };
-            let mut packet = match Packet::take(link, ip, frame, available) {
+            let mut packet = match Packet::take(kernel, link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) => return detour(Direction::Reply, reason),
             };
@@ -560,7 +583,7 @@ fn ip<'a, const N: usize, I: Ip<N>, K: Kernel>(
                     Err(reason) => return Err(reason),
                 },
             };
-            let mut packet = match Packet::take(link, ip, frame, available) {
+            let mut packet = match Packet::take(kernel, link, ip, frame, available) {
                 Ok(packet) => packet,
                 Err(reason) if forward.is_ok() => return detour(Direction::Forward, reason),
                 Err(reason) => return detour(Direction::Reply, reason),
@@ -618,7 +641,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     let available = kernel.available(frame);
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
     let transport = ip
-        .whole(available)
+        .whole(available, || kernel.beyond())
         .and_then(|whole| ip.payload(frame, whole, Reads::Whole))
         // Where extension headers may be, each number of them would be verified with all that follows.
         .and_then(|payload| if N == 4 { Ok(payload) } else { payload.forgotten(kernel.nothing()) })
@@ -702,7 +725,8 @@ struct Packet<'a, I> {
 impl<'a, I> Packet<'a, I> {
     /// Takes what follows `ip`, from whose start on `available` bytes are there.
     #[inline(always)]
-    fn take<const N: usize>(
+    fn take<const N: usize, K: Kernel>(
+        kernel: &K,
         link: Link<'a>,
         ip: &'a mut I,
         frame: &mut Frame<'a>,
@@ -711,7 +735,7 @@ impl<'a, I> Packet<'a, I> {
     where
         I: Ip<N>,
     {
-        let transport = ip.transport(frame, available)?;
+        let transport = ip.transport(frame, available, || kernel.beyond())?;
         Ok(Self { link, ip, transport })
     }
 
@@ -730,6 +754,27 @@ impl<'a, I> Packet<'a, I> {
         (flow.segment, flow.number) = transport.segment();
         flow.flags = transport.flow_flags();
         (flow.size, flow.now) = (self.on_wire(kernel).size, kernel.now());
+    }
+
+    /// What becomes of a translated SYN, which goes by `hop` if it is redirected.
+    #[inline(always)]
+    fn syn<const N: usize, K: Kernel>(
+        &self,
+        kernel: &K,
+        hop: Option<&Hop>,
+        rule: u32,
+        then: Verdict,
+    ) -> Verdict
+    where
+        I: Ip<N>,
+    {
+        let told = || kernel.told().map(|told| &told.hop);
+        let (Some(syn), Some(Hop { mtu, .. })) = (kernel.syn(), hop.or_else(told)) else {
+            return then;
+        };
+        let place = self.link.distance(self.transport.header().0) as u32;
+        *syn = Syn { then, mtu: *mtu, headers: (size_of::<I>() + TcpHdr::LEN) as u32, rule, place };
+        Verdict::Syn(rule)
     }
 
     /// What it is on a wire.
@@ -924,7 +969,9 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     };
     let remembered = remembered::<N, I, K>(kernel, direction, &destination, tag);
     let (verdict, hop) = match remembered {
-        Some(hop) if u32::from(longest) <= hop.mtu => (Verdict::Redirect(hop.device), Some(hop)),
+        Some(hop) if u32::from(longest) <= hop.mtu && kernel.is_sent_by(hop.device) => {
+            (Verdict::Redirect(hop.device), Some(hop))
+        }
         _ => {
             let asked = Flow::of_key(ends);
             let Asked { verdict, hop, .. } = ask(kernel, direction, hairpin, *ip, longest, &asked)?;
@@ -990,6 +1037,9 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
     kernel.repair(transport.check(), addresses, ports);
     // Again, and not kept: there is little room on the stack.
     count(kernel, counter, direction, packet.on_wire(kernel).size, now, verdict);
+    if packet.transport.is_syn() {
+        return Ok(packet.syn(kernel, hop, counter, verdict));
+    }
     Ok(verdict)
 }
 
@@ -1174,12 +1224,13 @@ fn reply<K: Kernel>(kernel: &K, told: &Told, room: Room, hairpin: bool) -> Resul
     }
 }
 
-/// To a known neighbour: redirected, unless the interface cannot transmit.
+/// To a known neighbour: redirected, unless the interface cannot transmit it.
 #[inline(always)]
 fn leave<K: Kernel>(kernel: &K, interface: Interface, told: &Told) -> Verdict {
     match told.route {
         Route::Via => kernel
             .device(told.interface, &interface)
+            .filter(|device| kernel.is_sent_by(*device))
             .map_or(Verdict::Stack(ToStack::NoTransmit), Verdict::Redirect),
         _ => Verdict::Stack(ToStack::NoNeighbour),
     }

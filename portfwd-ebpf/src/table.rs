@@ -7,7 +7,7 @@ use core::mem::{align_of, size_of};
 
 /// The version of everything in this module; it stands in [`Settings`], so that halves of different
 /// builds refuse each other.
-pub const LAYOUT: u32 = 5;
+pub const LAYOUT: u32 = 6;
 
 /// A port: two bytes in network order.
 // Aligned as a number is, like the addresses below: on the BPF stack nothing else is allowed.
@@ -234,6 +234,18 @@ impl Translation {
     pub const fn port(&self, port: Port) -> Port {
         if self.has(Self::ONE_PORT) { Port::new(self.shift.0) } else { port.shifted(self.shift) }
     }
+}
+
+/// Value of `MSS`, by the rule's row in `COUNTERS`: the largest MSS of TCP that goes through the rule.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[repr(transparent)]
+pub struct Mss(pub u16);
+
+impl Mss {
+    /// What fits the way.
+    pub const AUTO: Self = Self(0);
+    /// Any.
+    pub const OFF: Self = Self(u16::MAX);
 }
 
 /// A flow's packets in one direction, as they come: key of `PROBATION_V4` and `PROBATION_V6`, and of the
@@ -758,6 +770,8 @@ impl Interface {
     pub const TRANSMITS: u32 = 4;
     /// Its packets have no link header.
     pub const BARE: u32 = 8;
+    /// With [`TRANSMITS`](Self::TRANSMITS): frames in several pieces can be, too.
+    pub const TRANSMITS_PIECES: u32 = 16;
 
     /// Whether a flag is set.
     #[inline(always)]
@@ -1144,7 +1158,7 @@ reasons! {
     ToStack {
         /// The next hop's link address is not known yet; the stack resolves it.
         NoNeighbour = "no_neighbour",
-        /// The egress interface cannot transmit XDP frames.
+        /// The egress interface cannot transmit XDP frames, or none that are larger than a page.
         NoTransmit = "no_xdp_transmit",
         /// Larger than its route's MTU; the stack fragments it.
         TooBig = "too_big",

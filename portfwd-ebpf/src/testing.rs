@@ -14,6 +14,7 @@ use crate::detour::{self, FlowPart, FragmentBench, Outcome};
 use crate::flow::{Added, Bench, Flows};
 use crate::flow_table::{self, Slot, Slots, WINDOW};
 use crate::icmp::Icmp;
+use crate::mss::{self, Syn};
 use crate::packet::Frame;
 use crate::path::{
     Flow, Kernel, Part, Role, Route, Told, Verdict, handle, handle_flow, handle_own,
@@ -21,8 +22,8 @@ use crate::path::{
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Candidate, Claims, ClientKey, Counter, Direction,
     Endpoint, FirstFragment, FlowHalf, FlowKey, FragmentKey, Hop, Interface, Jiffies,
-    LinkAddresses, Mapping, MappingKey, Page, Passed, Port, Ports, RememberedHop, RouteSet, Shift,
-    Translation, Trust,
+    LinkAddresses, Mapping, MappingKey, Mss, Page, Passed, Port, Ports, RememberedHop, RouteSet,
+    Shift, Translation, Trust,
 };
 
 pub const CLIENT: [u8; 4] = [198, 51, 100, 2];
@@ -65,7 +66,7 @@ pub const fn no_neighbour(interface: u32) -> Told {
 
 /// Without an interface.
 pub const fn nothing_but(route: Route) -> Told {
-    let hop = Hop { device: 0, mtu: 0, link: LinkAddresses::new([0; 6], [0; 6]), padding: 0 };
+    let hop = Hop { device: 0, mtu: 1500, link: LinkAddresses::new([0; 6], [0; 6]), padding: 0 };
     Told { route, interface: 0, narrow: 0, hop }
 }
 
@@ -89,6 +90,9 @@ pub struct Router {
     /// What the FIB told last, and how often it was asked.
     pub told: UnsafeCell<Told>,
     pub fib: Cell<u32>,
+    /// Of the only rule.
+    pub mss: Mss,
+    pub syn: UnsafeCell<Syn>,
     pub rows: Vec<Translation>,
     pub arrivals: RefCell<Vec<(ArrivalKey, AnyAddress)>>,
     pub flows4: Places<4>,
@@ -115,6 +119,11 @@ pub struct Router {
     pub routes: Option<Routes>,
     pub route_mtu: u16,
     pub ingress_mtu: u32,
+    /// Bytes of the first piece of a frame. Programs do not see the others.
+    pub piece: usize,
+    pub beyond: Cell<usize>,
+    /// Whether interfaces transmit frames in several.
+    pub transmits_pieces: bool,
     /// Where the packet comes by: flags of an [`Interface`].
     pub ingress: Cell<u32>,
     pub sockets: bool,
@@ -199,6 +208,14 @@ impl Router {
             hops: UnsafeCell::default(),
             told: UnsafeCell::new(route),
             fib: Cell::default(),
+            mss: Mss::AUTO,
+            syn: UnsafeCell::new(Syn {
+                then: Verdict::Pass(Passed::NoRule),
+                mtu: 0,
+                headers: 0,
+                rule: 0,
+                place: 0,
+            }),
             rows,
             arrivals: RefCell::default(),
             flows4: Places::default(),
@@ -221,6 +238,9 @@ impl Router {
             routes: None,
             route_mtu: 1500,
             ingress_mtu: 1500,
+            piece: usize::MAX,
+            beyond: Cell::default(),
+            transmits_pieces: true,
             ingress: Cell::default(),
             sockets: false,
             own: None,
@@ -247,19 +267,27 @@ impl Router {
             Role::Internal => Interface::INTERNAL,
             Role::Both => Interface::EXTERNAL | Interface::INTERNAL,
         });
-        let verdict = handle(self, role, Frame::new(frame));
+        let verdict = handle(self, role, Frame::new(self.first(frame)));
         self.jump(verdict, frame)
     }
 
     /// The same of what the box sends.
     pub fn handle_own(&self, frame: &mut [u8]) -> Verdict {
         self.ingress.set(Interface::INTERNAL);
-        let verdict = handle_own(self, Frame::new(frame));
+        let verdict = handle_own(self, Frame::new(self.first(frame)));
         self.jump(verdict, frame)
+    }
+
+    /// The first piece of a frame.
+    fn first<'a>(&self, frame: &'a mut [u8]) -> &'a mut [u8] {
+        let (first, beyond) = frame.split_at_mut(frame.len().min(self.piece));
+        self.beyond.set(beyond.len());
+        first
     }
 
     /// Runs the programs that others jump to.
     fn jump(&self, mut verdict: Verdict, frame: &mut [u8]) -> Verdict {
+        let frame = self.first(frame);
         loop {
             let came = Frame::new(frame);
             let outcome = match verdict {
@@ -269,6 +297,7 @@ impl Router {
                     (part, true) => self.part::<4, Ipv4Hdr>(part, came),
                     (part, false) => self.part::<16, Ipv6Hdr>(part, came),
                 },
+                Verdict::Syn(_) => Outcome::Done(mss::handle(self, came)),
                 verdict => return verdict,
             };
             verdict = self.done(outcome, frame);
@@ -391,6 +420,12 @@ impl Kernel for Router {
         };
         Some(Interface { flags, mtu: self.ingress_mtu, device, v4, v6 })
     }
+    fn beyond(&self) -> usize {
+        self.beyond.get()
+    }
+    fn is_sent_by(&self, _device: u32) -> bool {
+        self.transmits_pieces || self.beyond() == 0
+    }
     fn route(&self, flow: &Flow, length: u16, _class: [u8; 4]) -> Option<&mut Told> {
         self.fib.set(self.fib.get() + 1);
         // SAFETY: as in `flows!`.
@@ -398,6 +433,17 @@ impl Kernel for Router {
         *told = self.routes.as_ref().map_or(self.route, |routes| routes(flow));
         told.narrow = if length > self.route_mtu { self.route_mtu.into() } else { 0 };
         Some(told)
+    }
+    fn told(&self) -> Option<&Told> {
+        // SAFETY: as in `flows!`.
+        Some(unsafe { &*self.told.get() })
+    }
+    fn mss(&self, _counter: u32) -> Mss {
+        self.mss
+    }
+    fn syn(&self) -> Option<&mut Syn> {
+        // SAFETY: as in `flows!`.
+        Some(unsafe { &mut *self.syn.get() })
     }
     fn first_fragment<R>(
         &self,

@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::flows::{self, Filter};
 use crate::report::{Figures, Listed, LiveFlows};
-use crate::rule::Invalid;
+use crate::rule::{Invalid, Mss};
 
 /// Where the daemon listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/portfwd/portfwd.sock";
@@ -44,6 +44,7 @@ pub struct RuleInfo {
     pub listen: String,
     pub to: Vec<String>,
     pub source: String,
+    pub mss: Mss,
     pub stateful: bool,
 }
 

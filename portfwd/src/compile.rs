@@ -13,15 +13,15 @@ use std::ops::RangeInclusive;
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use portfwd_ebpf::packet::{TCP, UDP};
 use portfwd_ebpf::table::{
-    Address, AnyAddress, Claims, Direction, Endpoint, MOST_BACKENDS, Ports as PortTable, Shift,
-    Translation,
+    Address, AnyAddress, Claims, Direction, Endpoint, MOST_BACKENDS, Mss, Ports as PortTable,
+    Shift, Translation,
 };
 
 use self::numbered::Numbered;
 use self::pages::{Area, Canvas, EVERYWHERE, Pages, Runs, area};
 use crate::flows;
 use crate::network::Externals;
-use crate::rule::{Host, Ports, Precedence, Rule, Source, narrower, shared_claim};
+use crate::rule::{self, Host, Ports, Precedence, Rule, Source, narrower, shared_claim};
 
 mod numbered;
 mod pages;
@@ -68,6 +68,7 @@ pub struct Leg {
     pub becomes: Becomes,
     pub state: State,
     pub masquerade: bool,
+    pub mss: Mss,
     /// With several backends: which of them this is, and a number of their list, from 1. 0 is none.
     place: u8,
     pool: u32,
@@ -303,6 +304,11 @@ impl Plan {
                     becomes,
                     state: State::Stateless,
                     masquerade: rule.source == Source::Masquerade,
+                    mss: match rule.mss {
+                        rule::Mss::Auto => Mss::AUTO,
+                        rule::Mss::Off => Mss::OFF,
+                        rule::Mss::At(bytes) => Mss(bytes),
+                    },
                     place: 0,
                     pool: 0,
                     precedence: rule.precedence(),
@@ -516,6 +522,13 @@ fn explain_one(
             rules[*other].name
         ),
     });
+    match rule.mss {
+        rule::Mss::Auto => {}
+        rule::Mss::Off => lines.push("mss: segments of TCP may be larger than the way".to_owned()),
+        rule::Mss::At(bytes) => {
+            lines.push(format!("mss: segments of TCP have {bytes} bytes at most"))
+        }
+    }
     if stateful.is_some() && rule.protocol.other() {
         lines.push(
             "TCP and UDP only: pings and other protocols have no ports to tell flows by".to_owned(),
@@ -544,6 +557,8 @@ pub struct Update {
     pub gone: Vec<EndpointKey>,
     /// What makes the endpoints' next generation live.
     pub generation: u32,
+    /// By the rules' counters, where it differs. Written once that is live.
+    pub mss: Vec<(u32, Mss)>,
     /// How many rows of counters have names.
     pub counters: u32,
 }
@@ -662,6 +677,8 @@ pub struct Compiler {
     /// What is live.
     legs: Vec<Placed>,
     world: World,
+    /// By the number of a rule's name; from the end on, [`Mss::AUTO`].
+    mss: Vec<Mss>,
     endpoints: Numbered<EndpointKey, EndpointRow>,
     /// Where the kernel may not have the same in both generations.
     unsettled: Vec<EndpointKey>,
@@ -695,6 +712,8 @@ struct Pending {
     pool_pages: Vec<(u32, u32)>,
     /// Tables as they were painted.
     tables: Vec<(Table, PortTable)>,
+    /// As in [`Update`].
+    mss: Vec<(u32, Mss)>,
 }
 
 /// A row of the endpoints.
@@ -770,7 +789,9 @@ impl Compiler {
             tables.push((table, ports));
         }
         pending.tables = tables;
+        let mss = pending.mss.clone();
         let mut update = self.update();
+        update.mss = mss;
         update.translations = translations;
         update.pages = self.pages.take_fresh();
         update
@@ -786,6 +807,7 @@ impl Compiler {
         touched: &mut Touched,
     ) -> (Pending, Vec<(u32, Translation)>) {
         let Self { names, pools, rows, pages, legs: live, world: before, endpoints, .. } = self;
+        let before_mss = &self.mss;
         let live_table = |(key, protocol): Table| {
             let number = endpoints.find(&key);
             number.map_or(PortTable::NONE, |number| {
@@ -818,7 +840,7 @@ impl Compiler {
             there.map(|(place, placed)| (placed.leg, place)).collect();
         let mut remains = vec![false; live.len()];
         let mut between = Vec::with_capacity(wanted.len());
-        let (mut added, mut translations) = (Vec::new(), Vec::new());
+        let (mut added, mut translations, mut mss) = (Vec::new(), Vec::new(), Vec::new());
         for leg in wanted {
             let rule = names.number(&rules[leg.rule].name);
             let leg = Leg { rule, pool: pool_of(leg), ..*leg };
@@ -826,6 +848,12 @@ impl Compiler {
                 remains[place] = true;
                 between.push(live[place]);
                 continue;
+            }
+            let own = (rule as u32, leg.mss);
+            if before_mss.get(rule).copied().unwrap_or_default() != leg.mss
+                && mss.last() != Some(&own)
+            {
+                mss.push(own);
             }
             let mut placed = Placed { leg, rows: [0; VARIANTS] };
             for (row, translation) in placed.rows.iter_mut().zip(world.translations(&leg)) {
@@ -851,7 +879,9 @@ impl Compiler {
             }
         }
         let tables = Vec::new();
-        (Pending { front, back, between, world, added, dropped, pool_pages, tables }, translations)
+        let pending =
+            Pending { front, back, between, world, added, dropped, pool_pages, tables, mss };
+        (pending, translations)
     }
 
     /// What to write so that the next generation has the pending tables, and all others as they are.
@@ -894,6 +924,7 @@ impl Compiler {
             new,
             gone,
             generation: next,
+            mss: Vec::new(),
             counters: self.names.len(),
         }
     }
@@ -901,7 +932,12 @@ impl Compiler {
     /// `update`, which the last [`compile`](Self::compile) returned, is live now.
     pub fn commit(&mut self, update: &Update) {
         let Some(pending) = self.pending.take() else { return };
-        let Pending { front, back, between, world, dropped, pool_pages, tables, .. } = pending;
+        let Pending { front, back, between, world, dropped, pool_pages, tables, mss, .. } = pending;
+        for (rule, mss) in mss {
+            let rule = rule as usize;
+            self.mss.resize(self.mss.len().max(rule + 1), Mss::AUTO);
+            self.mss[rule] = mss;
+        }
         for page in dropped.iter().filter_map(|row| self.pool_pages.remove(row)) {
             self.pages.release_pool(page);
         }

@@ -593,7 +593,13 @@ impl Daemon {
                 let can = all_generic || link.can_transmit_xdp.unwrap_or(likely);
                 can && link.layer == Layer::Ethernet
             });
-            let transmits = if transmits { Interface::TRANSMITS } else { 0 };
+            let transmits = match transmits {
+                true if all_generic || link.can_transmit_pieces => {
+                    Interface::TRANSMITS | Interface::TRANSMITS_PIECES
+                }
+                true => Interface::TRANSMITS,
+                false => 0,
+            };
             let bare = if link.layer == Layer::Bare { Interface::BARE } else { 0 };
             let own = snapshot.external_addresses(&[*index]);
             Interface {

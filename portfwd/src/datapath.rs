@@ -27,7 +27,7 @@ use portfwd_ebpf::flow_table::WINDOW;
 use portfwd_ebpf::path::{Part, Role};
 use portfwd_ebpf::table::{
     Address, AnyAddress, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface,
-    Jiffies, LAYOUT, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
+    Jiffies, LAYOUT, Mss, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
 };
 use thiserror::Error;
 use tracing::warn;
@@ -281,6 +281,7 @@ impl Row for Endpoint {}
 impl Row for Page {}
 impl Row for Translation {}
 impl Row for Counter {}
+impl Row for Mss {}
 impl Row for Interface {}
 impl Row for Settings {}
 impl Row for Trust {}
@@ -345,6 +346,7 @@ impl Datapath {
             .map_max_entries("TRANSLATIONS", capacity.translations)
             .map_max_entries("PAGES", capacity.pages)
             .map_max_entries("COUNTERS", capacity.counters)
+            .map_max_entries("MSS", capacity.counters)
             .override_global("FLOW_HOMES_V4", &v4.homes(), true)
             .override_global("FLOW_HOMES_V6", &v6.homes(), true)
             .override_global("FLOW_SEED", &seed, true)
@@ -636,10 +638,20 @@ impl Datapath {
         if let Err(error) = removed {
             warn!("{error}; what was removed there stays in the way of later changes");
         }
+        if let Err(error) = self.write_mss(&update.mss) {
+            warn!("{error}; segments of TCP may stay larger or smaller than rules say");
+        }
         // While nobody waits for it: it takes several milliseconds.
         let waiting = thread::Builder::new().name("readers".to_owned()).spawn(wait_for_readers);
         self.readers = waiting.map_err(|_| wait_for_readers()).ok();
         Ok(())
+    }
+
+    fn write_mss(&mut self, rules: &[(u32, Mss)]) -> Result<(), DatapathError> {
+        let mut rows = self.array::<Mss>("MSS")?;
+        rules
+            .iter()
+            .try_for_each(|(rule, mss)| rows.set(*rule, Plain(*mss), 0).map_err(map_error("MSS")))
     }
 
     /// Makes an address lead to this row of the endpoints, or to none.
@@ -1054,7 +1066,7 @@ struct Programs {
     entries: &'static [&'static str],
     /// For what the box itself sends.
     own: &'static [&'static str],
-    /// By direction.
+    /// By direction; then the one for SYNs.
     detours: &'static [&'static str],
     /// Of [`portfwd_ebpf::path::Part`], by their number.
     parts: &'static [&'static str; Part::PROGRAMS as usize],
@@ -1065,7 +1077,7 @@ struct Programs {
 const XDP: Programs = Programs {
     entries: &["external", "internal", "both"],
     own: &[],
-    detours: &["forward_detour", "reply_detour"],
+    detours: &["forward_detour", "reply_detour", "syn"],
     parts: &[
         "forward_v4",
         "forward_v6",
@@ -1096,7 +1108,7 @@ const TC: Programs = Programs {
         "bare_both",
     ],
     own: &["tc_own", "tc_sent", "bare_sent"],
-    detours: &["tc_forward_detour", "tc_reply_detour"],
+    detours: &["tc_forward_detour", "tc_reply_detour", "tc_syn"],
     parts: &[
         "tc_forward_v4",
         "tc_forward_v6",
@@ -1296,6 +1308,16 @@ mod tests {
         // What kernels are configured for: 1,000 to 100 ticks a second.
         let tick = Clock::new(Jiffies(0), when).tick;
         assert!(Duration::from_micros(900) < tick && tick < Duration::from_millis(11), "{tick:?}");
+    }
+
+    #[test]
+    fn an_mtu_that_a_driver_refuses_is_explained() {
+        let message = reason(libc::ERANGE);
+        let refused = AttachError::Mtu { interface: "eth0".to_owned(), mtu: 9000, message };
+        assert_eq!(
+            refused.to_string(),
+            "eth0: MTU 9000 is too large for native XDP here (Numerical result out of range (os error 34)); lower it with `ip link set dev eth0 mtu 1500`, or set attach = \"tc\""
+        );
     }
 
     #[test]

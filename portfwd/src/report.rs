@@ -35,6 +35,7 @@ pub fn rule(rule: &Rule, stateful: bool) -> RuleInfo {
         listen: rule.listen.to_string(),
         to: rule.to.iter().map(ToString::to_string).collect(),
         source: rule.source.to_string(),
+        mss: rule.mss,
         stateful,
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 pub(crate) use self::values::invalid;
-pub use self::values::{Host, Invalid, Listen, Ports, Protocol, Source, Target};
+pub use self::values::{Host, Invalid, Listen, Mss, Ports, Protocol, Source, Target};
 
 #[cfg(test)]
 mod tests;
@@ -45,6 +45,7 @@ pub struct Rule {
     /// At least one.
     pub to: Box<[Target]>,
     pub source: Source,
+    pub mss: Mss,
     #[serde(skip)]
     pub place: Place,
 }
@@ -144,6 +145,11 @@ impl Rule {
                 );
                 blame("to", None, Invalid(message));
             }
+        }
+        if self.mss != Mss::Auto && !self.protocol.tcp() {
+            let message =
+                format!("protocol {} has no segments; leave this out, or use tcp", self.protocol);
+            blame("mss", None, Invalid(message));
         }
         let mut known = HashSet::new();
         for (item, target) in self.to.iter().enumerate() {
@@ -268,6 +274,7 @@ impl FromStr for Rule {
             listen,
             to,
             source: Source::Preserve,
+            mss: Mss::Auto,
             place: Place::Flag(format!("-p {spec}")),
         };
         match rule.check().into_iter().next() {

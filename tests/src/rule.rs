@@ -23,6 +23,8 @@ pub struct Rule {
     /// Further backends, with the same ports.
     pub others: Vec<IpAddr>,
     pub masquerade: bool,
+    /// As the configuration has it; empty if it has none.
+    pub mss: &'static str,
 }
 
 impl Rule {
@@ -41,6 +43,7 @@ impl Rule {
             one_port: false,
             others: Vec::new(),
             masquerade: false,
+            mss: "",
         }
     }
 
@@ -65,9 +68,10 @@ impl Rule {
         let to: Vec<_> = self.backends().map(|address| format!("\"{}\"", to(address))).collect();
         let to = if to.len() == 1 { to.concat() } else { format!("[{}]", to.join(", ")) };
         let source = if self.masquerade { "source = \"masquerade\"\n" } else { "" };
+        let mss = if self.mss.is_empty() { String::new() } else { format!("mss = {}\n", self.mss) };
         let Self { name, protocol, .. } = self;
         format!(
-            "[[rule]]\nname = \"{name}\"\nprotocol = \"{protocol}\"\nlisten = \"{listen}\"\nto = {to}\n{source}"
+            "[[rule]]\nname = \"{name}\"\nprotocol = \"{protocol}\"\nlisten = \"{listen}\"\nto = {to}\n{source}{mss}"
         )
     }
 

@@ -75,6 +75,8 @@ pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
     const PROG_TYPE_XDP: u32 = 6;
     const ATTACH_TYPE_XDP: u32 = 37;
     const XDP_FLAGS_DRV_MODE: u32 = 4;
+    /// Whatever the MTU is.
+    const HAS_FRAGS: u32 = 1 << 5;
     // r0 = XDP_PASS; exit
     const PASS: [u64; 2] = [(2 << 32) | 0xb7, 0x95];
 
@@ -84,6 +86,11 @@ pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
         instruction_count: u32,
         instructions: u64,
         license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
     }
     #[repr(C)]
     struct Link {
@@ -110,6 +117,11 @@ pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
             instruction_count: PASS.len() as u32,
             instructions: PASS.as_ptr() as u64,
             license: c"MIT".as_ptr() as u64,
+            log_level: 0,
+            log_size: 0,
+            log: 0,
+            kernel_version: 0,
+            flags: HAS_FRAGS,
         },
     )?;
     let link = bpf(

@@ -81,7 +81,7 @@ fn a_snapshot_shows_links_and_addresses() {
         assert_eq!((r0.up, r0.mtu, r0.layer), (true, 1500, Layer::Ethernet));
         assert_eq!(r0.driver.as_deref(), Some("veth"));
         assert_eq!(snapshot.link_by_index(r0.index), Some(r0));
-        assert_eq!(r0.can_transmit_xdp, Some(false));
+        assert_eq!((r0.can_transmit_xdp, r0.can_transmit_pieces), (Some(false), false));
         assert_eq!(snapshot.link("lo").unwrap().layer, Layer::Other);
         let externals = snapshot.external_addresses(&[r0.index]);
         let text =
@@ -95,7 +95,9 @@ fn a_snapshot_shows_links_and_addresses() {
         for (state, can) in [("on", true), ("off", false)] {
             gro(state);
             let snapshot = network.snapshot().await.unwrap();
-            assert_eq!(snapshot.link("r0").unwrap().can_transmit_xdp, Some(can), "gro {state}");
+            let r0 = snapshot.link("r0").unwrap();
+            let cans = (r0.can_transmit_xdp, r0.can_transmit_pieces);
+            assert_eq!(cans, (Some(can), can), "gro {state}");
         }
         wire.host.ip("link set h0 down").unwrap();
         assert!(!network.snapshot().await.unwrap().link("r0").unwrap().up);

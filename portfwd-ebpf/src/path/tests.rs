@@ -6,6 +6,7 @@ mod answers;
 mod errors;
 mod flow_detours;
 mod fragments;
+mod mss;
 mod others;
 
 use std::collections::{HashMap, HashSet};
@@ -121,6 +122,53 @@ fn both_directions_both_families_both_protocols() {
                 let length = reply.len() as u64 - 14;
                 let tally = rule.counter.borrow().translated[Direction::Reply as usize];
                 assert_eq!((tally.packets, tally.bytes), (1, length));
+            }
+        }
+    }
+}
+
+/// Of a frame in several pieces only the headers need be in the first.
+#[test]
+fn the_payload_may_be_in_other_pieces() {
+    for (client, external) in [(&CLIENT[..], &BOX[..]), (&CLIENT6, &BOX6)] {
+        for protocol in [TCP, UDP] {
+            let came = frame(protocol, (client, 5000), (external, 8080), 64, &[7; 1000]);
+            let headers = came.len() - 1000;
+            for piece in [headers - 1, headers, headers + 1, came.len() - 1, came.len()] {
+                for (transmits_pieces, trusted) in
+                    [(false, false), (false, true), (true, false), (true, true)]
+                {
+                    let rule = Router { piece, transmits_pieces, ..Router::new(HOP) };
+                    let until = Jiffies(if trusted { 100 } else { 0 });
+                    rule.trust.set(Trust { generation: 1, padding: 0, until });
+                    // The way is remembered from a frame in one piece.
+                    let mut small = frame(protocol, (client, 5000), (external, 8080), 64, b"");
+                    if piece >= small.len() {
+                        let verdict = rule.handle(Role::External, &mut small);
+                        assert_eq!(verdict, Verdict::Redirect(INSIDE_DEVICE));
+                    }
+                    let mut bytes = came.clone();
+                    let verdict = rule.handle(Role::External, &mut bytes);
+                    let expected = match piece {
+                        _ if piece < headers => Verdict::Pass(Passed::Malformed),
+                        _ if transmits_pieces || piece == came.len() => {
+                            Verdict::Redirect(INSIDE_DEVICE)
+                        }
+                        _ => Verdict::Stack(ToStack::NoTransmit),
+                    };
+                    assert_eq!(verdict, expected, "{piece} {transmits_pieces} {trusted}");
+                    if piece < headers {
+                        assert_eq!(bytes, came);
+                    } else {
+                        assert!(is_valid(&bytes));
+                        assert_eq!(bytes[headers..], came[headers..]);
+                    }
+                    // What is in no piece is missing.
+                    let mut cut = came.clone();
+                    cut.pop();
+                    let verdict = rule.handle(Role::External, &mut cut);
+                    assert_eq!(verdict, Verdict::Pass(Passed::Malformed));
+                }
             }
         }
     }
@@ -497,7 +545,9 @@ proptest! {
                 prop_assert_eq!(translated, 0);
             }
             Verdict::Drop(_) => prop_assert_eq!(translated, 0),
-            Verdict::Flow(..) => prop_assert!(false, "a part that decides nothing"),
+            Verdict::Flow(..) | Verdict::Syn(_) => {
+                prop_assert!(false, "a part that decides nothing");
+            }
             Verdict::Redirect(_) | Verdict::Stack(_) => {
                 prop_assert_eq!(translated, 1);
                 prop_assert_eq!(is_valid(&bytes), is_valid(&before));

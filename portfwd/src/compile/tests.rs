@@ -542,6 +542,42 @@ fn what_was_not_committed_does_no_harm() {
 }
 
 #[test]
+fn sizes_of_segments_are_written_where_they_change() {
+    let mut kernel = Kernel::default();
+    let with = |sizes: [rule::Mss; 3]| -> Vec<Rule> {
+        let rules = rules(&["80:10.0.0.1", "81:10.0.0.1/tcp+udp", "1-9:10.0.0.2"]);
+        rules.into_iter().zip(sizes).map(|(rule, mss)| Rule { mss, ..rule }).collect()
+    };
+    let (auto, off) = (rule::Mss::Auto, rule::Mss::Off);
+    let mut load = |sizes| {
+        let rules = with(sizes);
+        let update = kernel.load(&rules, &externals());
+        let row = |place: usize| kernel.compiler.counter(&rules[place].name).unwrap();
+        let of = |row_| (0..3).find(|place| row(*place) == row_).unwrap();
+        update.mss.iter().map(|(row, mss)| (of(*row), mss.0)).collect::<Vec<_>>()
+    };
+    assert_eq!(load([auto; 3]), []);
+    assert_eq!(load([auto, off, rule::Mss::At(1360)]), [(1, u16::MAX), (2, 1360)]);
+    assert_eq!(load([auto, off, rule::Mss::At(1360)]), []);
+    assert_eq!(load([off, off, auto]), [(0, u16::MAX), (2, 0)]);
+}
+
+#[test]
+fn what_was_not_committed_of_sizes_is_written_again() {
+    let mut kernel = loaded(&["80:10.0.0.1"]);
+    let small: Vec<Rule> = rules(&["80:10.0.0.1"])
+        .into_iter()
+        .map(|rule| Rule { mss: rule::Mss::At(1000), ..rule })
+        .collect();
+    let plan = plan(&small, &Resolved::new()).unwrap();
+    for _ in 0..2 {
+        let update = kernel.compiler.compile(&small, &plan, &externals(), &BOX);
+        assert_eq!(update.mss, [(0, Mss(1000))]);
+    }
+    assert_eq!(kernel.load(&rules(&["80:10.0.0.1"]), &externals()).mss, []);
+}
+
+#[test]
 fn a_range_needs_no_page_and_equal_pages_are_one() {
     let pages = |specs: &[&str]| {
         let update = Kernel::default().load(&rules(specs), &externals());

@@ -15,7 +15,7 @@ use toml::de::{DeTable, DeValue};
 use super::{Attach, Config, ConfigError, Errors, Interface, check_interface, masquerade_ports};
 use crate::flows::{FlowSettings, Timeouts};
 use crate::rule::{
-    Invalid, Listen, Mistake, Place, Protocol, Rule, Source, Target, invalid, twice,
+    Invalid, Listen, Mistake, Mss, Place, Protocol, Rule, Source, Target, invalid, twice,
 };
 
 /// A kind of table in the file: how messages call it and its keys, and which keys it may have.
@@ -45,8 +45,11 @@ const FLOWS: Shape = Shape {
     keys: &["size", "udp", "udp_unanswered", "tcp", "tcp_transitory"],
 };
 const MASQUERADE: Shape = Shape { title: "[masquerade]", prefix: "masquerade.", keys: &["ports"] };
-const RULE: Shape =
-    Shape { title: "[[rule]]", prefix: "", keys: &["name", "protocol", "listen", "to", "source"] };
+const RULE: Shape = Shape {
+    title: "[[rule]]",
+    prefix: "",
+    keys: &["name", "protocol", "listen", "to", "source", "mss"],
+};
 
 const DAY: u64 = 86_400;
 
@@ -267,6 +270,7 @@ impl Reader {
         self.text(&section, "name");
         let protocol = self.parsed(&section, "protocol").unwrap_or(Protocol::Tcp);
         let source = self.parsed(&section, "source").unwrap_or(Source::Preserve);
+        let mss = self.mss(&section).unwrap_or_default();
         let listen = self.listen(&section);
         let to = self.targets(&section);
         // The rule as a whole is looked at only where its parts are good.
@@ -277,6 +281,7 @@ impl Reader {
             listen,
             to,
             source,
+            mss,
             place: Place::File { path: self.path.clone(), line },
         };
         for Mistake { key, item, error: Invalid(message) } in rule.check() {
@@ -304,6 +309,18 @@ impl Reader {
             other => Err(Invalid(wrong_type(other, "a port or text, as in \"8000-8099\""))),
         };
         self.or_blame(section, "listen", value, listen)
+    }
+
+    fn mss(&mut self, section: &Section<'_>) -> Option<Mss> {
+        let value = section.get("mss")?;
+        let mss = match value.get_ref() {
+            DeValue::String(text) => text.parse(),
+            DeValue::Boolean(false) => Ok(Mss::Off),
+            DeValue::Boolean(true) => "true".parse(),
+            DeValue::Integer(_) => Mss::number(integer(value).unwrap_or(i64::MAX)),
+            other => Err(Invalid(wrong_type(other, "a number, \"auto\", or false"))),
+        };
+        self.or_blame(section, "mss", value, mss)
     }
 
     fn targets(&mut self, section: &Section<'_>) -> Box<[Target]> {

@@ -2,6 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::flows::Timeouts;
+use crate::rule::Mss;
 use crate::rule::{Protocol, Target};
 
 fn good(text: &str) -> Config {
@@ -190,15 +191,15 @@ fn bad_files_are_refused() {
         ),
         (
             with("backend = 1\n"),
-            &["portfwd.toml:5: rule \"web\": backend: no such key; [[rule]] has name, protocol, listen, to, source"],
+            &["portfwd.toml:5: rule \"web\": backend: no such key; [[rule]] has name, protocol, listen, to, source, mss"],
         ),
         (
-            with("mtu = 1\n"),
-            &["portfwd.toml:5: rule \"web\": mtu: no such key; [[rule]] has name, protocol, listen, to, source"],
+            with("weight = 1\n"),
+            &["portfwd.toml:5: rule \"web\": weight: no such key; [[rule]] has name, protocol, listen, to, source, mss"],
         ),
         (
             with("\"a\\nb\" = 1\n"),
-            &["portfwd.toml:5: rule \"web\": a\\nb: no such key; [[rule]] has name, protocol, listen, to, source"],
+            &["portfwd.toml:5: rule \"web\": a\\nb: no such key; [[rule]] has name, protocol, listen, to, source, mss"],
         ),
         (
             "[metrics]\nport = 1\n".into(),
@@ -366,6 +367,30 @@ fn bad_files_are_refused() {
             ],
         ),
         (
+            with("mss = 87\n"),
+            &["portfwd.toml:5: rule \"web\": mss: segments cannot have at most 87 bytes; write a number from 88 to 65495, \"auto\", or false"],
+        ),
+        (
+            with("mss = 65496\n"),
+            &["portfwd.toml:5: rule \"web\": mss: segments cannot have at most 65496 bytes; write a number from 88 to 65495, \"auto\", or false"],
+        ),
+        (
+            with("mss = \"pmtu\"\n"),
+            &["portfwd.toml:5: rule \"web\": mss: \"pmtu\" is no size of segments; write a number, \"auto\", or false"],
+        ),
+        (
+            with("mss = true\n"),
+            &["portfwd.toml:5: rule \"web\": mss: \"true\" is no size of segments; write a number, \"auto\", or false"],
+        ),
+        (
+            with("mss = 1.5\n"),
+            &["portfwd.toml:5: rule \"web\": mss: this is a float; write a number, \"auto\", or false"],
+        ),
+        (
+            with("protocol = \"udp\"\nmss = 1400\n"),
+            &["portfwd.toml:6: rule \"web\": mss: protocol udp has no segments; leave this out, or use tcp"],
+        ),
+        (
             "[[rule]]\nlisten = 65536\nto = \"10.0.0.1\"\n".into(),
             &["portfwd.toml:2: listen: port 65536 is too high; write a number from 1 to 65535"],
         ),
@@ -426,13 +451,34 @@ fn bad_files_are_refused() {
             "[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\n[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\nto_port = 1\n[interfaces]\nattach = \"\"\n".into(),
             &[
                 "portfwd.toml:4: listen: rule \"80/tcp\" (portfwd.toml:1) and rule \"80/tcp\" (portfwd.toml:4) both listen on tcp 80; change one of them, or remove it",
-                "portfwd.toml:7: to_port: no such key; [[rule]] has name, protocol, listen, to, source",
+                "portfwd.toml:7: to_port: no such key; [[rule]] has name, protocol, listen, to, source, mss",
                 "portfwd.toml:9: interfaces.attach: \"\" is no way to attach; write auto, native, generic or tc",
             ],
         ),
     ];
     for (text, lines) in table {
         assert_eq!(bad(text), lines.join("\n"), "for {text}");
+    }
+}
+
+#[test]
+fn segments_are_as_large_as_a_rule_says() {
+    let with =
+        |mss: &str| good(&format!("[[rule]]\nlisten = 80\nto = '10.0.0.1'\n{mss}")).rules[0].mss;
+    for (text, mss, json) in [
+        ("", Mss::Auto, "\"auto\""),
+        ("mss = 'auto'", Mss::Auto, "\"auto\""),
+        ("mss = false", Mss::Off, "false"),
+        ("mss = 88", Mss::At(88), "88"),
+        ("mss = 0x550", Mss::At(1360), "1360"),
+        ("mss = 65_495", Mss::At(65_495), "65495"),
+    ] {
+        assert_eq!(with(text), mss, "{text}");
+        assert_eq!(serde_json::to_string(&mss).unwrap(), json);
+        assert_eq!(serde_json::from_str::<Mss>(json).unwrap(), mss);
+    }
+    for json in ["true", "1", "\"off\"", "null"] {
+        assert!(serde_json::from_str::<Mss>(json).is_err(), "{json}");
     }
 }
 

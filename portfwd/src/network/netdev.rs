@@ -25,6 +25,7 @@ const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
 const NETDEV_XDP_ACT_NDO_XMIT: u64 = 4;
+const NETDEV_XDP_ACT_NDO_XMIT_SG: u64 = 64;
 
 /// The bits of `NETDEV_A_DEV_XDP_FEATURES`.
 #[derive(Clone, Copy)]
@@ -34,6 +35,11 @@ impl XdpFeatures {
     /// The driver sends frames that are redirected to it, as it is set up now.
     pub(super) fn transmit(self) -> bool {
         self.0 & NETDEV_XDP_ACT_NDO_XMIT != 0
+    }
+
+    /// Also frames in several pieces, which are larger than a page.
+    pub(super) fn transmit_pieces(self) -> bool {
+        self.transmit() && self.0 & NETDEV_XDP_ACT_NDO_XMIT_SG != 0
     }
 }
 

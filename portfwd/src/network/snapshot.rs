@@ -39,6 +39,8 @@ pub struct Link {
     /// It depends on more than the driver: on a veth it is false until the peer has an XDP program
     /// or GRO switched on.
     pub can_transmit_xdp: Option<bool>,
+    /// Also such that are in several pieces. Before Linux 6.3 the kernel sends none.
+    pub can_transmit_pieces: bool,
     /// The bridge, bond or VRF that it belongs to, by its index.
     pub master: Option<u32>,
     /// The link that it stands on, by its index: of a VLAN or a macvlan, its parent. `None` if that
@@ -193,6 +195,7 @@ pub(super) fn link(message: &LinkMessage, features: Option<XdpFeatures>) -> Link
         layer: header.link_layer_type.into(),
         driver: None,
         can_transmit_xdp: features.map(XdpFeatures::transmit),
+        can_transmit_pieces: features.is_some_and(XdpFeatures::transmit_pieces),
         master: None,
         parent: None,
     };

@@ -235,6 +235,7 @@ fn specs_in_every_form() {
                 listen: listen.parse().unwrap(),
                 to: [to.parse().unwrap()].into(),
                 source: Source::Preserve,
+                mss: Mss::Auto,
                 place: Place::Flag(format!("-p {spec}")),
             }
         );
@@ -545,7 +546,7 @@ fn json_is_what_the_user_wrote() {
     let rule = Rule { name: "csgo".to_owned(), ..rule("27015-27030:192.168.1.10/udp") };
     assert_eq!(
         serde_json::to_string(&rule).unwrap(),
-        r#"{"name":"csgo","protocol":"udp","listen":"27015-27030","to":["192.168.1.10"],"source":"preserve"}"#
+        r#"{"name":"csgo","protocol":"udp","listen":"27015-27030","to":["192.168.1.10"],"source":"preserve","mss":"auto"}"#
     );
     assert_eq!(serde_json::from_str::<Protocol>("\"tcp+udp\"").unwrap(), Protocol::TcpUdp);
     let error = serde_json::from_str::<Listen>("\"0\"").unwrap_err().to_string();
@@ -595,8 +596,15 @@ fn rules() -> impl Strategy<Value = Rule> {
                 && to[0].to_string().parse::<Target>().is_ok();
             let name = Rule::default_name(listen, protocol, &to);
             let place = Place::Flag(String::new());
-            let rule =
-                Rule { name, protocol, listen, to: to.into(), source: Source::Preserve, place };
+            let rule = Rule {
+                name,
+                protocol,
+                listen,
+                to: to.into(),
+                source: Source::Preserve,
+                mss: Mss::Auto,
+                place,
+            };
             (good && rule.check().is_empty()).then_some(rule)
         },
     )

@@ -449,6 +449,76 @@ impl FromStr for Source {
     }
 }
 
+/// The largest segments of TCP that a rule lets ends agree on (the MSS option of SYNs).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Mss {
+    /// What fits the way through this box.
+    #[default]
+    Auto,
+    /// Whatever they like.
+    Off,
+    /// Bytes of a segment's payload.
+    At(u16),
+}
+
+impl Mss {
+    /// Linux takes no lower one for its own; the header of IPv4 and TCP is 40 bytes of 65,535.
+    const RANGE: std::ops::RangeInclusive<i64> = 88..=65_495;
+
+    /// As the file has it beside text.
+    pub fn number(number: i64) -> Result<Self, Invalid> {
+        if !Self::RANGE.contains(&number) {
+            let (least, most) = (Self::RANGE.start(), Self::RANGE.end());
+            return invalid!(
+                "segments cannot have at most {number} bytes; write a number from {least} to \
+                 {most}, \"auto\", or false"
+            );
+        }
+        Ok(Self::At(number as u16))
+    }
+}
+
+impl FromStr for Mss {
+    type Err = Invalid;
+
+    fn from_str(text: &str) -> Result<Self, Invalid> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            _ => invalid!("{text:?} is no size of segments; write a number, \"auto\", or false"),
+        }
+    }
+}
+
+/// As the user writes it: `"auto"`, `false` or a number.
+impl Serialize for Mss {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Auto => serializer.serialize_str("auto"),
+            Self::Off => serializer.serialize_bool(false),
+            Self::At(bytes) => serializer.serialize_u16(*bytes),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Mss {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Text(String),
+            Number(i64),
+            Off(bool),
+        }
+        let read = match Written::deserialize(deserializer)? {
+            Written::Text(text) => text.parse(),
+            Written::Number(number) => Self::number(number),
+            Written::Off(false) => Ok(Self::Off),
+            Written::Off(true) => "true".parse(),
+        };
+        read.map_err(serde::de::Error::custom)
+    }
+}
+
 /// JSON has these as the user writes them.
 macro_rules! serde_as_text {
     ($($type:ty),*) => { $(

@@ -791,6 +791,7 @@ pub const CWR: u8 = 128;
 const HANDSHAKE: [(Side, u8); 3] =
     [(Side::Client, SYN), (Side::Server, SYN | ACK), (Side::Client, ACK)];
 
-/// MSS, selective acknowledgements, timestamps, window scale.
-const SYN_OPTIONS: [u8; 20] = [2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
+/// MSS, which fits every way, as portfwd lowers it otherwise; selective acknowledgements, timestamps, window
+/// scale.
+const SYN_OPTIONS: [u8; 20] = [2, 4, 2, 24, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
 const TIMESTAMP: [u8; 12] = [1, 1, 8, 10, 0, 0, 0, 2, 0, 0, 0, 1];

@@ -4,6 +4,7 @@ mod applications;
 mod beside;
 mod few;
 mod interfaces;
+mod large;
 mod modes;
 mod own;
 mod programs;

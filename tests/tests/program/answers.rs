@@ -109,6 +109,34 @@ fn what_fits() {
     });
 }
 
+/// XDP has them in several pieces; the answer quotes the beginning. The kernel tries none at TC.
+#[test]
+fn what_fits_no_page() {
+    if !is_root() || hook() == Hook::Tc {
+        return;
+    }
+    with_router(|router| {
+        let inside = format!("8081:@{NARROW_INSIDE}.10:80/tcp+udp");
+        router.load(&in_both(&[WEB[0], &inside]));
+        let mut large = interfaces();
+        large.values_mut().for_each(|interface| interface.mtu = 9000);
+        router.datapath.set_interfaces(&large).unwrap();
+        for length in [3400, 3500, 4000, 8000, 8900] {
+            for (port, hops) in [(8080, 1), (8081, 64)] {
+                for flow in flows(port) {
+                    let payload = (0..length).map(|i| (i * 7) as u8).collect();
+                    let came = Packet { payload, hops, ..flow.came() };
+                    let (reason, expected) = match hops {
+                        1 => (Dropped::TtlExpired, time_exceeded(&came)),
+                        _ => (Dropped::TooBig, too_big(&came, 1280)),
+                    };
+                    tells(router, &flow, &came, reason, &expected);
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn from_the_address_that_the_client_used() {
     if !is_root() {

@@ -88,7 +88,7 @@ const TRANSLATED: &[(&str, Applies, Change)] = &[
     ("the same behind options", V6, |packet| packet.extensions = vec![extension(HOP_BY_HOP, 0), fragment(0, false)]),
     ("the same before options", V6, |packet| packet.extensions = vec![fragment(0, false), extension(DESTINATION, 2)]),
     ("SYN with options", TCP_ONLY, |packet| packet.tcp = Tcp {
-        flags: 2, options: vec![2, 4, 5, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7], ..packet.tcp
+        flags: 2, options: vec![2, 4, 5, 0xa0, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7], ..packet.tcp
     }),
     ("the longest header", TCP_ONLY, |packet| packet.tcp.options = vec![1; 40]),
     ("urgent", TCP_ONLY, |packet| (packet.tcp.flags, packet.tcp.urgent) = (0x38, 5)),

@@ -7,6 +7,8 @@ mod flows;
 mod fragments;
 mod headers;
 mod hostile;
+mod large;
+mod mss;
 mod others;
 mod own;
 mod remembered;

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use portfwd::compile::{BoxPorts, Capacity, Compiler, FlowRoom, Flows, Resolved, Update, plan};
 use portfwd::datapath::{Action, Counts, Datapath, Hook};
 use portfwd::network::Externals;
-use portfwd::rule::{Rule, Source};
+use portfwd::rule::{Mss, Rule, Source};
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Address, Direction, Dropped, Interface, Passed, ToStack};
 use portfwd_tests::Namespace;
@@ -159,6 +159,8 @@ pub struct Seen {
 pub struct Router {
     pub datapath: Datapath,
     pub compiler: Compiler,
+    /// Of all rules that are loaded from now on.
+    pub mss: Mss,
     rules: Vec<Rule>,
 }
 
@@ -201,7 +203,12 @@ pub fn with_router_of<T: Send>(
         let mut datapath = Datapath::load(capacity, &PORTS, false).unwrap();
         datapath.load_programs(hook()).unwrap();
         datapath.set_interfaces(&interfaces()).unwrap();
-        test(&mut Router { datapath, compiler: Compiler::default(), rules: Vec::new() })
+        test(&mut Router {
+            datapath,
+            compiler: Compiler::default(),
+            mss: Mss::Auto,
+            rules: Vec::new(),
+        })
     })
 }
 
@@ -298,7 +305,8 @@ impl Router {
 
     /// What would be written for these rules.
     pub fn compile_at(&mut self, hosts: &[u8], specs: &[impl AsRef<str>]) -> Update {
-        let rules: Vec<Rule> = specs.iter().map(|spec| rule(spec.as_ref())).collect();
+        let rules: Vec<Rule> =
+            specs.iter().map(|spec| Rule { mss: self.mss, ..rule(spec.as_ref()) }).collect();
         let plan = plan(&rules, &Resolved::new()).unwrap_or_else(|refused| panic!("{refused}"));
         let mut externals = Externals { v4: Vec::new(), v6: Vec::new() };
         for host in hosts {
