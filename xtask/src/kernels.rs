@@ -84,6 +84,8 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 mkdir -p /lib/modules /dev/pts /dev/shm
 mount --bind MODULES /lib/modules
 [ -e /sbin/modprobe ] || ln -s /run/busybox /sbin/modprobe
+ln -s /proc/self/fd /dev/fd
+for stream in stdin:0 stdout:1 stderr:2; do ln -s fd/${stream#*:} /dev/${stream%:*}; done
 mount -t devpts devpts /dev/pts
 mount -t tmpfs shm /dev/shm
 mount -t bpf bpf /sys/fs/bpf

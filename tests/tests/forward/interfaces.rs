@@ -279,8 +279,8 @@ fn with_keys(namespace: &Namespace, end: usize, outer: [Addresses; 2]) {
         let mut command = namespace.command("sh");
         netns::run(command.args(["-c", script, input]).args(arguments)).unwrap()
     };
-    // Any 32 bytes, in base64.
-    let private = ["A", "B"].map(|letter| letter.repeat(42) + "A=");
+    // Any 32 bytes but zeros, in base64.
+    let private = ["B", "C"].map(|letter| letter.repeat(42) + "A=");
     let public = wg(&private[1 - end], &["pubkey"]);
     let endpoint = format!("{}:51820", outer[1 - end].v4);
     let own = ["set", "over0", "listen-port", "51820", "private-key", "/dev/stdin"];
