@@ -17,7 +17,7 @@ use aya_ebpf::{
         xdp_action,
     },
     helpers::generated::{
-        bpf_fib_lookup, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
+        bpf_fib_lookup, bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
         bpf_skc_lookup_tcp,
     },
     macros::{classifier, map, xdp},
@@ -27,6 +27,7 @@ use aya_ebpf::{
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
     checksum::Change,
+    cross::{self, Conversion, Crossed, Crosses},
     detour::{self, FlowPart, FragmentBench, Outcome},
     flow::{Added, Bench, Flows},
     flow_table::{self, Slot, Slots},
@@ -106,6 +107,8 @@ static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment> = LruHashMap::with_max_
 static FIB: PerCpuArray<Fib> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static FRAGMENT_BENCH: PerCpuArray<FragmentBench> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static CONVERSION: PerCpuArray<Conversion> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static ANSWERS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
 /// For the log: the ends of the packet.
@@ -220,6 +223,14 @@ parts! {
     send_forward_v6 tc_send_forward_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Forward));
     send_reply_v4 tc_send_reply_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Send(Direction::Reply));
     send_reply_v6 tc_send_reply_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Reply));
+    cross_forward_v4 tc_cross_forward_v4: |run| run.cross::<4, Ipv4Hdr, false>(Direction::Forward);
+    cross_forward_v6 tc_cross_forward_v6: |run| run.cross::<16, Ipv6Hdr, false>(Direction::Forward);
+    cross_reply_v4 tc_cross_reply_v4: |run| run.cross::<4, Ipv4Hdr, false>(Direction::Reply);
+    cross_reply_v6 tc_cross_reply_v6: |run| run.cross::<16, Ipv6Hdr, false>(Direction::Reply);
+    cross_forward_detour_v4 tc_cross_forward_detour_v4: |run| run.cross::<4, Ipv4Hdr, true>(Direction::Forward);
+    cross_forward_detour_v6 tc_cross_forward_detour_v6: |run| run.cross::<16, Ipv6Hdr, true>(Direction::Forward);
+    cross_reply_detour_v4 tc_cross_reply_detour_v4: |run| run.cross::<4, Ipv4Hdr, true>(Direction::Reply);
+    cross_reply_detour_v6 tc_cross_reply_detour_v6: |run| run.cross::<16, Ipv6Hdr, true>(Direction::Reply);
 }
 
 /// One run of a program.
@@ -261,6 +272,31 @@ impl<H: Hook> Run<H> {
     {
         self.hook.pull();
         self.finish(detour::handle_flow::<N, I, _>(self, part, self.hook.frame()))
+    }
+
+    #[inline(always)]
+    fn cross<const N: usize, I: Crosses<N>, const DETOUR: bool>(
+        &self,
+        direction: Direction,
+    ) -> H::Action {
+        if DETOUR {
+            self.hook.pull();
+        }
+        match cross::handle::<N, I, _, DETOUR>(self, direction, self.hook.frame()) {
+            Crossed::Done(verdict) => self.done(verdict),
+            Crossed::Answer(reason, answer) => self.finish(Outcome::Answer(reason, answer)),
+            Crossed::Convert(verdict) => {
+                let verdict = match self.conversion() {
+                    Some(conversion) => {
+                        let converted = self.hook.convert::<N, DETOUR>(conversion).is_some();
+                        conversion.done(self, verdict, converted)
+                    }
+                    None => verdict,
+                };
+                self.log(verdict);
+                self.hook.act(verdict)
+            }
+        }
     }
 
     #[inline(always)]
@@ -659,6 +695,18 @@ impl<H: Hook> Kernel for Run<H> {
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
         // What has no room is as if it was evicted.
         let _: Result<(), i32> = FRAGMENTS.insert(key, first, 0);
+    }
+
+    #[inline(always)]
+    fn conversion(&self) -> Option<&mut Conversion> {
+        // SAFETY: this CPU's own, and of this run alone.
+        CONVERSION.get_ptr_mut(0).map(|conversion| unsafe { &mut *conversion })
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: no arguments.
+        unsafe { bpf_get_prandom_u32() }
     }
 
     #[inline(always)]

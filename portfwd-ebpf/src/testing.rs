@@ -10,10 +10,10 @@ use std::vec::Vec;
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
+use crate::cross::{self, Conversion, Crossed, Crosses, headers};
 use crate::detour::{self, FlowPart, FragmentBench, Outcome};
 use crate::flow::{Added, Bench, Flows};
 use crate::flow_table::{self, Slot, Slots, WINDOW};
-use crate::icmp::Icmp;
 use crate::packet::Frame;
 use crate::path::{
     Flow, Kernel, Part, Role, Route, Told, Verdict, handle, handle_flow, handle_own,
@@ -99,6 +99,11 @@ pub struct Router {
     pub candidates6: RefCell<HashMap<FlowKey<16>, Candidate<16>>>,
     pub bench4: UnsafeCell<Bench<4>>,
     pub bench6: UnsafeCell<Bench<16>>,
+    pub conversion: UnsafeCell<Conversion>,
+    /// The last frame that changed its address family.
+    pub converted: RefCell<Option<Vec<u8>>>,
+    /// There is no room for longer headers.
+    pub cramped: bool,
     pub fragment_bench: UnsafeCell<FragmentBench>,
     /// The ports for masquerade.
     pub masquerade: [u16; 2],
@@ -208,6 +213,9 @@ impl Router {
             candidates6: RefCell::default(),
             bench4: UnsafeCell::new(Bench::EMPTY),
             bench6: UnsafeCell::new(Bench::EMPTY),
+            conversion: UnsafeCell::new(Conversion::EMPTY),
+            converted: RefCell::default(),
+            cramped: false,
             fragment_bench: UnsafeCell::new(FragmentBench::EMPTY),
             masquerade: PORTS,
             mappings: RefCell::default(),
@@ -261,13 +269,13 @@ impl Router {
     /// Runs the programs that others jump to.
     fn jump(&self, mut verdict: Verdict, frame: &mut [u8]) -> Verdict {
         loop {
-            let came = Frame::new(frame);
+            let detour = |direction, frame| detour::handle(self, direction, Frame::new(frame));
             let outcome = match verdict {
-                Verdict::ForwardDetour(_) => detour::handle(self, Direction::Forward, came),
-                Verdict::ReplyDetour(_) => detour::handle(self, Direction::Reply, came),
+                Verdict::ForwardDetour(_) => detour(Direction::Forward, frame),
+                Verdict::ReplyDetour(_) => detour(Direction::Reply, frame),
                 Verdict::Flow(program) => match program.part() {
-                    (part, true) => self.part::<4, Ipv4Hdr>(part, came),
-                    (part, false) => self.part::<16, Ipv6Hdr>(part, came),
+                    (part, true) => self.part::<4, Ipv4Hdr>(part, frame),
+                    (part, false) => self.part::<16, Ipv6Hdr>(part, frame),
                 },
                 verdict => return verdict,
             };
@@ -275,11 +283,19 @@ impl Router {
         }
     }
 
-    fn part<const N: usize, I: Icmp<N>>(&self, part: Part, frame: Frame<'_>) -> Outcome
+    fn part<const N: usize, I: Crosses<N>>(&self, part: Part, bytes: &mut [u8]) -> Outcome
     where
         Self: Flows<N>,
     {
         let detour = |part, frame| detour::handle_flow::<N, I, _>(self, part, frame);
+        match part {
+            Part::CrossForward => return self.cross::<N, I, false>(Direction::Forward, bytes),
+            Part::CrossReply => return self.cross::<N, I, false>(Direction::Reply, bytes),
+            Part::CrossForwardDetour => return self.cross::<N, I, true>(Direction::Forward, bytes),
+            Part::CrossReplyDetour => return self.cross::<N, I, true>(Direction::Reply, bytes),
+            _ => {}
+        }
+        let frame = Frame::new(bytes);
         match part {
             Part::FindForward => detour(FlowPart::Find(Direction::Forward), frame),
             Part::FindReply => detour(FlowPart::Find(Direction::Reply), frame),
@@ -287,6 +303,32 @@ impl Router {
             Part::SendReply => detour(FlowPart::Send(Direction::Reply), frame),
             part => Outcome::Done(handle_flow::<N, I, _>(self, part, frame)),
         }
+    }
+
+    /// As the hooks do. The frame that came stays as it is but for what is behind the headers.
+    fn cross<const N: usize, I: Crosses<N>, const DETOUR: bool>(
+        &self,
+        direction: Direction,
+        bytes: &mut [u8],
+    ) -> Outcome {
+        let verdict =
+            match cross::handle::<N, I, _, DETOUR>(self, direction, Frame::new(bytes)) {
+                Crossed::Done(verdict) => return Outcome::Done(verdict),
+                Crossed::Answer(reason, answer) => return Outcome::Answer(reason, answer),
+                Crossed::Convert(verdict) => verdict,
+            };
+        let conversion = self.conversion().unwrap();
+        let head = match (N, DETOUR) {
+            (4, false) => conversion.head::<40>().as_slice(),
+            (_, false) => conversion.head::<20>(),
+            (4, true) => conversion.head::<88>(),
+            (_, true) => conversion.head::<48>(),
+        };
+        let ether_type = if N == 4 { [0x86, 0xdd] } else { [0x08, 0x00] };
+        let link = conversion.link().map_or_else(|| bytes[..12].to_vec(), |link| link.bytes().to_vec());
+        let rest = &bytes[14 + headers::<N, DETOUR>()..];
+        *self.converted.borrow_mut() = Some([&link, &ether_type[..], head, rest].concat());
+        Outcome::Done(conversion.done(self, verdict, !self.cramped))
     }
 
     fn done(&self, outcome: Outcome, frame: &[u8]) -> Verdict {
@@ -409,6 +451,13 @@ impl Kernel for Router {
     fn fragment_bench(&self) -> Option<&mut FragmentBench> {
         // SAFETY: as in `flows!`.
         Some(unsafe { &mut *self.fragment_bench.get() })
+    }
+    fn conversion(&self) -> Option<&mut Conversion> {
+        // SAFETY: as in `flows!`.
+        Some(unsafe { &mut *self.conversion.get() })
+    }
+    fn random(&self) -> u32 {
+        0x1234_5678
     }
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
         self.fragments.borrow_mut().insert(*key, *first);

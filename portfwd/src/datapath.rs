@@ -399,7 +399,12 @@ impl Datapath {
         let FlowRoom { v4, v6 } = self.capacity.flows;
         let programs = Programs::of(hook);
         // Those of a family that no rule has would only take their time to be verified.
-        let is_needed = |part: &&str| if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 };
+        let crosses = self.capacity.crosses;
+        let is_needed = |part: &&str| match part {
+            _ if part.contains("cross") => crosses,
+            _ if part.ends_with("v6") => v6.0 > 1,
+            _ => v4.0 > 1,
+        };
         let mut verified = Vec::new();
         let Programs { entries, own, detours, parts, .. } = programs;
         for name in entries.iter().chain(*own).chain(*detours).chain(parts.iter()) {
@@ -1056,6 +1061,14 @@ const XDP: Programs = Programs {
         "send_forward_v6",
         "send_reply_v4",
         "send_reply_v6",
+        "cross_forward_v4",
+        "cross_forward_v6",
+        "cross_reply_v4",
+        "cross_reply_v6",
+        "cross_forward_detour_v4",
+        "cross_forward_detour_v6",
+        "cross_reply_detour_v4",
+        "cross_reply_detour_v6",
     ],
     detour_map: "DETOURS",
     part_map: "PARTS",
@@ -1087,6 +1100,14 @@ const TC: Programs = Programs {
         "tc_send_forward_v6",
         "tc_send_reply_v4",
         "tc_send_reply_v6",
+        "tc_cross_forward_v4",
+        "tc_cross_forward_v6",
+        "tc_cross_reply_v4",
+        "tc_cross_reply_v6",
+        "tc_cross_forward_detour_v4",
+        "tc_cross_forward_detour_v6",
+        "tc_cross_reply_detour_v4",
+        "tc_cross_reply_detour_v6",
     ],
     detour_map: "TC_DETOURS",
     part_map: "TC_PARTS",

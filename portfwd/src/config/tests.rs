@@ -405,7 +405,7 @@ fn bad_files_are_refused() {
             "[[rule]]\nname = \"x\"\nlisten = \"203.0.113.7:80-89\"\nto = \"[fd00::1]:80-90\"\n".into(),
             &[
                 "portfwd.toml:4: rule \"x\": to: 10 ports cannot become 11; write [fd00::1]:80-89, or leave the port out to keep it",
-                "portfwd.toml:4: rule \"x\": to: fd00::1 is IPv6 and the rule listens on IPv4: one cannot become the other; name an IPv4 backend",
+                "portfwd.toml:4: rule \"x\": to: fd00::1 is IPv6 and the rule listens on IPv4: the backend cannot see such clients; set source = \"masquerade\", or name an IPv4 backend",
             ],
         ),
         // Rules among each other.

@@ -1,0 +1,683 @@
+//! Packets that change their address family on the way to a backend of the other one, and back (RFC 7915).
+//!
+//! They are always of flows, which stand among those of IPv6: all addresses are
+//! [written](Address::mapped) as IPv6 has them, and the key [says](FlowKey::CROSS) that the family changes. So
+//! a packet of either family finds what it becomes with one lookup, as others do.
+//!
+//! Here everything is decided, and the headers that the packet gets are made. The hook puts them in place of
+//! those that it has, as it alone can make the frame longer or shorter.
+
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+
+use crate::answer::{About, Answer};
+use crate::checksum::{Change, Checksum};
+use crate::detour::{self, Holds, NO_PORTS};
+use crate::flow::{self, Bench, Flows, Refused};
+use crate::icmp::{Error, Icmp, IcmpHdr};
+use crate::packet::{
+    Frame, Header, ICMP, ICMPV6, Ip, Link, Reads, TCP, Transport, UDP, forgotten,
+};
+use crate::path::{
+    Asked, Asks, Flow, Kernel, OnWire, Part, Verdict, ask_about, claims, count, drop_counted,
+    translation,
+};
+use crate::table::{
+    Address, Direction, Dropped, FlowKey, Interface, Jiffies, LinkAddresses, Passed, Port, Size,
+};
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Crossed {
+    Done(Verdict),
+    /// It is dropped, and this is to be sent in its frame.
+    Answer(Dropped, Answer),
+    /// It gets the headers of the [`Conversion`], and then this [happens](Conversion::done).
+    Convert(Verdict),
+}
+
+/// Where the headers are made that a packet gets. It belongs to one run of a program, like
+/// [`Bench`](crate::flow::Bench).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Conversion {
+    /// All from the end of the link header to the transport header, or to that of what an ICMP error quotes.
+    head: [u8; 88],
+    /// The rule's row in `COUNTERS`.
+    counter: u32,
+    /// 1 if the link addresses are to be set.
+    routed: u32,
+    link: LinkAddresses,
+    /// [`Direction`].
+    direction: u32,
+    size: Size,
+    now: Jiffies,
+}
+
+/// Bytes of the headers up to the transport header of what comes with addresses of `N` bytes: the IP header, and
+/// of an `ERROR` the ICMP header and the IP header that it quotes.
+pub const fn headers<const N: usize, const ERROR: bool>() -> usize {
+    let ip = if N == 4 { Ipv4Hdr::LEN } else { Ipv6Hdr::LEN };
+    if ERROR { ip + size_of::<IcmpHdr>() + ip } else { ip }
+}
+
+impl Conversion {
+    // SAFETY: integers and arrays of them.
+    pub const EMPTY: Self = unsafe { core::mem::zeroed() };
+
+    /// The first `L` bytes of the headers.
+    #[inline(always)]
+    pub fn head<const L: usize>(&self) -> &[u8; L] {
+        const { assert!(L <= 88) };
+        // SAFETY: in bounds, of bytes.
+        unsafe { &*(&raw const self.head).cast() }
+    }
+
+    /// The link addresses that it leaves with, if they are known.
+    #[inline(always)]
+    pub fn link(&self) -> Option<&LinkAddresses> {
+        (self.routed != 0).then_some(&self.link)
+    }
+
+    /// Counts the packet, which has its headers, or could not be given them.
+    #[inline(always)]
+    pub fn done<K: Kernel>(&self, kernel: &K, verdict: Verdict, converted: bool) -> Verdict {
+        if !converted {
+            return drop_counted(kernel, self.counter, Dropped::NoHeadroom);
+        }
+        let direction = if self.direction == 0 { Direction::Forward } else { Direction::Reply };
+        count(kernel, self.counter, direction, self.size, self.now, verdict);
+        verdict
+    }
+
+    /// A header that stands `PLACE` bytes from the start.
+    #[inline(always)]
+    fn part<const PLACE: usize, T: Header>(&mut self) -> &mut T {
+        let () = T::UNALIGNED;
+        const { assert!(PLACE + size_of::<T>() <= 88) };
+        // SAFETY: in bounds, valid for any bytes.
+        unsafe { &mut *(&raw mut self.head).cast::<u8>().add(PLACE).cast() }
+    }
+
+    /// Makes the header at `PLACE` one of the other family than `N`'s.
+    #[inline(always)]
+    fn write<const PLACE: usize, const N: usize>(&mut self, fields: &Fields) {
+        let Fields { class, protocol, hops, len, identification, source, destination } = fields;
+        if N == 4 {
+            let ip: &mut Ipv6Hdr = self.part::<PLACE, _>();
+            ip.vcf = [0x60 | class >> 4, class << 4, 0, 0];
+            ip.payload_len = len.to_be_bytes();
+            (ip.next_hdr, ip.hop_limit) = (*protocol, *hops);
+            (ip.src_addr, ip.dst_addr) = (source.0, destination.0);
+        } else {
+            let length = len.wrapping_add(Ipv4Hdr::LEN as u16).to_be_bytes();
+            let frags = if *identification == 0 { [0x40, 0] } else { [0; 2] };
+            let id = identification.to_be_bytes();
+            let [source, destination] = [source.unmapped(), destination.unmapped()];
+            let sum = Change::default()
+                .word([0x45, *class])
+                .word(length)
+                .word(id)
+                .word(frags)
+                .word([*hops, *protocol])
+                .words(&source)
+                .words(&destination);
+            let ip: &mut Ipv4Hdr = self.part::<PLACE, _>();
+            (ip.vihl, ip.tos, ip.tot_len) = (0x45, *class, length);
+            (ip.id, ip.frags, ip.ttl, ip.proto) = (id, frags, *hops, *protocol);
+            ip.check = Checksum::EMPTY.update(sum).0;
+            (ip.src_addr, ip.dst_addr) = (source.0, destination.0);
+        }
+    }
+}
+
+/// What headers of both families say.
+struct Fields {
+    /// Type of service, traffic class.
+    class: u8,
+    /// IP protocol number.
+    protocol: u8,
+    hops: u8,
+    /// Bytes behind the header.
+    len: u16,
+    /// IPv4's; 0 if it must not be fragmented.
+    identification: u16,
+    source: Address<16>,
+    destination: Address<16>,
+}
+
+/// An IP header, of which the other family's is made.
+pub trait Crosses<const N: usize>: Icmp<N> {
+    /// IP protocol number of the other family's ICMP.
+    const OTHERS_ICMP: u8;
+    /// The packet with this header and nothing between it and the transport header.
+    fn is_plain(&self, protocol: u8) -> bool;
+    /// Type of service, traffic class.
+    fn class_byte(&self) -> u8;
+    /// Bytes that an IP packet of this many has in the other family.
+    fn others_length(length: u16) -> u16;
+    /// Bytes that an IP packet has here of this many in the other family.
+    fn length_of_others(length: u32) -> u32;
+    /// [`Ip::class`] of the other family's header.
+    fn others_class(&self) -> [u8; 4];
+    /// Whether the other family's packet of this many bytes must not be fragmented.
+    fn others_is_whole(&self, length: u16) -> bool;
+    /// The other family's error for one of this, with the second half of the ICMP header (RFC 7915,
+    /// sections 4.2 and 5.2).
+    fn others_error(kind: [u8; 2], rest: [u8; 4]) -> Option<([u8; 2], [u8; 4])>;
+    /// What an ICMP checksum covers of the header before it, which has `len` bytes behind it.
+    fn pseudo(source: &Address<16>, destination: &Address<16>, len: u16) -> Change;
+}
+
+const DIFFERENCE: u16 = (Ipv6Hdr::LEN - Ipv4Hdr::LEN) as u16;
+
+/// The smallest MTU of IPv6 (RFC 8200, section 5).
+const SMALLEST: u32 = 1280;
+
+impl Crosses<4> for Ipv4Hdr {
+    const OTHERS_ICMP: u8 = ICMPV6;
+
+    #[inline(always)]
+    fn is_plain(&self, _: u8) -> bool {
+        self.vihl == 0x45
+    }
+
+    #[inline(always)]
+    fn class_byte(&self) -> u8 {
+        self.tos
+    }
+
+    #[inline(always)]
+    fn others_length(length: u16) -> u16 {
+        length.saturating_add(DIFFERENCE)
+    }
+
+    #[inline(always)]
+    fn length_of_others(length: u32) -> u32 {
+        length.saturating_sub(DIFFERENCE.into())
+    }
+
+    #[inline(always)]
+    fn others_class(&self) -> [u8; 4] {
+        [self.tos >> 4, self.tos << 4, 0, 0]
+    }
+
+    #[inline(always)]
+    fn others_is_whole(&self, _: u16) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    fn others_error([kind, code]: [u8; 2], rest: [u8; 4]) -> Option<([u8; 2], [u8; 4])> {
+        const UNREACHABLE: u8 = 1;
+        const TOO_BIG: [u8; 2] = [2, 0];
+        const TIME_EXCEEDED: u8 = 3;
+        const PARAMETER: u8 = 4;
+        Some(match (kind, code) {
+            (3, 0 | 1 | 5..=8 | 11 | 12) => ([UNREACHABLE, 0], [0; 4]),
+            // Of the protocol: it points at the next header.
+            (3, 2) => ([PARAMETER, 1], [0, 0, 0, 6]),
+            (3, 3) => ([UNREACHABLE, 4], [0; 4]),
+            (3, 4) => {
+                let mtu = u32::from(u16::from_be_bytes([rest[2], rest[3]]));
+                (TOO_BIG, (mtu + u32::from(DIFFERENCE)).max(SMALLEST).to_be_bytes())
+            }
+            (3, 9 | 10 | 13 | 15) => ([UNREACHABLE, 1], [0; 4]),
+            (11, code) => ([TIME_EXCEEDED, code], [0; 4]),
+            (12, 0 | 2) => {
+                let pointer = match rest[0] {
+                    place @ (0 | 1) => place,
+                    2 | 3 => 4,
+                    8 => 7,
+                    9 => 6,
+                    12..=15 => 8,
+                    16..=19 => 24,
+                    _ => return None,
+                };
+                ([PARAMETER, 0], [0, 0, 0, pointer])
+            }
+            _ => return None,
+        })
+    }
+
+    #[inline(always)]
+    fn pseudo(_: &Address<16>, _: &Address<16>, _: u16) -> Change {
+        Change::default()
+    }
+}
+
+impl Crosses<16> for Ipv6Hdr {
+    const OTHERS_ICMP: u8 = ICMP;
+
+    #[inline(always)]
+    fn is_plain(&self, protocol: u8) -> bool {
+        self.next_hdr == protocol
+    }
+
+    #[inline(always)]
+    fn class_byte(&self) -> u8 {
+        self.vcf[0] << 4 | self.vcf[1] >> 4
+    }
+
+    #[inline(always)]
+    fn others_length(length: u16) -> u16 {
+        length.saturating_sub(DIFFERENCE)
+    }
+
+    #[inline(always)]
+    fn length_of_others(length: u32) -> u32 {
+        length.saturating_add(DIFFERENCE.into())
+    }
+
+    #[inline(always)]
+    fn others_class(&self) -> [u8; 4] {
+        [self.class_byte(), 0, 0, 0]
+    }
+
+    #[inline(always)]
+    fn others_is_whole(&self, length: u16) -> bool {
+        // RFC 7915, section 5.1: who sends so much may be told of a smaller MTU.
+        u32::from(length) > SMALLEST - u32::from(DIFFERENCE)
+    }
+
+    #[inline(always)]
+    fn others_error([kind, code]: [u8; 2], rest: [u8; 4]) -> Option<([u8; 2], [u8; 4])> {
+        const UNREACHABLE: u8 = 3;
+        const TIME_EXCEEDED: u8 = 11;
+        const PARAMETER: u8 = 12;
+        Some(match (kind, code) {
+            (1, 0 | 2 | 3) => ([UNREACHABLE, 1], [0; 4]),
+            (1, 1) => ([UNREACHABLE, 10], [0; 4]),
+            (1, 4) => ([UNREACHABLE, 3], [0; 4]),
+            (2, _) => {
+                let mtu = u32::from_be_bytes(rest).saturating_sub(DIFFERENCE.into());
+                let [.., high, low] = mtu.min(u16::MAX.into()).to_be_bytes();
+                ([UNREACHABLE, 4], [0, 0, high, low])
+            }
+            (3, code) => ([TIME_EXCEEDED, code], [0; 4]),
+            (4, 0) => {
+                let pointer = match u32::from_be_bytes(rest) {
+                    place @ (0 | 1) => place as u8,
+                    4 | 5 => 2,
+                    6 => 9,
+                    7 => 8,
+                    8..=23 => 12,
+                    24..=39 => 16,
+                    _ => return None,
+                };
+                ([PARAMETER, 0], [pointer, 0, 0, 0])
+            }
+            (4, 1) => ([UNREACHABLE, 2], [0; 4]),
+            _ => return None,
+        })
+    }
+
+    #[inline(always)]
+    fn pseudo(source: &Address<16>, destination: &Address<16>, len: u16) -> Change {
+        let ends = Change::default().words(source).words(destination);
+        ends.word(len.to_be_bytes()).word([0, ICMPV6])
+    }
+}
+
+/// Decides what becomes of a packet that goes in `direction`, of a rule whose backend is of the other family:
+/// whole ones of TCP and UDP or, of the `DETOUR`, ICMP errors and those that are only answered or dropped.
+/// `frame` is as it came.
+#[inline(always)]
+pub fn handle<const N: usize, I: Crosses<N>, K: Kernel, const DETOUR: bool>(
+    kernel: &K,
+    direction: Direction,
+    mut frame: Frame<'_>,
+) -> Crossed {
+    let crossed = match DETOUR {
+        true => few::<N, I, K>(kernel, direction, &mut frame),
+        false => whole::<N, I, K>(kernel, direction, &mut frame),
+    };
+    crossed.unwrap_or_else(|reason| {
+        kernel.count_passed(reason);
+        Crossed::Done(Verdict::Pass(reason))
+    })
+}
+
+/// The key of a packet with these ends.
+#[inline(always)]
+fn key<const N: usize>(
+    direction: Direction,
+    protocol: u8,
+    [source, destination]: [Address<N>; 2],
+    (source_port, destination_port): (Port, Port),
+) -> FlowKey<16> {
+    let direction = direction as u8 | FlowKey::<16>::CROSS;
+    let [source, destination] = [source.mapped(), destination.mapped()];
+    let padding = [0; 2];
+    FlowKey { source, destination, source_port, destination_port, protocol, direction, padding }
+}
+
+/// A whole packet of TCP or UDP.
+#[inline(always)]
+fn whole<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    frame: &mut Frame<'_>,
+) -> Result<Crossed, Passed> {
+    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
+    let available = kernel.available(frame);
+    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+    let payload = ip.payload(frame, ip.whole(available)?, Reads::Whole)?;
+    let payload = if N == 4 { payload } else { payload.forgotten(kernel.nothing())? };
+    let mut transport = payload.transport(frame)?;
+    let bench = Flows::<16>::bench(kernel).ok_or(Passed::NoFlow)?;
+    let (start, header) = transport.header();
+    let ip_start = &raw const *ip as usize;
+    // As in the common way.
+    let OnWire { size, longest } =
+        OnWire::new(kernel, ip.length(), || (start.wrapping_sub(ip_start) & 0x7fff) + header);
+    let ends = [ip.source(), ip.destination()];
+    let came = key(direction, transport.protocol(), ends, transport.ports());
+    came.write_to(&mut bench.packet.key);
+    (bench.packet.segment, bench.packet.number) = transport.segment();
+    bench.packet.flags = transport.flow_flags();
+    (bench.packet.size, bench.packet.now) = (size, kernel.now());
+    match direction {
+        Direction::Forward => {
+            let ingress = kernel.ingress().ok_or(Passed::NoRule)?;
+            (bench.inside, bench.hairpin) = (u32::from(!ingress.has(Interface::EXTERNAL)), 0);
+            let claims = claims::<N, I, K>(kernel, direction, &ip.destination());
+            let claimed = transport.claimed(claims.ok_or(Passed::NoRule)?);
+            let (_, port) = transport.ports();
+            let rule = translation(kernel, claimed, port).ok_or(Passed::NoRule)?;
+            bench.counter = rule.counter;
+            if let Err(refused) = flow::forward(kernel, rule, bench) {
+                return match refused {
+                    Refused::Pass(reason) => Err(reason),
+                    Refused::Drop(reason) => Ok(dropped(kernel, bench, reason)),
+                };
+            }
+        }
+        Direction::Reply => {
+            if !flow::reply(kernel, bench) {
+                return Ok(Crossed::Done(Verdict::Flow(Part::Reply.program::<N>())));
+            }
+        }
+    }
+    let is_udp = matches!(transport, Transport::Udp(_));
+    // IPv6 has no UDP without a checksum (RFC 8200, section 8.1).
+    let lacks_sum = is_udp && *transport.check().field == [0, 0];
+    if payload.offset != 0 || lacks_sum {
+        return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
+    }
+    let protocol = transport.protocol();
+    let leaves = Leaves { protocol, ports: transport.ports(), longest, is_error: false };
+    let verdict = match leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves)? {
+        Crossed::Convert(verdict) => verdict,
+        other => return Ok(other),
+    };
+    let FlowKey { source_port, destination_port, .. } = bench.becomes;
+    let ports = transport.set_port(Direction::Forward, destination_port);
+    let ports = ports.and(transport.set_port(Direction::Reply, source_port));
+    kernel.repair(transport.check(), changed(bench), ports);
+    let len = ip.length().wrapping_sub(headers::<N, false>() as u16);
+    begin::<N, I, K>(kernel, bench, ip, protocol, len, longest)?;
+    Ok(Crossed::Convert(verdict))
+}
+
+/// An ICMP error; or a packet that goes no further, or in fragments, of which only errors are translated.
+#[inline(always)]
+fn few<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    frame: &mut Frame<'_>,
+) -> Result<Crossed, Passed> {
+    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
+    let available = kernel.available(frame);
+    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+    let nothing = kernel.nothing();
+    let whole = ip.whole(available)?;
+    let payload = ip.payload(frame, whole, Reads::All)?.forgotten(nothing)?;
+    // As in the detour: to look ahead.
+    let ahead = &mut frame.ahead();
+    ahead.jump(payload.offset);
+    let part = Holds::of::<N, I>(ahead, direction, &payload)?;
+    let ends = match part {
+        Holds::Segment => {
+            let ports = detour::segment(ahead, &payload)?.ports();
+            Flow::between(ip, payload.protocol, ports)
+        }
+        Holds::Error => Error::<I>::take(ahead, direction, payload.len)?.ends(),
+        Holds::Rest => return Err(Passed::Fragment),
+    };
+    if ends.destination != ip.destination().widen() {
+        return Err(Passed::Icmp);
+    }
+    if !matches!(ends.protocol, TCP | UDP) {
+        return Err(Passed::Protocol);
+    }
+    let is_error = forgotten(u32::from(matches!(part, Holds::Error)), nothing) != 0;
+    let ends = ends.forgotten(nothing);
+    let payload = payload.forgotten(nothing)?;
+    let bench = Flows::<16>::bench(kernel).ok_or(Passed::NoFlow)?;
+    let addresses = [ends.source.narrow::<N>(), ends.destination.narrow()];
+    let ports = (ends.source_port, ends.destination_port);
+    key(direction, ends.protocol, addresses, ports).write_to(&mut bench.packet.key);
+    let length = ip.length();
+    (bench.packet.segment, bench.packet.number) = (flow::Segment::Looks, 0);
+    (bench.packet.flags, bench.packet.now) = (0, kernel.now());
+    bench.packet.size = Size::one(length);
+    match direction {
+        Direction::Forward => {
+            let rule = detour::claimed::<N, I, K>(kernel, direction, &ends)?;
+            if detour::is_own(kernel, rule, &ends) {
+                return Err(Passed::Own);
+            }
+            let ingress = kernel.ingress().ok_or(Passed::NoRule)?;
+            (bench.inside, bench.hairpin) = (u32::from(!ingress.has(Interface::EXTERNAL)), 0);
+            bench.counter = rule.counter;
+            let fragment = payload.fragment.has_more();
+            if fragment {
+                return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
+            }
+            if flow::forward(kernel, rule, bench).is_err() {
+                return Err(if is_error { Passed::Icmp } else { Passed::NoFlow });
+            }
+        }
+        Direction::Reply => {
+            if !flow::reply(kernel, bench) {
+                return Err(match is_error {
+                    true => Passed::Icmp,
+                    false if ip.ttl() <= 1 => Passed::Ttl,
+                    false => Passed::NoFlow,
+                });
+            }
+        }
+    }
+    let ends_here = ip.ttl() <= 1;
+    let is_whole = !payload.fragment.has_more();
+    if !(is_error || ends_here) || payload.offset != 0 || !is_whole {
+        return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
+    }
+    let protocol = if is_error { I::OTHERS_ICMP } else { bench.packet.key.protocol };
+    let leaves = Leaves { protocol, ports: NO_PORTS, longest: length, is_error };
+    if !is_error {
+        return leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves);
+    }
+    frame.jump(payload.offset);
+    let Error { icmp, ip: quoted, mut segment } = Error::<I>::take(frame, direction, payload.len)?;
+    let others = I::others_error(icmp.kind, icmp.rest);
+    let Some((kind, rest)) = others.filter(|_| quoted.is_plain(segment.protocol())) else {
+        return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
+    };
+    let verdict = match leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves)? {
+        Crossed::Convert(verdict) => verdict,
+        other => return Ok(other),
+    };
+    let FlowKey { source, destination, source_port, destination_port, .. } = bench.becomes;
+    // What was quoted went the other way.
+    let before = segment.rewrite_quoted(Direction::Forward, source_port, changed(bench));
+    let behind =
+        segment.rewrite_quoted(Direction::Reply, destination_port, Change::default()).and(before);
+    kernel.unbalanced(behind);
+    let len = payload.len as u16;
+    let others_len = I::others_length(len);
+    begin::<N, I, K>(kernel, bench, ip, protocol, others_len, length)?;
+    let conversion = kernel.conversion().ok_or(Passed::NoFlow)?;
+    let fields = Fields {
+        class: quoted.class_byte(),
+        protocol: segment.protocol(),
+        hops: quoted.ttl(),
+        len: quoted.length().wrapping_sub(headers::<N, false>() as u16),
+        identification: identification::<N, I, K>(kernel, quoted, quoted.length()),
+        source: destination,
+        destination: source,
+    };
+    let change = Change::default()
+        .field(icmp.kind, kind)
+        .field([icmp.rest[0], icmp.rest[1]], [rest[0], rest[1]])
+        .field([icmp.rest[2], icmp.rest[3]], [rest[2], rest[3]])
+        .and(words(quoted).inverse())
+        .and(I::pseudo(&ip.source().mapped(), &ip.destination().mapped(), len).inverse())
+        .and(behind);
+    let (header, change) = if N == 4 {
+        conversion.write::<48, N>(&fields);
+        let pseudo = Ipv6Hdr::pseudo(&source, &destination, others_len);
+        let quoted = words(conversion.part::<48, Ipv6Hdr>());
+        (conversion.part::<40, IcmpHdr>(), change.and(pseudo).and(quoted))
+    } else {
+        conversion.write::<28, N>(&fields);
+        let quoted = words(conversion.part::<28, Ipv4Hdr>());
+        (conversion.part::<20, IcmpHdr>(), change.and(quoted))
+    };
+    let checksum = Checksum(icmp.checksum).update(change).0;
+    *header = IcmpHdr { kind, checksum, rest };
+    Ok(Crossed::Convert(verdict))
+}
+
+/// The sum of a header's bytes.
+#[inline(always)]
+fn words<T: Header>(header: &T) -> Change {
+    const { assert!(size_of::<T>().is_multiple_of(2)) };
+    let words = (&raw const *header).cast::<[u8; 2]>();
+    let mut sum = Change::default();
+    for place in 0..size_of::<T>() / 2 {
+        // SAFETY: in bounds, of bytes.
+        sum = sum.word(unsafe { *words.add(place) });
+    }
+    sum
+}
+
+/// What changed in the ends of the packet on the bench, for the pseudo header.
+// An address that stands for one of IPv4 sums to the same as that: 0xffff is nothing.
+#[inline(always)]
+fn changed(bench: &Bench<16>) -> Change {
+    let (came, goes) = (&bench.packet.key, &bench.becomes);
+    Change::default()
+        .address(&came.source.0, &goes.source.0)
+        .address(&came.destination.0, &goes.destination.0)
+}
+
+#[inline(always)]
+fn dropped<K: Kernel>(kernel: &K, bench: &Bench<16>, reason: Dropped) -> Crossed {
+    kernel.note(|| Flow::of_key(&bench.packet.key));
+    Crossed::Done(drop_counted(kernel, bench.counter, reason))
+}
+
+/// What leaves.
+struct Leaves {
+    /// As it leaves.
+    protocol: u8,
+    ports: (Port, Port),
+    /// As it came.
+    longest: u16,
+    is_error: bool,
+}
+
+/// Asks for the way of a packet whose flow is on the bench, and notes what it leaves with. It is only converted
+/// if this says so.
+#[inline(always)]
+fn leave<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    bench: &Bench<16>,
+    link: &mut Link<'_>,
+    ip: &I,
+    Leaves { protocol, ports, longest, is_error }: Leaves,
+) -> Result<Crossed, Passed> {
+    let FlowKey { source, destination, source_port, destination_port, .. } = bench.becomes;
+    let [source, destination] = match N == 4 {
+        true => [source.widen(), destination.widen()],
+        false => [source.unmapped().widen(), destination.unmapped().widen()],
+    };
+    let family = if N == 4 { Ipv6Hdr::FAMILY } else { Ipv4Hdr::FAMILY };
+    let ports = if ports == NO_PORTS { ports } else { (source_port, destination_port) };
+    let goes = Flow {
+        family,
+        protocol,
+        source_port: ports.0,
+        destination_port: ports.1,
+        source,
+        destination,
+    };
+    let length = I::others_length(longest);
+    let Asked { verdict, hop, narrow } = if ip.ttl() <= 1 {
+        Asked { verdict: Verdict::detour(direction, Passed::Ttl), hop: None, narrow: 0 }
+    } else {
+        let (class, whole) = (ip.others_class(), ip.others_is_whole(length));
+        let asks = Asks { longest: length, came: longest, class, whole };
+        ask_about(kernel, direction, bench.hairpin != 0, asks, &goes)?
+    };
+    let (reason, about) = match verdict {
+        Verdict::ForwardDetour(Passed::Ttl) | Verdict::ReplyDetour(Passed::Ttl) => {
+            (Dropped::TtlExpired, About::TIME_EXCEEDED)
+        }
+        Verdict::ForwardDetour(_) | Verdict::ReplyDetour(_) => {
+            (Dropped::TooBig, About::too_big(I::length_of_others(narrow)))
+        }
+        Verdict::Drop(reason) => (reason, About::NOTHING),
+        verdict => {
+            kernel.note(|| Flow::of_key(&bench.packet.key));
+            let conversion = kernel.conversion().ok_or(Passed::NoFlow)?;
+            conversion.routed = u32::from(hop.is_some());
+            if let Some(hop) = hop {
+                conversion.link = hop.link;
+            }
+            (conversion.counter, conversion.direction) = (bench.counter, direction as u32);
+            (conversion.size, conversion.now) = (bench.packet.size, bench.packet.now);
+            return Ok(Crossed::Convert(verdict));
+        }
+    };
+    let answer = match about != About::NOTHING && !is_error {
+        true => detour::answer(kernel, about, link, ip),
+        false => None,
+    };
+    let crossed = dropped(kernel, bench, reason);
+    let Some(answer) = answer else { return Ok(crossed) };
+    kernel.count(bench.counter, |counter| counter.answered += 1);
+    Ok(Crossed::Answer(reason, answer))
+}
+
+/// Makes the first header, of a packet that [leaves](leave) with `len` bytes behind it.
+#[inline(always)]
+fn begin<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    bench: &Bench<16>,
+    ip: &I,
+    protocol: u8,
+    len: u16,
+    longest: u16,
+) -> Result<(), Passed> {
+    let conversion = kernel.conversion().ok_or(Passed::NoFlow)?;
+    let FlowKey { source, destination, .. } = bench.becomes;
+    // The stack takes a hop off itself.
+    let hops = ip.ttl().wrapping_sub(conversion.routed as u8);
+    let class = ip.class_byte();
+    let identification = identification::<N, I, K>(kernel, ip, longest);
+    let fields = Fields { class, protocol, hops, len, identification, source, destination };
+    conversion.write::<0, N>(&fields);
+    Ok(())
+}
+
+/// Of what had `length` bytes: 0 if it must not be fragmented.
+#[inline(always)]
+fn identification<const N: usize, I: Crosses<N>, K: Kernel>(kernel: &K, ip: &I, length: u16) -> u16 {
+    match ip.others_is_whole(I::others_length(length)) {
+        true => 0,
+        false => (kernel.random() as u16).max(1),
+    }
+}
