@@ -15,7 +15,7 @@ use crate::detour::{self, Holds, NO_PORTS};
 use crate::flow::{self, Bench, Flows, Refused};
 use crate::icmp::{Error, Icmp, IcmpHdr};
 use crate::packet::{
-    Frame, Header, ICMP, ICMPV6, Ip, Link, Reads, TCP, Transport, UDP, forgotten,
+    Frame, Header, ICMP, ICMPV6, Ip, Link, Payload, Reads, TCP, Transport, UDP, forgotten,
 };
 use crate::path::{
     Asked, Asks, Flow, Kernel, OnWire, Part, Verdict, ask_about, claims, count, drop_counted,
@@ -26,13 +26,31 @@ use crate::table::{
 };
 
 /// What becomes of a packet.
+// Not an enum: the verifier minds what is undefined in one. Aligned as it is written, which on the BPF stack has
+// to be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Crossed {
-    Done(Verdict),
-    /// It is dropped, and this is to be sent in its frame.
-    Answer(Dropped, Answer),
-    /// It gets the headers of the [`Conversion`], and then this [happens](Conversion::done).
-    Convert(Verdict),
+#[repr(C, align(8))]
+pub struct Crossed {
+    pub verdict: Verdict,
+    pub then: Then,
+}
+
+/// What is to be done before the verdict.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Then {
+    Nothing,
+    /// It gets the headers of the [`Conversion`], and is [counted](Conversion::done).
+    Convert,
+    /// It was dropped, and [this](Conversion::answer) is to be sent in its frame.
+    Answer,
+}
+
+impl Crossed {
+    #[inline(always)]
+    const fn done(verdict: Verdict) -> Self {
+        Self { verdict, then: Then::Nothing }
+    }
 }
 
 /// Where the headers are made that a packet gets. It belongs to one run of a program, like
@@ -51,6 +69,8 @@ pub struct Conversion {
     direction: u32,
     size: Size,
     now: Jiffies,
+    /// To the sender of one that is dropped.
+    pub answer: Answer,
 }
 
 /// Bytes of the headers up to the transport header of what comes with addresses of `N` bytes: the IP header, and
@@ -100,7 +120,7 @@ impl Conversion {
 
     /// Makes the header at `PLACE` one of the other family than `N`'s.
     #[inline(always)]
-    fn write<const PLACE: usize, const N: usize>(&mut self, fields: &Fields) {
+    fn write<const PLACE: usize, const N: usize>(&mut self, fields: &Fields<'_>) {
         let Fields { class, protocol, hops, len, identification, source, destination } = fields;
         if N == 4 {
             let ip: &mut Ipv6Hdr = self.part::<PLACE, _>();
@@ -131,7 +151,7 @@ impl Conversion {
 }
 
 /// What headers of both families say.
-struct Fields {
+struct Fields<'a> {
     /// Type of service, traffic class.
     class: u8,
     /// IP protocol number.
@@ -141,8 +161,8 @@ struct Fields {
     len: u16,
     /// IPv4's; 0 if it must not be fragmented.
     identification: u16,
-    source: Address<16>,
-    destination: Address<16>,
+    source: &'a Address<16>,
+    destination: &'a Address<16>,
 }
 
 /// An IP header, of which the other family's is made.
@@ -318,96 +338,206 @@ impl Crosses<16> for Ipv6Hdr {
     }
 }
 
-/// Decides what becomes of a packet that goes in `direction`, of a rule whose backend is of the other family:
-/// whole ones of TCP and UDP or, of the `DETOUR`, ICMP errors and those that are only answered or dropped.
+/// What a program does; a constant of each.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// All, of whole packets of TCP and UDP.
+    Whole,
+    /// Of the detour, where there are ICMP errors, and what is only answered or dropped: finds the flow.
+    Find,
+    /// Of the detour: sends it.
+    Send,
+}
+
+/// Decides what becomes of a packet that goes in `direction`, of a rule whose backend is of the other family.
 /// `frame` is as it came.
 #[inline(always)]
-pub fn handle<const N: usize, I: Crosses<N>, K: Kernel, const DETOUR: bool>(
+pub fn handle<const N: usize, I: Crosses<N>, K: Kernel>(
     kernel: &K,
+    step: Step,
     direction: Direction,
     mut frame: Frame<'_>,
 ) -> Crossed {
-    let crossed = match DETOUR {
-        true => few::<N, I, K>(kernel, direction, &mut frame),
-        false => whole::<N, I, K>(kernel, direction, &mut frame),
+    let crossed = match step {
+        Step::Whole => whole::<N, I, K>(kernel, direction, &mut frame),
+        Step::Find => find::<N, I, K>(kernel, direction, &mut frame),
+        Step::Send => send::<N, I, K>(kernel, direction, &mut frame),
     };
+    or_pass(kernel, crossed)
+}
+
+#[inline(always)]
+fn or_pass<K: Kernel>(kernel: &K, crossed: Result<Crossed, Passed>) -> Crossed {
     crossed.unwrap_or_else(|reason| {
         kernel.count_passed(reason);
-        Crossed::Done(Verdict::Pass(reason))
+        Crossed::done(Verdict::Pass(reason))
     })
 }
 
-/// The key of a packet with these ends.
+/// Makes this the key of a packet with these ends.
 #[inline(always)]
-fn key<const N: usize>(
+fn put_key<const N: usize>(
+    key: &mut FlowKey<16>,
     direction: Direction,
     protocol: u8,
     [source, destination]: [Address<N>; 2],
     (source_port, destination_port): (Port, Port),
-) -> FlowKey<16> {
-    let direction = direction as u8 | FlowKey::<16>::CROSS;
-    let [source, destination] = [source.mapped(), destination.mapped()];
-    let padding = [0; 2];
-    FlowKey { source, destination, source_port, destination_port, protocol, direction, padding }
+) {
+    key.source = source.mapped();
+    key.destination = destination.mapped();
+    (key.source_port, key.destination_port) = (source_port, destination_port);
+    (key.protocol, key.direction) = (protocol, direction as u8 | FlowKey::<16>::CROSS);
+    key.padding = [0; 2];
 }
 
 /// A whole packet of TCP or UDP.
+// In steps that are not inlined, each of which reads the headers anew: so what one needs of the stack stands beside
+// nothing else, and to the verifier all packets are one between them.
 #[inline(always)]
 fn whole<const N: usize, I: Crosses<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     frame: &mut Frame<'_>,
 ) -> Result<Crossed, Passed> {
-    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
-    let available = kernel.available(frame);
-    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let payload = ip.payload(frame, ip.whole(available)?, Reads::Whole)?;
-    let payload = if N == 4 { payload } else { payload.forgotten(kernel.nothing())? };
-    let mut transport = payload.transport(frame)?;
     let bench = Flows::<16>::bench(kernel).ok_or(Passed::NoFlow)?;
-    let (start, header) = transport.header();
-    let ip_start = &raw const *ip as usize;
-    // As in the common way.
-    let OnWire { size, longest } =
-        OnWire::new(kernel, ip.length(), || (start.wrapping_sub(ip_start) & 0x7fff) + header);
-    let ends = [ip.source(), ip.destination()];
-    let came = key(direction, transport.protocol(), ends, transport.ports());
-    came.write_to(&mut bench.packet.key);
-    (bench.packet.segment, bench.packet.number) = transport.segment();
-    bench.packet.flags = transport.flow_flags();
-    (bench.packet.size, bench.packet.now) = (size, kernel.now());
     match direction {
         Direction::Forward => {
-            let ingress = kernel.ingress().ok_or(Passed::NoRule)?;
-            (bench.inside, bench.hairpin) = (u32::from(!ingress.has(Interface::EXTERNAL)), 0);
-            let claims = claims::<N, I, K>(kernel, direction, &ip.destination());
-            let claimed = transport.claimed(claims.ok_or(Passed::NoRule)?);
-            let (_, port) = transport.ports();
-            let rule = translation(kernel, claimed, port).ok_or(Passed::NoRule)?;
-            bench.counter = rule.counter;
-            if let Err(refused) = flow::forward(kernel, rule, bench) {
-                return match refused {
-                    Refused::Pass(reason) => Err(reason),
-                    Refused::Drop(reason) => Ok(dropped(kernel, bench, reason)),
-                };
+            note::<true, N, I, K>(kernel, &mut bench.packet, frame)?;
+            let crossed = look::<N, I, K>(kernel, bench);
+            if crossed.then != Then::Convert {
+                return Ok(crossed);
             }
+            Ok(send_whole::<true, N, I, K>(kernel, bench, frame))
         }
         Direction::Reply => {
+            note::<false, N, I, K>(kernel, &mut bench.packet, frame)?;
             if !flow::reply(kernel, bench) {
-                return Ok(Crossed::Done(Verdict::Flow(Part::Reply.program::<N>())));
+                return Ok(Crossed::done(Verdict::Flow(Part::Reply.program::<N>())));
             }
+            Ok(send_whole::<false, N, I, K>(kernel, bench, frame))
         }
     }
+}
+
+/// A whole packet.
+struct Packet<'a, I> {
+    link: Link<'a>,
+    ip: &'a mut I,
+    transport: Transport<'a>,
+    /// Neither options nor extension headers.
+    is_plain: bool,
+}
+
+impl<'a, I> Packet<'a, I> {
+    #[inline(always)]
+    fn take<const N: usize, K: Kernel>(kernel: &K, frame: &mut Frame<'a>) -> Result<Self, Passed>
+    where
+        I: Crosses<N>,
+    {
+        let link = frame.take_link().ok_or(Passed::Malformed)?;
+        let available = kernel.available(frame);
+        let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+        let payload = ip.payload(frame, ip.whole(available)?, Reads::Whole)?;
+        let payload = if N == 4 { payload } else { payload.forgotten(kernel.nothing())? };
+        frame.jump(payload.offset);
+        let transport = Payload { offset: 0, ..payload }.transport(frame)?;
+        Ok(Self { link, ip, transport, is_plain: payload.offset == 0 })
+    }
+
+    /// What it is on a wire.
+    #[inline(always)]
+    fn on_wire<const N: usize, K: Kernel>(&self, kernel: &K) -> OnWire
+    where
+        I: Crosses<N>,
+    {
+        let (start, header) = self.transport.header();
+        let ip = &raw const *self.ip as usize;
+        // As in the common way.
+        OnWire::new(kernel, self.ip.length(), || (start.wrapping_sub(ip) & 0x7fff) + header)
+    }
+}
+
+/// Writes down what flows look at of a whole packet.
+#[inline(never)]
+fn note<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    to: &mut flow::Packet<16>,
+    frame: &mut Frame<'_>,
+) -> Result<(), Passed> {
+    let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
+    let mut ahead = frame.ahead();
+    let packet = Packet::<I>::take(kernel, &mut ahead)?;
+    let Packet { ip, transport, .. } = &packet;
+    let ends = [ip.source(), ip.destination()];
+    put_key(&mut to.key, direction, transport.protocol(), ends, transport.ports());
+    (to.segment, to.number) = transport.segment();
+    to.flags = transport.flow_flags();
+    (to.size, to.now) = (packet.on_wire(kernel).size, kernel.now());
+    Ok(())
+}
+
+/// Looks for the flow of the packet on the bench, to a backend, or begins it: it is to be converted if it has one.
+#[inline(never)]
+fn look<const N: usize, I: Crosses<N>, K: Kernel>(kernel: &K, bench: &mut Bench<16>) -> Crossed {
+    or_pass(kernel, looked::<N, I, K>(kernel, bench))
+}
+
+#[inline(always)]
+fn looked<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    bench: &mut Bench<16>,
+) -> Result<Crossed, Passed> {
+    let ingress = kernel.ingress().ok_or(Passed::NoRule)?;
+    (bench.inside, bench.hairpin) = (u32::from(!ingress.has(Interface::EXTERNAL)), 0);
+    let FlowKey { destination, destination_port, protocol, .. } = &bench.packet.key;
+    let listen = match N == 4 {
+        true => destination.unmapped().widen(),
+        false => destination.widen(),
+    };
+    let claims = claims::<N, I, K>(kernel, Direction::Forward, &listen.narrow());
+    let claims = claims.ok_or(Passed::NoRule)?;
+    let claimed = if *protocol == TCP { claims.tcp } else { claims.udp };
+    let rule = translation(kernel, claimed, *destination_port).ok_or(Passed::NoRule)?;
+    bench.counter = rule.counter;
+    match flow::forward(kernel, rule, bench) {
+        Ok(()) => Ok(Crossed { verdict: Verdict::Pass(Passed::NoFlow), then: Then::Convert }),
+        Err(Refused::Pass(reason)) => Err(reason),
+        Err(Refused::Drop(reason)) => Ok(dropped(kernel, bench, reason)),
+    }
+}
+
+/// Sends one whose flow is on the bench.
+// Not inlined: what it needs of the stack stands beside nothing else.
+#[inline(never)]
+fn send_whole<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    bench: &Bench<16>,
+    frame: &mut Frame<'_>,
+) -> Crossed {
+    let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
+    or_pass(kernel, sent::<N, I, K>(kernel, direction, bench, frame))
+}
+
+#[inline(always)]
+fn sent<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    bench: &Bench<16>,
+    frame: &mut Frame<'_>,
+) -> Result<Crossed, Passed> {
+    let packet = Packet::<I>::take(kernel, frame)?;
+    let longest = packet.on_wire(kernel).longest;
+    let Packet { mut link, ip, mut transport, is_plain } = packet;
     let is_udp = matches!(transport, Transport::Udp(_));
     // IPv6 has no UDP without a checksum (RFC 8200, section 8.1).
     let lacks_sum = is_udp && *transport.check().field == [0, 0];
-    if payload.offset != 0 || lacks_sum {
+    if !is_plain || lacks_sum {
         return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
     }
     let protocol = transport.protocol();
     let leaves = Leaves { protocol, ports: transport.ports(), longest, is_error: false };
     let verdict = match leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves)? {
-        Crossed::Convert(verdict) => verdict,
+        Crossed { verdict, then: Then::Convert } => verdict,
         other => return Ok(other),
     };
     let FlowKey { source_port, destination_port, .. } = bench.becomes;
@@ -416,17 +546,17 @@ fn whole<const N: usize, I: Crosses<N>, K: Kernel>(
     kernel.repair(transport.check(), changed(bench), ports);
     let len = ip.length().wrapping_sub(headers::<N, false>() as u16);
     begin::<N, I, K>(kernel, bench, ip, protocol, len, longest)?;
-    Ok(Crossed::Convert(verdict))
+    Ok(Crossed { verdict, then: Then::Convert })
 }
 
 /// An ICMP error; or a packet that goes no further, or in fragments, of which only errors are translated.
 #[inline(always)]
-fn few<const N: usize, I: Crosses<N>, K: Kernel>(
+fn find<const N: usize, I: Crosses<N>, K: Kernel>(
     kernel: &K,
     direction: Direction,
     frame: &mut Frame<'_>,
 ) -> Result<Crossed, Passed> {
-    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
+    frame.take_link().ok_or(Passed::Malformed)?;
     let available = kernel.available(frame);
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
     let nothing = kernel.nothing();
@@ -456,7 +586,7 @@ fn few<const N: usize, I: Crosses<N>, K: Kernel>(
     let bench = Flows::<16>::bench(kernel).ok_or(Passed::NoFlow)?;
     let addresses = [ends.source.narrow::<N>(), ends.destination.narrow()];
     let ports = (ends.source_port, ends.destination_port);
-    key(direction, ends.protocol, addresses, ports).write_to(&mut bench.packet.key);
+    put_key(&mut bench.packet.key, direction, ends.protocol, addresses, ports);
     let length = ip.length();
     (bench.packet.segment, bench.packet.number) = (flow::Segment::Looks, 0);
     (bench.packet.flags, bench.packet.now) = (0, kernel.now());
@@ -488,6 +618,29 @@ fn few<const N: usize, I: Crosses<N>, K: Kernel>(
             }
         }
     }
+    let part = match direction {
+        Direction::Forward => Part::CrossSendForward,
+        Direction::Reply => Part::CrossSendReply,
+    };
+    Ok(Crossed::done(Verdict::Flow(part.program::<N>())))
+}
+
+/// The same, once its flow is on the bench. To find and to send are apart: there is not room enough on the stack
+/// for both.
+#[inline(always)]
+fn send<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    frame: &mut Frame<'_>,
+) -> Result<Crossed, Passed> {
+    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
+    let available = kernel.available(frame);
+    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+    let nothing = kernel.nothing();
+    let length = ip.length();
+    let payload = ip.payload(frame, ip.whole(available)?, Reads::All)?.forgotten(nothing)?;
+    let bench = Flows::<16>::bench(kernel).ok_or(Passed::NoFlow)?;
+    let is_error = payload.protocol == I::PROTOCOL;
     let ends_here = ip.ttl() <= 1;
     let is_whole = !payload.fragment.has_more();
     if !(is_error || ends_here) || payload.offset != 0 || !is_whole {
@@ -505,14 +658,14 @@ fn few<const N: usize, I: Crosses<N>, K: Kernel>(
         return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
     };
     let verdict = match leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves)? {
-        Crossed::Convert(verdict) => verdict,
+        Crossed { verdict, then: Then::Convert } => verdict,
         other => return Ok(other),
     };
-    let FlowKey { source, destination, source_port, destination_port, .. } = bench.becomes;
+    let FlowKey { source, destination, source_port, destination_port, .. } = &bench.becomes;
     // What was quoted went the other way.
-    let before = segment.rewrite_quoted(Direction::Forward, source_port, changed(bench));
+    let before = segment.rewrite_quoted(Direction::Forward, *source_port, changed(bench));
     let behind =
-        segment.rewrite_quoted(Direction::Reply, destination_port, Change::default()).and(before);
+        segment.rewrite_quoted(Direction::Reply, *destination_port, Change::default()).and(before);
     kernel.unbalanced(behind);
     let len = payload.len as u16;
     let others_len = I::others_length(len);
@@ -536,7 +689,7 @@ fn few<const N: usize, I: Crosses<N>, K: Kernel>(
         .and(behind);
     let (header, change) = if N == 4 {
         conversion.write::<48, N>(&fields);
-        let pseudo = Ipv6Hdr::pseudo(&source, &destination, others_len);
+        let pseudo = Ipv6Hdr::pseudo(source, destination, others_len);
         let quoted = words(conversion.part::<48, Ipv6Hdr>());
         (conversion.part::<40, IcmpHdr>(), change.and(pseudo).and(quoted))
     } else {
@@ -546,7 +699,7 @@ fn few<const N: usize, I: Crosses<N>, K: Kernel>(
     };
     let checksum = Checksum(icmp.checksum).update(change).0;
     *header = IcmpHdr { kind, checksum, rest };
-    Ok(Crossed::Convert(verdict))
+    Ok(Crossed { verdict, then: Then::Convert })
 }
 
 /// The sum of a header's bytes.
@@ -575,7 +728,7 @@ fn changed(bench: &Bench<16>) -> Change {
 #[inline(always)]
 fn dropped<K: Kernel>(kernel: &K, bench: &Bench<16>, reason: Dropped) -> Crossed {
     kernel.note(|| Flow::of_key(&bench.packet.key));
-    Crossed::Done(drop_counted(kernel, bench.counter, reason))
+    Crossed::done(drop_counted(kernel, bench.counter, reason))
 }
 
 /// What leaves.
@@ -599,13 +752,13 @@ fn leave<const N: usize, I: Crosses<N>, K: Kernel>(
     ip: &I,
     Leaves { protocol, ports, longest, is_error }: Leaves,
 ) -> Result<Crossed, Passed> {
-    let FlowKey { source, destination, source_port, destination_port, .. } = bench.becomes;
+    let FlowKey { source, destination, source_port, destination_port, .. } = &bench.becomes;
     let [source, destination] = match N == 4 {
         true => [source.widen(), destination.widen()],
         false => [source.unmapped().widen(), destination.unmapped().widen()],
     };
     let family = if N == 4 { Ipv6Hdr::FAMILY } else { Ipv4Hdr::FAMILY };
-    let ports = if ports == NO_PORTS { ports } else { (source_port, destination_port) };
+    let ports = if ports == NO_PORTS { ports } else { (*source_port, *destination_port) };
     let goes = Flow {
         family,
         protocol,
@@ -639,7 +792,7 @@ fn leave<const N: usize, I: Crosses<N>, K: Kernel>(
             }
             (conversion.counter, conversion.direction) = (bench.counter, direction as u32);
             (conversion.size, conversion.now) = (bench.packet.size, bench.packet.now);
-            return Ok(Crossed::Convert(verdict));
+            return Ok(Crossed { verdict, then: Then::Convert });
         }
     };
     let answer = match about != About::NOTHING && !is_error {
@@ -649,7 +802,8 @@ fn leave<const N: usize, I: Crosses<N>, K: Kernel>(
     let crossed = dropped(kernel, bench, reason);
     let Some(answer) = answer else { return Ok(crossed) };
     kernel.count(bench.counter, |counter| counter.answered += 1);
-    Ok(Crossed::Answer(reason, answer))
+    kernel.conversion().ok_or(Passed::NoFlow)?.answer = answer;
+    Ok(Crossed { verdict: Verdict::Drop(reason), then: Then::Answer })
 }
 
 /// Makes the first header, of a packet that [leaves](leave) with `len` bytes behind it.
@@ -663,7 +817,7 @@ fn begin<const N: usize, I: Crosses<N>, K: Kernel>(
     longest: u16,
 ) -> Result<(), Passed> {
     let conversion = kernel.conversion().ok_or(Passed::NoFlow)?;
-    let FlowKey { source, destination, .. } = bench.becomes;
+    let FlowKey { source, destination, .. } = &bench.becomes;
     // The stack takes a hop off itself.
     let hops = ip.ttl().wrapping_sub(conversion.routed as u8);
     let class = ip.class_byte();

@@ -345,8 +345,8 @@ impl<const N: usize, K: Kernel + Flows<N>> Decides<N, K> for Finds<'_, N> {
         let translation = claimed::<N, I, K>(kernel, direction, ends).map_err(Err)?;
         if translation.has(Translation::CROSS) {
             let part = match direction {
-                Direction::Forward => Part::CrossForwardDetour,
-                Direction::Reply => Part::CrossReplyDetour,
+                Direction::Forward => Part::CrossFindForward,
+                Direction::Reply => Part::CrossFindReply,
             };
             return Err(Ok(Verdict::Flow(part.program::<N>())));
         }

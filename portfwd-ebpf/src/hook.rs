@@ -12,6 +12,7 @@ use aya_ebpf::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
         bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_proto, bpf_skb_change_tail,
         bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail,
+        bpf_xdp_store_bytes,
     },
     maps::ProgramArray,
     programs::{TcContext, XdpContext},
@@ -95,10 +96,12 @@ impl Xdp {
         if unsafe { bpf_xdp_adjust_head(self.0.ctx, OLD as i32 - NEW as i32) } != 0 {
             return None;
         }
-        let mut frame = self.frame();
-        *frame.take()? = link;
-        *frame.take()? = *conversion.head::<NEW>();
-        Some(())
+        *self.frame().take()? = link;
+        let behind = size_of::<Ethernet>() as u32;
+        let head = (&raw const *conversion.head::<NEW>()).cast_mut().cast();
+        // SAFETY: as above; so many bytes are there.
+        let stored = unsafe { bpf_xdp_store_bytes(self.0.ctx, behind, head, NEW as u32) };
+        (stored == 0).then_some(())
     }
 }
 

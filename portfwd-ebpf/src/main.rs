@@ -26,8 +26,9 @@ use aya_ebpf::{
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
+    answer::Answer,
     checksum::Change,
-    cross::{self, Conversion, Crossed, Crosses},
+    cross::{self, Conversion, Crossed, Crosses, Step, Then},
     detour::{self, FlowPart, FragmentBench, Outcome},
     flow::{Added, Bench, Flows},
     flow_table::{self, Slot, Slots},
@@ -223,14 +224,18 @@ parts! {
     send_forward_v6 tc_send_forward_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Forward));
     send_reply_v4 tc_send_reply_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Send(Direction::Reply));
     send_reply_v6 tc_send_reply_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Reply));
-    cross_forward_v4 tc_cross_forward_v4: |run| run.cross::<4, Ipv4Hdr, false>(Direction::Forward);
-    cross_forward_v6 tc_cross_forward_v6: |run| run.cross::<16, Ipv6Hdr, false>(Direction::Forward);
-    cross_reply_v4 tc_cross_reply_v4: |run| run.cross::<4, Ipv4Hdr, false>(Direction::Reply);
-    cross_reply_v6 tc_cross_reply_v6: |run| run.cross::<16, Ipv6Hdr, false>(Direction::Reply);
-    cross_forward_detour_v4 tc_cross_forward_detour_v4: |run| run.cross::<4, Ipv4Hdr, true>(Direction::Forward);
-    cross_forward_detour_v6 tc_cross_forward_detour_v6: |run| run.cross::<16, Ipv6Hdr, true>(Direction::Forward);
-    cross_reply_detour_v4 tc_cross_reply_detour_v4: |run| run.cross::<4, Ipv4Hdr, true>(Direction::Reply);
-    cross_reply_detour_v6 tc_cross_reply_detour_v6: |run| run.cross::<16, Ipv6Hdr, true>(Direction::Reply);
+    cross_forward_v4 tc_cross_forward_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Whole, Direction::Forward);
+    cross_forward_v6 tc_cross_forward_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Whole, Direction::Forward);
+    cross_reply_v4 tc_cross_reply_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Whole, Direction::Reply);
+    cross_reply_v6 tc_cross_reply_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Whole, Direction::Reply);
+    cross_find_forward_v4 tc_cross_find_forward_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Find, Direction::Forward);
+    cross_find_forward_v6 tc_cross_find_forward_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Find, Direction::Forward);
+    cross_find_reply_v4 tc_cross_find_reply_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Find, Direction::Reply);
+    cross_find_reply_v6 tc_cross_find_reply_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Find, Direction::Reply);
+    cross_send_forward_v4 tc_cross_send_forward_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Send, Direction::Forward);
+    cross_send_forward_v6 tc_cross_send_forward_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Send, Direction::Forward);
+    cross_send_reply_v4 tc_cross_send_reply_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Send, Direction::Reply);
+    cross_send_reply_v6 tc_cross_send_reply_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Send, Direction::Reply);
 }
 
 /// One run of a program.
@@ -275,28 +280,43 @@ impl<H: Hook> Run<H> {
     }
 
     #[inline(always)]
-    fn cross<const N: usize, I: Crosses<N>, const DETOUR: bool>(
-        &self,
-        direction: Direction,
-    ) -> H::Action {
-        if DETOUR {
+    fn cross<const N: usize, I: Crosses<N>>(&self, step: Step, direction: Direction) -> H::Action {
+        if step != Step::Whole {
             self.hook.pull();
         }
-        match cross::handle::<N, I, _, DETOUR>(self, direction, self.hook.frame()) {
-            Crossed::Done(verdict) => self.done(verdict),
-            Crossed::Answer(reason, answer) => self.finish(Outcome::Answer(reason, answer)),
-            Crossed::Convert(verdict) => {
-                let verdict = match self.conversion() {
-                    Some(conversion) => {
-                        let converted = self.hook.convert::<N, DETOUR>(conversion).is_some();
-                        conversion.done(self, verdict, converted)
-                    }
-                    None => verdict,
+        let Crossed { verdict, then } =
+            cross::handle::<N, I, _>(self, step, direction, self.hook.frame());
+        match (then, self.conversion()) {
+            (Then::Convert, Some(conversion)) => {
+                let converted = match step {
+                    Step::Whole => self.convert::<N, false>(conversion),
+                    Step::Find | Step::Send => self.convert::<N, true>(conversion),
                 };
+                let verdict = conversion.done(self, verdict, converted);
                 self.log(verdict);
                 self.hook.act(verdict)
             }
+            (Then::Answer, Some(conversion)) => {
+                self.log(verdict);
+                match step {
+                    Step::Whole => self.answer(&conversion.answer),
+                    Step::Find | Step::Send => self.hook.answer(&conversion.answer),
+                }
+            }
+            _ => self.done(verdict),
         }
+    }
+
+    // Not inlined: what it needs of the stack stands beside nothing else.
+    #[inline(never)]
+    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> bool {
+        self.hook.convert::<N, ERROR>(conversion).is_some()
+    }
+
+    // As above.
+    #[inline(never)]
+    fn answer(&self, answer: &Answer) -> H::Action {
+        self.hook.answer(answer)
     }
 
     #[inline(always)]

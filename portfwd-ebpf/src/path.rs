@@ -79,12 +79,14 @@ pub enum Part {
     /// To and from a backend of the other address family, by the family that packets [come](crate::cross) with.
     CrossForward,
     CrossReply,
-    CrossForwardDetour,
-    CrossReplyDetour,
+    CrossFindForward,
+    CrossFindReply,
+    CrossSendForward,
+    CrossSendReply,
 }
 
 impl Part {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 13] = [
         Self::Forward,
         Self::Reply,
         Self::Hairpin,
@@ -94,8 +96,10 @@ impl Part {
         Self::SendReply,
         Self::CrossForward,
         Self::CrossReply,
-        Self::CrossForwardDetour,
-        Self::CrossReplyDetour,
+        Self::CrossFindForward,
+        Self::CrossFindReply,
+        Self::CrossSendForward,
+        Self::CrossSendReply,
     ];
     /// How many programs there are.
     pub const PROGRAMS: u32 = 2 * Self::ALL.len() as u32;

@@ -10,7 +10,7 @@ use std::vec::Vec;
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
-use crate::cross::{self, Conversion, Crossed, Crosses, headers};
+use crate::cross::{self, Conversion, Crossed, Crosses, Step, Then, headers};
 use crate::detour::{self, FlowPart, FragmentBench, Outcome};
 use crate::flow::{Added, Bench, Flows};
 use crate::flow_table::{self, Slot, Slots, WINDOW};
@@ -289,10 +289,12 @@ impl Router {
     {
         let detour = |part, frame| detour::handle_flow::<N, I, _>(self, part, frame);
         match part {
-            Part::CrossForward => return self.cross::<N, I, false>(Direction::Forward, bytes),
-            Part::CrossReply => return self.cross::<N, I, false>(Direction::Reply, bytes),
-            Part::CrossForwardDetour => return self.cross::<N, I, true>(Direction::Forward, bytes),
-            Part::CrossReplyDetour => return self.cross::<N, I, true>(Direction::Reply, bytes),
+            Part::CrossForward => return self.cross::<N, I>(Step::Whole, Direction::Forward, bytes),
+            Part::CrossReply => return self.cross::<N, I>(Step::Whole, Direction::Reply, bytes),
+            Part::CrossFindForward => return self.cross::<N, I>(Step::Find, Direction::Forward, bytes),
+            Part::CrossFindReply => return self.cross::<N, I>(Step::Find, Direction::Reply, bytes),
+            Part::CrossSendForward => return self.cross::<N, I>(Step::Send, Direction::Forward, bytes),
+            Part::CrossSendReply => return self.cross::<N, I>(Step::Send, Direction::Reply, bytes),
             _ => {}
         }
         let frame = Frame::new(bytes);
@@ -306,19 +308,24 @@ impl Router {
     }
 
     /// As the hooks do. The frame that came stays as it is but for what is behind the headers.
-    fn cross<const N: usize, I: Crosses<N>, const DETOUR: bool>(
+    fn cross<const N: usize, I: Crosses<N>>(
         &self,
+        step: Step,
         direction: Direction,
         bytes: &mut [u8],
     ) -> Outcome {
-        let verdict =
-            match cross::handle::<N, I, _, DETOUR>(self, direction, Frame::new(bytes)) {
-                Crossed::Done(verdict) => return Outcome::Done(verdict),
-                Crossed::Answer(reason, answer) => return Outcome::Answer(reason, answer),
-                Crossed::Convert(verdict) => verdict,
-            };
+        let Crossed { verdict, then } =
+            cross::handle::<N, I, _>(self, step, direction, Frame::new(bytes));
         let conversion = self.conversion().unwrap();
-        let head = match (N, DETOUR) {
+        match (then, verdict) {
+            (Then::Answer, Verdict::Drop(reason)) => {
+                return Outcome::Answer(reason, conversion.answer);
+            }
+            (Then::Convert, _) => {}
+            _ => return Outcome::Done(verdict),
+        }
+        let is_error = step == Step::Send;
+        let head = match (N, is_error) {
             (4, false) => conversion.head::<40>().as_slice(),
             (_, false) => conversion.head::<20>(),
             (4, true) => conversion.head::<88>(),
@@ -326,7 +333,8 @@ impl Router {
         };
         let ether_type = if N == 4 { [0x86, 0xdd] } else { [0x08, 0x00] };
         let link = conversion.link().map_or_else(|| bytes[..12].to_vec(), |link| link.bytes().to_vec());
-        let rest = &bytes[14 + headers::<N, DETOUR>()..];
+        let headers = if is_error { headers::<N, true>() } else { headers::<N, false>() };
+        let rest = &bytes[14 + headers..];
         *self.converted.borrow_mut() = Some([&link, &ether_type[..], head, rest].concat());
         Outcome::Done(conversion.done(self, verdict, !self.cramped))
     }

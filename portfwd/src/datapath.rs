@@ -1065,10 +1065,14 @@ const XDP: Programs = Programs {
         "cross_forward_v6",
         "cross_reply_v4",
         "cross_reply_v6",
-        "cross_forward_detour_v4",
-        "cross_forward_detour_v6",
-        "cross_reply_detour_v4",
-        "cross_reply_detour_v6",
+        "cross_find_forward_v4",
+        "cross_find_forward_v6",
+        "cross_find_reply_v4",
+        "cross_find_reply_v6",
+        "cross_send_forward_v4",
+        "cross_send_forward_v6",
+        "cross_send_reply_v4",
+        "cross_send_reply_v6",
     ],
     detour_map: "DETOURS",
     part_map: "PARTS",
@@ -1104,10 +1108,14 @@ const TC: Programs = Programs {
         "tc_cross_forward_v6",
         "tc_cross_reply_v4",
         "tc_cross_reply_v6",
-        "tc_cross_forward_detour_v4",
-        "tc_cross_forward_detour_v6",
-        "tc_cross_reply_detour_v4",
-        "tc_cross_reply_detour_v6",
+        "tc_cross_find_forward_v4",
+        "tc_cross_find_forward_v6",
+        "tc_cross_find_reply_v4",
+        "tc_cross_find_reply_v6",
+        "tc_cross_send_forward_v4",
+        "tc_cross_send_forward_v6",
+        "tc_cross_send_reply_v4",
+        "tc_cross_send_reply_v6",
     ],
     detour_map: "TC_DETOURS",
     part_map: "TC_PARTS",
@@ -1186,7 +1194,7 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
     let message = match &error {
         // The log is thousands of lines; the verdict stands near its end.
         ProgramError::LoadError { io_error, verifier_log } => {
-            let log = verifier_log.to_string();
+            let log = verifier_log.to_string(); if let Ok(f) = std::env::var("DBGLOG") { let _ = std::fs::write(f, &log); }
             let verdict = log
                 .lines()
                 .rev()
