@@ -212,8 +212,9 @@ impl Flow {
     /// The same of packets that may [change](FlowKey::CROSS) their family, as they are to or from a backend.
     #[inline(always)]
     pub fn of_key_unmapped<const N: usize>(ends: &FlowKey<N>) -> Self {
-        let is_v4 = ends.crosses() && (ends.source.is_mapped() || ends.destination.is_mapped());
-        match is_v4 {
+        let is_forward = ends.direction & !FlowKey::<N>::CROSS == Direction::Forward as u8;
+        let backend = if is_forward { &ends.destination } else { &ends.source };
+        match ends.crosses() && backend.is_mapped() {
             true => Self {
                 family: Ipv4Hdr::FAMILY,
                 source: ends.source.unmapped().widen(),
