@@ -71,5 +71,4 @@ fn a_server_of_the_other_ip_version_answers_by_tc() {
         return;
     }
     serves(Options::default(), "external = [\"wan0\"]\nattach = \"tc\"");
-    serves(Options { offloads: true, ..Options::default() }, "external = [\"wan0\"]\nattach = \"tc\"");
 }
