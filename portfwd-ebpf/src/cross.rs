@@ -633,43 +633,86 @@ fn send<const N: usize, I: Crosses<N>, K: Kernel>(
     direction: Direction,
     frame: &mut Frame<'_>,
 ) -> Result<Crossed, Passed> {
-    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
-    let available = kernel.available(frame);
-    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let nothing = kernel.nothing();
-    let length = ip.length();
-    let payload = ip.payload(frame, ip.whole(available)?, Reads::All)?.forgotten(nothing)?;
     let bench = Flows::<16>::bench(kernel).ok_or(Passed::NoFlow)?;
-    let is_error = payload.protocol == I::PROTOCOL;
+    match direction {
+        Direction::Forward => send_few::<true, N, I, K>(kernel, bench, frame),
+        Direction::Reply => send_few::<false, N, I, K>(kernel, bench, frame),
+    }
+}
+
+// As with whole packets, in steps that are not inlined.
+#[inline(always)]
+fn send_few<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    bench: &Bench<16>,
+    frame: &mut Frame<'_>,
+) -> Result<Crossed, Passed> {
+    let crossed = leave_few::<FORWARD, N, I, K>(kernel, bench, frame);
+    if crossed.then != Then::Convert {
+        return Ok(crossed);
+    }
+    Ok(match write_error::<FORWARD, N, I, K>(kernel, bench, frame) {
+        Ok(()) => crossed,
+        Err(_) => dropped(kernel, bench, Dropped::NoCounterpart),
+    })
+}
+
+/// The way of an ICMP error, which is to be converted then; others are answered or dropped.
+#[inline(never)]
+fn leave_few<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    bench: &Bench<16>,
+    frame: &mut Frame<'_>,
+) -> Crossed {
+    let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
+    or_pass(kernel, left::<N, I, K>(kernel, direction, bench, &mut frame.ahead()))
+}
+
+#[inline(always)]
+fn left<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    direction: Direction,
+    bench: &Bench<16>,
+    frame: &mut Frame<'_>,
+) -> Result<Crossed, Passed> {
+    let mut link = frame.take_link().ok_or(Passed::Malformed)?;
+    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+    let is_error = ip.may_carry_icmp() && ip.is_plain(I::PROTOCOL);
     let ends_here = ip.ttl() <= 1;
-    let is_whole = !payload.fragment.has_more();
-    if !(is_error || ends_here) || payload.offset != 0 || !is_whole {
+    if !(is_error || ends_here) {
         return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
     }
     let protocol = if is_error { I::OTHERS_ICMP } else { bench.packet.key.protocol };
-    let leaves = Leaves { protocol, ports: NO_PORTS, longest: length, is_error };
-    if !is_error {
-        return leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves);
+    let leaves = Leaves { protocol, ports: NO_PORTS, longest: ip.length(), is_error };
+    leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves)
+}
+
+/// Makes the headers of an ICMP error that [leaves](leave). It has no counterpart if this fails.
+#[inline(never)]
+fn write_error<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    bench: &Bench<16>,
+    frame: &mut Frame<'_>,
+) -> Result<(), Passed> {
+    let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
+    frame.take_link().ok_or(Passed::Malformed)?;
+    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+    let length = ip.length();
+    let len = length.wrapping_sub(headers::<N, false>() as u16);
+    let Error { icmp, ip: quoted, mut segment } =
+        Error::<I>::take(frame, direction, usize::from(len))?;
+    let (kind, rest) = I::others_error(icmp.kind, icmp.rest).ok_or(Passed::Icmp)?;
+    if !ip.is_plain(I::PROTOCOL) || !quoted.is_plain(segment.protocol()) {
+        return Err(Passed::Icmp);
     }
-    frame.jump(payload.offset);
-    let Error { icmp, ip: quoted, mut segment } = Error::<I>::take(frame, direction, payload.len)?;
-    let others = I::others_error(icmp.kind, icmp.rest);
-    let Some((kind, rest)) = others.filter(|_| quoted.is_plain(segment.protocol())) else {
-        return Ok(dropped(kernel, bench, Dropped::NoCounterpart));
-    };
-    let verdict = match leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves)? {
-        Crossed { verdict, then: Then::Convert } => verdict,
-        other => return Ok(other),
-    };
     let FlowKey { source, destination, source_port, destination_port, .. } = &bench.becomes;
     // What was quoted went the other way.
     let before = segment.rewrite_quoted(Direction::Forward, *source_port, changed(bench));
     let behind =
         segment.rewrite_quoted(Direction::Reply, *destination_port, Change::default()).and(before);
     kernel.unbalanced(behind);
-    let len = payload.len as u16;
     let others_len = I::others_length(len);
-    begin::<N, I, K>(kernel, bench, ip, protocol, others_len, length)?;
+    begin::<N, I, K>(kernel, bench, ip, I::OTHERS_ICMP, others_len, length)?;
     let conversion = kernel.conversion().ok_or(Passed::NoFlow)?;
     let fields = Fields {
         class: quoted.class_byte(),
@@ -699,7 +742,7 @@ fn send<const N: usize, I: Crosses<N>, K: Kernel>(
     };
     let checksum = Checksum(icmp.checksum).update(change).0;
     *header = IcmpHdr { kind, checksum, rest };
-    Ok(Crossed { verdict, then: Then::Convert })
+    Ok(())
 }
 
 /// The sum of a header's bytes.
@@ -829,7 +872,11 @@ fn begin<const N: usize, I: Crosses<N>, K: Kernel>(
 
 /// Of what had `length` bytes: 0 if it must not be fragmented.
 #[inline(always)]
-fn identification<const N: usize, I: Crosses<N>, K: Kernel>(kernel: &K, ip: &I, length: u16) -> u16 {
+fn identification<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    ip: &I,
+    length: u16,
+) -> u16 {
     match ip.others_is_whole(I::others_length(length)) {
         true => 0,
         false => (kernel.random() as u16).max(1),

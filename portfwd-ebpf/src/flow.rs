@@ -7,8 +7,8 @@
 
 use crate::path::{self, Kernel};
 use crate::table::{
-    Address, AnyAddress, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies, Mapping,
-    MappingKey, Passed, Port, Size, Tally, Translation, flow_flags,
+    Address, AnyAddress, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies,
+    Mapping, MappingKey, Passed, Port, Size, Tally, Translation, flow_flags,
 };
 
 /// How many source ports are tried for a new flow: the one that the client has, its own, and others.

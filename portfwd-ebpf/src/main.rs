@@ -17,8 +17,8 @@ use aya_ebpf::{
         xdp_action,
     },
     helpers::generated::{
-        bpf_fib_lookup, bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skc_lookup_tcp,
+        bpf_fib_lookup, bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64,
+        bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     macros::{classifier, map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, xdp::DevMap},
@@ -298,10 +298,7 @@ impl<H: Hook> Run<H> {
             }
             (Then::Answer, Some(conversion)) => {
                 self.log(verdict);
-                match step {
-                    Step::Whole => self.answer(&conversion.answer),
-                    Step::Find | Step::Send => self.hook.answer(&conversion.answer),
-                }
+                self.answer(&conversion.answer)
             }
             _ => self.done(verdict),
         }

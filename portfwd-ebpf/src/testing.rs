@@ -289,11 +289,17 @@ impl Router {
     {
         let detour = |part, frame| detour::handle_flow::<N, I, _>(self, part, frame);
         match part {
-            Part::CrossForward => return self.cross::<N, I>(Step::Whole, Direction::Forward, bytes),
+            Part::CrossForward => {
+                return self.cross::<N, I>(Step::Whole, Direction::Forward, bytes);
+            }
             Part::CrossReply => return self.cross::<N, I>(Step::Whole, Direction::Reply, bytes),
-            Part::CrossFindForward => return self.cross::<N, I>(Step::Find, Direction::Forward, bytes),
+            Part::CrossFindForward => {
+                return self.cross::<N, I>(Step::Find, Direction::Forward, bytes);
+            }
             Part::CrossFindReply => return self.cross::<N, I>(Step::Find, Direction::Reply, bytes),
-            Part::CrossSendForward => return self.cross::<N, I>(Step::Send, Direction::Forward, bytes),
+            Part::CrossSendForward => {
+                return self.cross::<N, I>(Step::Send, Direction::Forward, bytes);
+            }
             Part::CrossSendReply => return self.cross::<N, I>(Step::Send, Direction::Reply, bytes),
             _ => {}
         }
@@ -332,7 +338,8 @@ impl Router {
             (_, true) => conversion.head::<48>(),
         };
         let ether_type = if N == 4 { [0x86, 0xdd] } else { [0x08, 0x00] };
-        let link = conversion.link().map_or_else(|| bytes[..12].to_vec(), |link| link.bytes().to_vec());
+        let link =
+            conversion.link().map_or_else(|| bytes[..12].to_vec(), |link| link.bytes().to_vec());
         let headers = if is_error { headers::<N, true>() } else { headers::<N, false>() };
         let rest = &bytes[14 + headers..];
         *self.converted.borrow_mut() = Some([&link, &ether_type[..], head, rest].concat());

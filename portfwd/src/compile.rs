@@ -677,7 +677,8 @@ impl Capacity {
         let is_empty = |endpoint: &Endpoint| *endpoint == Endpoint::default();
         update.endpoints.iter().all(|(number, it)| self.has_endpoint(*number) || is_empty(it))
             && update.translations.iter().all(|(number, translation)| {
-                *number < self.translations && (self.crosses || !translation.has(Translation::CROSS))
+                *number < self.translations
+                    && (self.crosses || !translation.has(Translation::CROSS))
             })
             && update.pages.iter().all(|(number, _)| *number < self.pages)
             && update.counters <= self.counters
@@ -1147,7 +1148,9 @@ impl World {
         let several = if leg.pool == 0 { 0 } else { Translation::SEVERAL };
         let (address, crosses) = match (leg.crosses(), leg.backend) {
             (true, IpAddr::V4(v4)) => (any_address(v4.to_ipv6_mapped().into()), Translation::CROSS),
-            (crosses, backend) => (any_address(backend), if crosses { Translation::CROSS } else { 0 }),
+            (crosses, backend) => {
+                (any_address(backend), if crosses { Translation::CROSS } else { 0 })
+            }
         };
         let to_backend = Translation {
             address,

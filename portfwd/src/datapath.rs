@@ -821,7 +821,8 @@ impl Datapath {
     pub fn set_own(&mut self, own: &BTreeSet<IpAddr>) -> Result<(), DatapathError> {
         let mut map: HashMap<&mut MapData, Plain<AnyAddress>, u32> =
             HashMap::try_from(self.map_mut("OWN")).map_err(map_error("OWN"))?;
-        let wanted: BTreeSet<[u8; 16]> = own.iter().map(|address| any_address(*address).0).collect();
+        let wanted: BTreeSet<[u8; 16]> =
+            own.iter().map(|address| any_address(*address).0).collect();
         let there = map.keys().collect::<Result<Vec<_>, _>>().map_err(map_error("OWN"))?;
         for key in there.iter().filter(|key| !wanted.contains(&key.0.0)) {
             map.remove(key).map_err(map_error("OWN"))?;
@@ -1194,7 +1195,10 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
     let message = match &error {
         // The log is thousands of lines; the verdict stands near its end.
         ProgramError::LoadError { io_error, verifier_log } => {
-            let log = verifier_log.to_string(); if let Ok(f) = std::env::var("DBGLOG") { let _ = std::fs::write(f, &log); }
+            let log = verifier_log.to_string();
+            if let Ok(f) = std::env::var("DBGLOG") {
+                let _ = std::fs::write(f, &log);
+            }
             let verdict = log
                 .lines()
                 .rev()

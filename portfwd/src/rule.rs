@@ -103,7 +103,8 @@ impl Rule {
 
     /// Whether its packets may have to change their address family.
     pub(crate) fn may_cross(&self) -> bool {
-        let other = |listen: IpAddr| self.to.iter().any(|target| target.host.may_be(listen.is_ipv4()));
+        let other =
+            |listen: IpAddr| self.to.iter().any(|target| target.host.may_be(listen.is_ipv4()));
         self.source == Source::Masquerade && self.listen.address.is_some_and(other)
     }
 
@@ -170,11 +171,15 @@ impl Rule {
         };
         let family = |address: &IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
         let (from, to) = (family(&listen), family(backend));
-        if self.source == Source::Preserve && from != to {
-            return invalid!(
-                "{backend} is {to} and the rule listens on {from}: the backend cannot see such \
-                 clients; set source = \"masquerade\", or name an {from} backend"
-            );
+        match self.source {
+            Source::Preserve if from != to => {
+                return invalid!(
+                    "{backend} is {to} and the rule listens on {from}: the backend cannot see such \
+                     clients; set source = \"masquerade\", or name an {from} backend"
+                );
+            }
+            Source::Preserve => return Ok(()),
+            Source::Masquerade => {}
         }
         let addresses = self.to.iter().filter_map(|target| match &target.host {
             Host::Address(address) => Some(address),

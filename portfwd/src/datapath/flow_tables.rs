@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use aya::maps::{Map, MapData};
 use portfwd_ebpf::flow_table::{self, Slot, Slots, WINDOW};
 use portfwd_ebpf::table::{
-    Address, Candidate, ClientKey, FlowHalf, FlowKey, Jiffies, Lines, Mapping,
-    MappingKey, Port, flow_flags,
+    Address, Candidate, ClientKey, FlowHalf, FlowKey, Jiffies, Lines, Mapping, MappingKey, Port,
+    flow_flags,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 

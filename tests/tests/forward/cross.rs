@@ -17,7 +17,12 @@ fn crossed() -> [(IpAddr, IpAddr); 2] {
 fn rules() -> Vec<Rule> {
     let rule = |(wan, server): (IpAddr, IpAddr)| Rule {
         address: Some(wan),
-        ..Rule::new(if wan.is_ipv4() { "4to6" } else { "6to4" }, "tcp+udp", 8080..=8080, at(server, 80))
+        ..Rule::new(
+            if wan.is_ipv4() { "4to6" } else { "6to4" },
+            "tcp+udp",
+            8080..=8080,
+            at(server, 80),
+        )
     };
     masqueraded(crossed().map(rule).into())
 }

@@ -20,10 +20,8 @@ struct Case {
 
 impl Case {
     fn all() -> impl Iterator<Item = Self> {
-        let families: [[&[u8]; 4]; 2] = [
-            [&CLIENT, &BOX, &BACKEND6, &LAN6],
-            [&CLIENT6, &BOX6, &BACKEND, &LAN],
-        ];
+        let families: [[&[u8]; 4]; 2] =
+            [[&CLIENT, &BOX, &BACKEND6, &LAN6], [&CLIENT6, &BOX6, &BACKEND, &LAN]];
         families.into_iter().flat_map(|[client, listen, backend, lan]| {
             [TCP, UDP].map(|protocol| Self { client, listen, backend, lan, protocol })
         })
@@ -199,17 +197,33 @@ fn errors_are_about_what_was_sent() {
             let quoted = |frame: Vec<u8>| frame[14..].to_vec();
             // Of a router inside, about what the client asked.
             let (kind, rest) = kinds(case.backend);
-            let said = error(&far(case.backend), case.lan, 64, kind, rest, &quoted(plain_of(case.asks(63, &payload))));
+            let said = error(
+                &far(case.backend),
+                case.lan,
+                64,
+                kind,
+                rest,
+                &quoted(plain_of(case.asks(63, &payload))),
+            );
             let told = converted(&router, Role::Internal, said).unwrap();
             let (kind, rest) = kinds(case.client);
-            let expected = error(case.listen, case.client, 63, kind, rest, &quoted(case.asked(63, &payload)));
+            let expected =
+                error(case.listen, case.client, 63, kind, rest, &quoted(case.asked(63, &payload)));
             same_error(told, plain_of(expected));
             // Of one outside, about what the backend answered.
             let (kind, rest) = kinds(case.client);
-            let said = error(&far(case.client), case.listen, 64, kind, rest, &quoted(case.answered(63, &payload)));
+            let said = error(
+                &far(case.client),
+                case.listen,
+                64,
+                kind,
+                rest,
+                &quoted(case.answered(63, &payload)),
+            );
             let told = converted(&router, Role::External, said).unwrap();
             let (kind, rest) = kinds(case.backend);
-            let expected = error(case.lan, case.backend, 63, kind, rest, &quoted(case.answers(63, &payload)));
+            let expected =
+                error(case.lan, case.backend, 63, kind, rest, &quoted(case.answers(63, &payload)));
             same_error(told, plain_of(expected));
         }
     }
@@ -234,18 +248,27 @@ fn senders_are_told_what_fits_and_where_packets_end() {
         let mut router = router();
         let too_big = case.asked(64, &[7; 1400]);
         router.route_mtu = 1400;
-        assert_eq!(converted(&router, Role::External, too_big.clone()), Err(Verdict::Drop(Dropped::TooBig)));
+        assert_eq!(
+            converted(&router, Role::External, too_big.clone()),
+            Err(Verdict::Drop(Dropped::TooBig))
+        );
         let (kind, mtu) = if is_v4 { ([3, 4], 1380u32) } else { ([2, 0], 1420) };
         assert_eq!(router.answer.take(), Some(expected(&too_big, kind, mtu.to_be_bytes())));
         router.route_mtu = 1500;
         converted(&router, Role::External, case.asked(64, b"hello")).unwrap();
         let kind = if is_v4 { [3, 0] } else { [11, 0] };
         let last = case.answers(1, b"hello");
-        assert_eq!(converted(&router, Role::Internal, last.clone()), Err(Verdict::Drop(Dropped::TtlExpired)));
+        assert_eq!(
+            converted(&router, Role::Internal, last.clone()),
+            Err(Verdict::Drop(Dropped::TtlExpired))
+        );
         assert_eq!(router.answer.take(), Some(expected(&last, kind, [0; 4])));
         let last = case.asked(1, b"hello");
         let kind = if is_v4 { [11, 0] } else { [3, 0] };
-        assert_eq!(converted(&router, Role::External, last.clone()), Err(Verdict::Drop(Dropped::TtlExpired)));
+        assert_eq!(
+            converted(&router, Role::External, last.clone()),
+            Err(Verdict::Drop(Dropped::TtlExpired))
+        );
         assert_eq!(router.answer.take(), Some(expected(&last, kind, [0; 4])));
         assert_eq!(router.counter.borrow().answered, 3);
     }
