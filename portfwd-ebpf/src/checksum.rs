@@ -57,6 +57,13 @@ impl Change {
         Self(self.0 + u64::from(u16::from_ne_bytes(new)))
     }
 
+    /// The same, taken away.
+    #[inline(always)]
+    #[must_use]
+    pub fn inverse(self) -> Self {
+        Self((!fold(self.0)).into())
+    }
+
     /// As [`word`](Self::word), for an address.
     #[inline(always)]
     #[must_use]

@@ -246,7 +246,7 @@ trait Decides<const N: usize, K: Kernel> {
 
 /// What rules claim of a packet with these ends.
 #[inline(always)]
-fn claimed<'k, const N: usize, I: Ip<N>, K: Kernel>(
+pub(crate) fn claimed<'k, const N: usize, I: Ip<N>, K: Kernel>(
     kernel: &'k K,
     direction: Direction,
     ends: &Flow,
@@ -263,7 +263,7 @@ fn claimed<'k, const N: usize, I: Ip<N>, K: Kernel>(
 
 /// Of the protocols other than TCP and UDP the control plane knows which are the box's.
 #[inline(always)]
-fn is_own<K: Kernel>(kernel: &K, translation: &Translation, ends: &Flow) -> bool {
+pub(crate) fn is_own<K: Kernel>(kernel: &K, translation: &Translation, ends: &Flow) -> bool {
     translation.has(Translation::ASK_SOCKETS)
         && matches!(ends.protocol, TCP | UDP)
         && kernel.has_socket(ends)
@@ -343,6 +343,13 @@ impl<const N: usize, K: Kernel + Flows<N>> Decides<N, K> for Finds<'_, N> {
             return Err(Ok(send::<N>(direction)));
         }
         let translation = claimed::<N, I, K>(kernel, direction, ends).map_err(Err)?;
+        if translation.has(Translation::CROSS) {
+            let part = match direction {
+                Direction::Forward => Part::CrossFindForward,
+                Direction::Reply => Part::CrossFindReply,
+            };
+            return Err(Ok(Verdict::Flow(part.program::<N>())));
+        }
         (bench.becomes, bench.counter) = (bench.packet.key, translation.counter);
         bench.hairpin = 0;
         Err(match direction {
@@ -467,7 +474,7 @@ impl<const N: usize> Found<'_, N> {
 /// What of a packet is there behind its IP header.
 // Not an enum with the headers in it: the verifier minds pointers that are put together from parts.
 #[derive(Clone, Copy)]
-enum Holds {
+pub(crate) enum Holds {
     Segment,
     /// An ICMP error.
     Error,
@@ -478,7 +485,7 @@ enum Holds {
 impl Holds {
     /// Of a payload that starts where the frame does now.
     #[inline(always)]
-    fn of<const N: usize, I: Icmp<N>>(
+    pub(crate) fn of<const N: usize, I: Icmp<N>>(
         frame: &Frame<'_>,
         direction: Direction,
         Payload { protocol, fragment, .. }: &Payload,
@@ -689,7 +696,7 @@ fn goes<const N: usize>(
 
 /// Takes the header of a payload that is no ICMP error.
 #[inline(always)]
-fn segment<'a>(
+pub(crate) fn segment<'a>(
     frame: &mut Frame<'a>,
     Payload { protocol, len, fragment, .. }: &Payload,
 ) -> Result<Segment<'a>, Passed> {
@@ -742,7 +749,7 @@ impl<const N: usize> Both<N> {
     }
 }
 
-const NO_PORTS: (Port, Port) = (Port::NONE, Port::NONE);
+pub(crate) const NO_PORTS: (Port, Port) = (Port::NONE, Port::NONE);
 
 /// Seconds for which the first fragment of a packet is remembered: as long as Linux waits for the rest.
 const FRAGMENTS_LAST: u64 = 30;
@@ -783,7 +790,7 @@ fn key_of<const N: usize, I: Ip<N>>(
 
 /// The answer to the sender of a packet, if it may have one: by the interface that the packet came by, to the neighbour that it came from.
 #[inline(always)]
-fn answer<const N: usize, I: Icmp<N>, K: Kernel>(
+pub(crate) fn answer<const N: usize, I: Icmp<N>, K: Kernel>(
     kernel: &K,
     about: About,
     link: &mut Link<'_>,

@@ -7,8 +7,8 @@
 
 use crate::path::{self, Kernel};
 use crate::table::{
-    Address, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies, Mapping,
-    MappingKey, Passed, Port, Size, Tally, Translation, flow_flags,
+    Address, AnyAddress, Candidate, ClientKey, Direction, Dropped, FlowHalf, FlowKey, Jiffies,
+    Mapping, MappingKey, Passed, Port, Size, Tally, Translation, flow_flags,
 };
 
 /// How many source ports are tried for a new flow: the one that the client has, its own, and others.
@@ -298,7 +298,8 @@ fn on_probation<const N: usize, K: Kernel + Flows<N>>(
         return Begun::NoBackend;
     }
     // What the box itself answers comes by here whoever the client is.
-    bench.masquerade = match kernel.is_own(&bench.becomes.destination.widen()) {
+    let crosses = bench.becomes.crosses();
+    bench.masquerade = match !crosses && kernel.is_own(&bench.becomes.destination.widen()) {
         true => 0,
         false => bench.inside | u32::from(translation.has(Translation::MASQUERADE)),
     };
@@ -580,13 +581,16 @@ fn choose_backend<const N: usize, K: Kernel>(
 #[inline(never)]
 fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -> bool {
     let Bench { packet, becomes, client, .. } = bench;
-    let told = kernel.route(&path::Flow::of_key(becomes), 1, [0; 4]);
+    let told = kernel.route(&path::Flow::of_key_unmapped(becomes), 1, [0; 4]);
     let Some(interface) = told.and_then(|told| told.leaves_by(kernel)) else { return false };
-    becomes.source = interface.address();
+    becomes.source = match becomes.crosses() && becomes.destination.is_mapped() {
+        true => interface.address::<4>().mapped().widen().narrow(),
+        false => interface.address(),
+    };
     let FlowKey { source, source_port: port, protocol, .. } = packet.key;
-    let (source, address) = (source.widen(), becomes.source.widen());
+    let (source, address) = (source.widen(), mapping_key(becomes).address);
     *client = ClientKey { client: source, address, port, protocol, padding: [0; 5] };
-    !becomes.source.is(&Address([0; N]))
+    !address.is(&AnyAddress([0; 16]))
 }
 
 /// Whether the client of the packet on the bench has the address and port that it becomes, or gets them
@@ -629,7 +633,7 @@ fn has_mapping<const N: usize, K: Kernel>(
         let (last, port) = (packet.now, client.port);
         *new = Mapping { client: client.client, last, port, padding: [0; 2], established: 0 };
         // Connections of the box itself, begun before the ports were reserved.
-        let is_free = !kernel.has_socket(&path::Flow::of_key(&becomes.reversed()));
+        let is_free = !kernel.has_socket(&path::Flow::of_key_unmapped(&becomes.reversed()));
         is_free && kernel.add_mapping(own, new) == Added::Yes
     });
     if has && note && packet.begins() {
@@ -641,8 +645,7 @@ fn has_mapping<const N: usize, K: Kernel>(
 /// The mapping that packets of this source have.
 #[inline(always)]
 fn mapping_key<const N: usize>(goes: &FlowKey<N>) -> MappingKey {
-    let (address, port) = (goes.source.widen(), goes.source_port);
-    MappingKey { address, port, protocol: goes.protocol, padding: [0; 5] }
+    MappingKey::of(goes)
 }
 
 /// A port among `ports`, first and last, of the parity of `own` (RFC 4787, section 4.2.2).

@@ -6,20 +6,26 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{
         BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L3_IPV6, BPF_F_MARK_MANGLED_0,
-        BPF_F_PSEUDO_HDR, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode, xdp_action,
+        BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_adj_room_mode,
+        xdp_action,
     },
     helpers::generated::{
         bpf_csum_update, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh,
-        bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
-        bpf_skb_vlan_pop, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
+        bpf_skb_adjust_room, bpf_skb_change_head, bpf_skb_change_proto, bpf_skb_change_tail,
+        bpf_skb_pull_data, bpf_skb_store_bytes, bpf_skb_vlan_pop, bpf_xdp_adjust_head,
+        bpf_xdp_adjust_tail, bpf_xdp_get_buff_len, bpf_xdp_store_bytes,
     },
     maps::ProgramArray,
     programs::{TcContext, XdpContext},
 };
-use network_types::{ip::Ipv4Hdr, udp::UdpHdr};
+use network_types::{
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    udp::UdpHdr,
+};
 use portfwd_ebpf::{
     answer::Answer,
     checksum::Change,
+    cross::Conversion,
     icmp::IcmpHdr,
     packet::{Check, EtherType, Ethernet, Frame},
     path::Verdict,
@@ -60,6 +66,9 @@ pub trait Hook {
 
     /// From the path's verdict to the hook's.
     fn act(&self, verdict: Verdict) -> Self::Action;
+    /// Gives a packet that comes with addresses of `N` bytes, an ICMP `ERROR` or not, the headers of the other
+    /// family. `None` if there is no room for them.
+    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> Option<()>;
     /// Sends an answer in the frame of the packet that it is about.
     fn answer(&self, answer: &Answer) -> Self::Action;
 }
@@ -98,6 +107,35 @@ impl Xdp {
         *self.frame().take()? = link;
         Some(())
     }
+
+    /// Has headers of `NEW` bytes stand behind the link header in place of `OLD` bytes.
+    #[inline(always)]
+    fn put_head<const N: usize, const OLD: usize, const NEW: usize>(
+        &self,
+        conversion: &Conversion,
+    ) -> Option<()> {
+        let mut link: Ethernet = self.frame().peek(0)?;
+        link.set_ether_type(other_type::<N>());
+        if let Some(addresses) = conversion.link() {
+            link.set_link(addresses);
+        }
+        // SAFETY: the context is this run's. What was read from the frame before is not used any more.
+        if unsafe { bpf_xdp_adjust_head(self.0.ctx, OLD as i32 - NEW as i32) } != 0 {
+            return None;
+        }
+        *self.frame().take()? = link;
+        let behind = size_of::<Ethernet>() as u32;
+        let head = (&raw const *conversion.head::<NEW>()).cast_mut().cast();
+        // SAFETY: as above; so many bytes are there.
+        let stored = unsafe { bpf_xdp_store_bytes(self.0.ctx, behind, head, NEW as u32) };
+        (stored == 0).then_some(())
+    }
+}
+
+/// What a frame carries once a packet with addresses of `N` bytes has those of the other family.
+#[inline(always)]
+const fn other_type<const N: usize>() -> EtherType {
+    if N == 4 { EtherType::IPV6 } else { EtherType::IPV4 }
 }
 
 impl Hook for Xdp {
@@ -205,6 +243,16 @@ impl Hook for Xdp {
     }
 
     #[inline(always)]
+    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> Option<()> {
+        match (N, ERROR) {
+            (4, false) => self.put_head::<N, 20, 40>(conversion),
+            (_, false) => self.put_head::<N, 40, 20>(conversion),
+            (4, true) => self.put_head::<N, 48, 88>(conversion),
+            (_, true) => self.put_head::<N, 88, 48>(conversion),
+        }
+    }
+
+    #[inline(always)]
     fn answer(&self, answer: &Answer) -> u32 {
         let xdp = self.0.ctx;
         let growth = answer.growth();
@@ -247,6 +295,8 @@ const LINK: usize = 4;
 
 /// Added to [`LINK`] at the egress.
 const SENT: u32 = 1 << 8;
+/// Added to [`LINK`] when the packet has got the headers of the other family, and all checksums are right.
+const SETTLED: u32 = 1 << 9;
 
 /// Added to [`CHECK`].
 const IS_UDP: u32 = 1 << 16;
@@ -339,6 +389,9 @@ impl Tc {
     #[inline(always)]
     fn settle(&self, verdict: Verdict) {
         let skb = self.ctx.skb.skb;
+        if self.get(LINK) & SETTLED != 0 {
+            return;
+        }
         let check = self.get(CHECK);
         let mut rest = Change::from_sum(self.get(UNBALANCED));
         if check != 0 {
@@ -365,6 +418,68 @@ impl Tc {
             // SAFETY: as above. It does nothing where the kernel has no sum of the whole.
             unsafe { bpf_csum_update(skb, rest.sum()) };
         }
+    }
+
+    /// Has headers of `NEW` bytes stand behind the link header in place of `OLD` bytes, and has the kernel repair
+    /// the checksums behind them.
+    #[inline(always)]
+    fn put_head<const N: usize, const OLD: usize, const NEW: usize>(
+        &self,
+        conversion: &Conversion,
+    ) -> Option<()> {
+        /// As IP headers differ.
+        const DIFFERENCE: usize = size_of::<Ipv6Hdr>() - size_of::<Ipv4Hdr>();
+        const BEHIND_LINK: u32 = bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+        let skb = self.ctx.skb.skb;
+        let growth = NEW as i32 - OLD as i32;
+        let first = if N == 4 { DIFFERENCE as i32 } else { -(DIFFERENCE as i32) };
+        let ether_type = other_type::<N>().number();
+        // SAFETY: the context is this run's. What was read from the frame before is not used any more.
+        unsafe {
+            if bpf_skb_change_proto(skb, ether_type, 0) != 0 {
+                return None;
+            }
+            // What an error quotes has a header too.
+            if growth != first && bpf_skb_adjust_room(skb, growth - first, BEHIND_LINK, 0) != 0 {
+                return None;
+            }
+            let head = (&raw const *conversion.head::<NEW>()).cast();
+            let recompute = BPF_F_RECOMPUTE_CSUM.into();
+            if bpf_skb_store_bytes(skb, self.link as u32, head, NEW as u32, recompute) != 0 {
+                return None;
+            }
+        }
+        if self.link != 0 {
+            let mut link: Ethernet = self.frame().peek(0)?;
+            link.set_ether_type(other_type::<N>());
+            if let Some(addresses) = conversion.link() {
+                link.set_link(addresses);
+            }
+            *self.frame().take()? = link;
+        } else if let Some(addresses) = conversion.link() {
+            self.leave_by(addresses);
+        }
+        let check = self.get(CHECK);
+        // SAFETY: as above.
+        unsafe {
+            if check != 0 {
+                let place = (check & 0xffff).wrapping_add_signed(growth);
+                let udp = if check & IS_UDP != 0 { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+                let (addresses, ports) = (self.get(ADDRESSES), self.get(PORTS));
+                // The kernel's sum of the whole packet has all of both headers, but not this.
+                let pseudo = u64::from(BPF_F_PSEUDO_HDR) | udp;
+                bpf_l4_csum_replace(skb, place, 0, addresses.into(), pseudo);
+                if ports != 0 {
+                    bpf_l4_csum_replace(skb, place, 0, ports.into(), udp);
+                }
+            }
+            let rest = self.get(UNBALANCED);
+            if rest != 0 {
+                bpf_csum_update(skb, rest);
+            }
+        }
+        self.put(LINK, self.get(LINK) | SETTLED);
+        Some(())
     }
 
     /// Whether the kernel has yet to fill in the transport checksum, of which it speaks nowhere: it does not
@@ -571,6 +686,16 @@ impl Hook for Tc {
             | Verdict::ReplyDetour(_)
             | Verdict::Flow(..) => TC_ACT_UNSPEC,
             Verdict::Drop(_) | Verdict::Syn(_) => TC_ACT_SHOT,
+        }
+    }
+
+    #[inline(always)]
+    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> Option<()> {
+        match (N, ERROR) {
+            (4, false) => self.put_head::<N, 20, 40>(conversion),
+            (_, false) => self.put_head::<N, 40, 20>(conversion),
+            (4, true) => self.put_head::<N, 48, 88>(conversion),
+            (_, true) => self.put_head::<N, 88, 48>(conversion),
         }
     }
 

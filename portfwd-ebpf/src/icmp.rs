@@ -182,9 +182,9 @@ impl Icmp<16> for Ipv6Hdr {
 
 /// An error about a packet that had been translated, or would have been.
 pub struct Error<'a, I> {
-    icmp: &'a mut IcmpHdr,
-    ip: &'a mut I,
-    segment: Segment<'a>,
+    pub(crate) icmp: &'a mut IcmpHdr,
+    pub(crate) ip: &'a mut I,
+    pub(crate) segment: Segment<'a>,
 }
 
 impl<'a, I> Error<'a, I> {

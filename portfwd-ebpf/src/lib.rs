@@ -9,6 +9,7 @@
 
 pub mod answer;
 pub mod checksum;
+pub mod cross;
 pub mod detour;
 pub mod flow;
 pub mod flow_table;

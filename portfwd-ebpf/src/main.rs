@@ -17,8 +17,8 @@ use aya_ebpf::{
         xdp_action,
     },
     helpers::generated::{
-        bpf_fib_lookup, bpf_get_smp_processor_id, bpf_jiffies64, bpf_sk_lookup_udp, bpf_sk_release,
-        bpf_skc_lookup_tcp,
+        bpf_fib_lookup, bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64,
+        bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     macros::{classifier, map, xdp},
     maps::{Array, HashMap, LruHashMap, PerCpuArray, ProgramArray, xdp::DevMap},
@@ -26,7 +26,9 @@ use aya_ebpf::{
 };
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use portfwd_ebpf::{
+    answer::Answer,
     checksum::Change,
+    cross::{self, Conversion, Crossed, Crosses, Step, Then},
     detour::{self, FlowPart, FragmentBench, Outcome},
     flow::{Added, Bench, Flows},
     flow_table::{self, Slot, Slots},
@@ -107,6 +109,8 @@ static FRAGMENTS: LruHashMap<FragmentKey, FirstFragment> = LruHashMap::with_max_
 static FIB: PerCpuArray<Fib> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static FRAGMENT_BENCH: PerCpuArray<FragmentBench> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static CONVERSION: PerCpuArray<Conversion> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static ANSWERS: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
 /// By the rows of `COUNTERS`.
@@ -229,6 +233,18 @@ parts! {
     send_forward_v6 tc_send_forward_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Forward));
     send_reply_v4 tc_send_reply_v4: |run| run.flow_detour::<4, Ipv4Hdr>(FlowPart::Send(Direction::Reply));
     send_reply_v6 tc_send_reply_v6: |run| run.flow_detour::<16, Ipv6Hdr>(FlowPart::Send(Direction::Reply));
+    cross_forward_v4 tc_cross_forward_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Whole, Direction::Forward);
+    cross_forward_v6 tc_cross_forward_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Whole, Direction::Forward);
+    cross_reply_v4 tc_cross_reply_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Whole, Direction::Reply);
+    cross_reply_v6 tc_cross_reply_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Whole, Direction::Reply);
+    cross_find_forward_v4 tc_cross_find_forward_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Find, Direction::Forward);
+    cross_find_forward_v6 tc_cross_find_forward_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Find, Direction::Forward);
+    cross_find_reply_v4 tc_cross_find_reply_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Find, Direction::Reply);
+    cross_find_reply_v6 tc_cross_find_reply_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Find, Direction::Reply);
+    cross_send_forward_v4 tc_cross_send_forward_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Send, Direction::Forward);
+    cross_send_forward_v6 tc_cross_send_forward_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Send, Direction::Forward);
+    cross_send_reply_v4 tc_cross_send_reply_v4: |run| run.cross::<4, Ipv4Hdr>(Step::Send, Direction::Reply);
+    cross_send_reply_v6 tc_cross_send_reply_v6: |run| run.cross::<16, Ipv6Hdr>(Step::Send, Direction::Reply);
 }
 
 /// One run of a program.
@@ -278,6 +294,43 @@ impl<H: Hook> Run<H> {
     {
         self.hook.pull();
         self.finish(detour::handle_flow::<N, I, _>(self, part, self.hook.frame()))
+    }
+
+    #[inline(always)]
+    fn cross<const N: usize, I: Crosses<N>>(&self, step: Step, direction: Direction) -> H::Action {
+        if step != Step::Whole {
+            self.hook.pull();
+        }
+        let Crossed { verdict, then } =
+            cross::handle::<N, I, _>(self, step, direction, self.hook.frame());
+        match (then, self.conversion()) {
+            (Then::Convert, Some(conversion)) => {
+                let converted = match step {
+                    Step::Whole => self.convert::<N, false>(conversion),
+                    Step::Find | Step::Send => self.convert::<N, true>(conversion),
+                };
+                let verdict = conversion.done(self, verdict, converted);
+                self.log(verdict);
+                self.hook.act(verdict)
+            }
+            (Then::Answer, Some(conversion)) => {
+                self.log(verdict);
+                self.answer(&conversion.answer)
+            }
+            _ => self.done(verdict),
+        }
+    }
+
+    // Not inlined: what it needs of the stack stands beside nothing else.
+    #[inline(never)]
+    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> bool {
+        self.hook.convert::<N, ERROR>(conversion).is_some()
+    }
+
+    // As above.
+    #[inline(never)]
+    fn answer(&self, answer: &Answer) -> H::Action {
+        self.hook.answer(answer)
     }
 
     #[inline(always)]
@@ -712,6 +765,18 @@ impl<H: Hook> Kernel for Run<H> {
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
         // What has no room is as if it was evicted.
         let _: Result<(), i32> = FRAGMENTS.insert(key, first, 0);
+    }
+
+    #[inline(always)]
+    fn conversion(&self) -> Option<&mut Conversion> {
+        // SAFETY: this CPU's own, and of this run alone.
+        CONVERSION.get_ptr_mut(0).map(|conversion| unsafe { &mut *conversion })
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: no arguments.
+        unsafe { bpf_get_prandom_u32() }
     }
 
     #[inline(always)]

@@ -193,6 +193,11 @@ impl EtherType {
     pub const fn of(bytes: [u8; 2]) -> Self {
         Self(u16::from_ne_bytes(bytes))
     }
+
+    /// The two bytes on the wire, as a number in native order: as the kernel has it.
+    pub const fn number(self) -> u16 {
+        self.0
+    }
 }
 
 impl Ethernet {

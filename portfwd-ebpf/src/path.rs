@@ -9,6 +9,7 @@ use network_types::{
 };
 
 use crate::checksum::Change;
+use crate::cross::Conversion;
 use crate::detour::FragmentBench;
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::icmp::Icmp;
@@ -82,10 +83,17 @@ pub enum Part {
     FindReply,
     SendForward,
     SendReply,
+    /// To and from a backend of the other address family, by the family that packets [come](crate::cross) with.
+    CrossForward,
+    CrossReply,
+    CrossFindForward,
+    CrossFindReply,
+    CrossSendForward,
+    CrossSendReply,
 }
 
 impl Part {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 13] = [
         Self::Forward,
         Self::Reply,
         Self::Hairpin,
@@ -93,6 +101,12 @@ impl Part {
         Self::FindReply,
         Self::SendForward,
         Self::SendReply,
+        Self::CrossForward,
+        Self::CrossReply,
+        Self::CrossFindForward,
+        Self::CrossFindReply,
+        Self::CrossSendForward,
+        Self::CrossSendReply,
     ];
     /// How many programs there are.
     pub const PROGRAMS: u32 = 2 * Self::ALL.len() as u32;
@@ -199,6 +213,22 @@ impl Flow {
             destination_port: ends.destination_port,
             source: ends.source.widen(),
             destination: ends.destination.widen(),
+        }
+    }
+
+    /// The same of packets that may [change](FlowKey::CROSS) their family, as they are to or from a backend.
+    #[inline(always)]
+    pub fn of_key_unmapped<const N: usize>(ends: &FlowKey<N>) -> Self {
+        let is_forward = ends.direction & !FlowKey::<N>::CROSS == Direction::Forward as u8;
+        let backend = if is_forward { &ends.destination } else { &ends.source };
+        match ends.crosses() && backend.is_mapped() {
+            true => Self {
+                family: Ipv4Hdr::FAMILY,
+                source: ends.source.unmapped().widen(),
+                destination: ends.destination.unmapped().widen(),
+                ..Self::of_key(ends)
+            },
+            false => Self::of_key(ends),
         }
     }
 
@@ -392,6 +422,11 @@ pub trait Kernel: Flows<4> + Flows<16> {
     ) -> Option<R>;
     /// Remembers it.
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment);
+    /// This CPU's bench for what changes its address family. As [`Flows::bench`].
+    #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
+    fn conversion(&self) -> Option<&mut Conversion>;
+    /// A number that nobody can tell before.
+    fn random(&self) -> u32;
     /// This CPU's bench for that. As [`Flows::bench`], and asked for again once it is not used any more.
     #[expect(clippy::mut_from_ref, reason = "it is as if each run had its own")]
     fn fragment_bench(&self) -> Option<&mut FragmentBench>;
@@ -691,6 +726,9 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
         return send_flow::<true, N, I, K>(kernel, bench, &mut packet);
     }
     match claimed(&packet, Direction::Forward) {
+        Ok(translation) if translation.has(Translation::CROSS) => {
+            Ok(Verdict::Flow(Part::CrossForward.program::<N>()))
+        }
         Ok(translation) => {
             bench.counter = translation.counter;
             let known = hairpin && flow::established(kernel, bench);
@@ -852,6 +890,7 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
     };
     if translation.has(Translation::STATEFUL) {
         let part = match direction {
+            Direction::Forward if translation.has(Translation::CROSS) => Part::CrossForward,
             Direction::Forward => {
                 // So that it need not look for the rule again.
                 if let Some(bench) = I::bench(kernel) {
@@ -859,6 +898,7 @@ fn translate<const N: usize, I: Ip<N>, K: Kernel>(
                 }
                 Part::Forward
             }
+            Direction::Reply if translation.has(Translation::CROSS) => Part::CrossReply,
             Direction::Reply => Part::Reply,
         };
         return Ok(Verdict::Flow(part.program::<N>()));
@@ -1134,12 +1174,36 @@ pub(crate) fn ask<'k, const N: usize, I: Ip<N>, K: Kernel>(
     longest: u16,
     goes: &Flow,
 ) -> Result<Asked<'k>, Passed> {
-    let told = kernel.route(goes, longest, ip.class()).ok_or(Passed::NoRule)?;
+    let asks = Asks { longest, came: longest, class: ip.class(), whole: ip.must_not_fragment() };
+    ask_about(kernel, direction, hairpin, asks, goes)
+}
+
+/// What the FIB is asked about a packet beside its ends.
+pub(crate) struct Asks {
+    /// Bytes of the longest IP packet that it is on a wire, as it leaves and as it came.
+    pub longest: u16,
+    pub came: u16,
+    /// [`Ip::class`], as it leaves.
+    pub class: [u8; 4],
+    /// Whether a router has to refuse it rather than cut it up.
+    pub whole: bool,
+}
+
+/// Asks the FIB.
+#[inline(always)]
+pub(crate) fn ask_about<'k, K: Kernel>(
+    kernel: &'k K,
+    direction: Direction,
+    hairpin: bool,
+    Asks { longest, came, class, whole }: Asks,
+    goes: &Flow,
+) -> Result<Asked<'k>, Passed> {
+    let told = kernel.route(goes, longest, class).ok_or(Passed::NoRule)?;
     let room = if told.narrow == 0 {
         Room::Fits
-    } else if kernel.is_merged(longest) {
+    } else if kernel.is_merged(came) {
         Room::Merged
-    } else if ip.must_not_fragment() {
+    } else if whole {
         Room::TooBigToSplit
     } else {
         Room::TooBig

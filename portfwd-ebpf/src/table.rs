@@ -83,6 +83,46 @@ impl<const N: usize> Address<N> {
     }
 }
 
+impl<const N: usize> Address<N> {
+    /// This address in IPv6's size: one of IPv4 as the IPv6 address that stands for it, `::ffff:a.b.c.d`
+    /// (RFC 4291, section 2.5.5.2).
+    #[inline(always)]
+    pub fn mapped(self) -> Address<16> {
+        const { assert!(N == 4 || N == 16) };
+        let mut bytes = [0; 16];
+        if N == 4 {
+            // A whole word, as above.
+            let address =
+                self.0.first_chunk().map_or(0, |bytes| u64::from(u32::from_le_bytes(*bytes)));
+            bytes[8..].copy_from_slice(&(address << 32 | 0xffff_0000).to_le_bytes());
+        } else {
+            bytes.copy_from_slice(&self.0);
+        }
+        Address(bytes)
+    }
+
+    /// Whether it stands for an address of IPv4.
+    #[inline(always)]
+    pub fn is_mapped(&self) -> bool {
+        let words = self.0.as_chunks::<4>().0;
+        let word = |place: usize| words.get(place).map_or(0, |word| u32::from_be_bytes(*word));
+        N == 16 && word(0) | word(1) | word(2) ^ 0xffff == 0
+    }
+
+    /// The same [in one size](Self::widen); one that [stands](Self::mapped) for an address of IPv4 as that.
+    #[inline(always)]
+    pub fn widen_unmapped(self) -> AnyAddress {
+        if self.is_mapped() { self.unmapped().widen() } else { self.widen() }
+    }
+
+    /// The address of IPv4 that this stands for.
+    #[inline(always)]
+    pub fn unmapped(&self) -> Address<4> {
+        let [.., a, b, c, d] = self.widen().0;
+        Address([a, b, c, d])
+    }
+}
+
 impl AnyAddress {
     /// Whether it is the same as another, without a branch for each part.
     #[inline(always)]
@@ -185,7 +225,8 @@ pub struct Page(pub [u32; 256]);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
 pub struct Translation {
-    /// The new address, of the family of the endpoint that leads here.
+    /// The new address, of the family of the endpoint that leads here; with [`CROSS`](Self::CROSS) as
+    /// [`Address::mapped`] has it.
     pub address: AnyAddress,
     /// What to add to the port; with [`ONE_PORT`](Self::ONE_PORT) the port's number itself.
     pub shift: Shift,
@@ -222,6 +263,9 @@ impl Translation {
     /// On reply, beside [`STATEFUL`](Self::STATEFUL): what is of no flow is translated as by a stateless
     /// rule.
     pub const ALSO_ALONE: u32 = 128;
+    /// On forward, beside [`STATEFUL`](Self::STATEFUL): the backend is of the other address family. On reply:
+    /// some rule leads to the backend from the other family.
+    pub const CROSS: u32 = 256;
 
     /// Whether a flag is set.
     #[inline(always)]
@@ -259,12 +303,22 @@ pub struct FlowKey<const N: usize> {
     pub destination_port: Port,
     /// IP protocol number.
     pub protocol: u8,
-    /// [`Direction`].
+    /// [`Direction`], and [`CROSS`](Self::CROSS).
     pub direction: u8,
     pub padding: [u8; 2],
 }
 
 impl<const N: usize> FlowKey<N> {
+    /// Added to the direction: the packets change their address family. All addresses are as
+    /// [`Address::mapped`] has them.
+    pub const CROSS: u8 = 2;
+
+    /// Whether the packets change their address family.
+    #[inline(always)]
+    pub const fn crosses(&self) -> bool {
+        self.direction & Self::CROSS != 0
+    }
+
     /// The key of the answers.
     #[inline(always)]
     pub const fn reversed(self) -> Self {
@@ -395,7 +449,7 @@ pub struct FlowHalf<const N: usize> {
     pub came: Ends<N>,
     /// IP protocol number.
     pub protocol: u8,
-    /// [`Direction`].
+    /// As [`FlowKey`]'s.
     pub direction: u8,
     /// The constants below, of what came in this direction.
     pub flags: u16,
@@ -447,6 +501,12 @@ impl<const N: usize> FlowHalf<N> {
         core::mem::swap(&mut self.came.source_port, &mut self.goes.destination_port);
         core::mem::swap(&mut self.came.destination_port, &mut self.goes.source_port);
         self.direction ^= 1;
+    }
+
+    /// Whether this is the half of what clients send.
+    #[inline(always)]
+    pub const fn is_forward(&self) -> bool {
+        self.direction & !FlowKey::<N>::CROSS == Direction::Forward as u8
     }
 
     /// The packets as they come.
@@ -610,6 +670,19 @@ pub struct MappingKey {
     /// IP protocol number.
     pub protocol: u8,
     pub padding: [u8; 5],
+}
+
+impl MappingKey {
+    /// The one that packets of this source have. The families that clients are of share the ports of an
+    /// address.
+    #[inline(always)]
+    pub fn of<const N: usize>(goes: &FlowKey<N>) -> Self {
+        let address = match goes.crosses() {
+            true => goes.source.widen_unmapped(),
+            false => goes.source.widen(),
+        };
+        Self { address, port: goes.source_port, protocol: goes.protocol, padding: [0; 5] }
+    }
 }
 
 /// Value of `MAPPINGS`: who has the port.
@@ -1196,6 +1269,10 @@ reasons! {
         TtlExpired = "ttl_expired",
         /// Larger than its route's MTU, and not to be fragmented; the sender is told.
         TooBig = "too_big",
+        /// The other IP version has no such packet: a fragment, options or extension headers, UDP without a checksum, some ICMP errors.
+        NoCounterpart = "no_counterpart",
+        /// There was no room before the packet for the other IP version's header.
+        NoHeadroom = "no_headroom",
     }
 }
 

@@ -10,10 +10,10 @@ use std::vec::Vec;
 
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 
+use crate::cross::{self, Conversion, Crossed, Crosses, Step, Then, headers};
 use crate::detour::{self, FlowPart, FragmentBench, Outcome};
 use crate::flow::{Added, Bench, Flows};
 use crate::flow_table::{self, Slot, Slots, WINDOW};
-use crate::icmp::Icmp;
 use crate::mss::{self, Syn};
 use crate::packet::Frame;
 use crate::path::{
@@ -103,6 +103,11 @@ pub struct Router {
     pub candidates6: RefCell<HashMap<FlowKey<16>, Candidate<16>>>,
     pub bench4: UnsafeCell<Bench<4>>,
     pub bench6: UnsafeCell<Bench<16>>,
+    pub conversion: UnsafeCell<Conversion>,
+    /// The last frame that changed its address family.
+    pub converted: RefCell<Option<Vec<u8>>>,
+    /// There is no room for longer headers.
+    pub cramped: bool,
     pub fragment_bench: UnsafeCell<FragmentBench>,
     /// The ports for masquerade.
     pub masquerade: [u16; 2],
@@ -225,6 +230,9 @@ impl Router {
             candidates6: RefCell::default(),
             bench4: UnsafeCell::new(Bench::EMPTY),
             bench6: UnsafeCell::new(Bench::EMPTY),
+            conversion: UnsafeCell::new(Conversion::EMPTY),
+            converted: RefCell::default(),
+            cramped: false,
             fragment_bench: UnsafeCell::new(FragmentBench::EMPTY),
             masquerade: PORTS,
             mappings: RefCell::default(),
@@ -289,26 +297,42 @@ impl Router {
     fn jump(&self, mut verdict: Verdict, frame: &mut [u8]) -> Verdict {
         let frame = self.first(frame);
         loop {
-            let came = Frame::new(frame);
+            let detour = |direction, frame| detour::handle(self, direction, Frame::new(frame));
             let outcome = match verdict {
-                Verdict::ForwardDetour(_) => detour::handle(self, Direction::Forward, came),
-                Verdict::ReplyDetour(_) => detour::handle(self, Direction::Reply, came),
+                Verdict::ForwardDetour(_) => detour(Direction::Forward, frame),
+                Verdict::ReplyDetour(_) => detour(Direction::Reply, frame),
                 Verdict::Flow(program) => match program.part() {
-                    (part, true) => self.part::<4, Ipv4Hdr>(part, came),
-                    (part, false) => self.part::<16, Ipv6Hdr>(part, came),
+                    (part, true) => self.part::<4, Ipv4Hdr>(part, frame),
+                    (part, false) => self.part::<16, Ipv6Hdr>(part, frame),
                 },
-                Verdict::Syn(_) => Outcome::Done(mss::handle(self, came)),
+                Verdict::Syn(_) => Outcome::Done(mss::handle(self, Frame::new(frame))),
                 verdict => return verdict,
             };
             verdict = self.done(outcome, frame);
         }
     }
 
-    fn part<const N: usize, I: Icmp<N>>(&self, part: Part, frame: Frame<'_>) -> Outcome
+    fn part<const N: usize, I: Crosses<N>>(&self, part: Part, bytes: &mut [u8]) -> Outcome
     where
         Self: Flows<N>,
     {
         let detour = |part, frame| detour::handle_flow::<N, I, _>(self, part, frame);
+        match part {
+            Part::CrossForward => {
+                return self.cross::<N, I>(Step::Whole, Direction::Forward, bytes);
+            }
+            Part::CrossReply => return self.cross::<N, I>(Step::Whole, Direction::Reply, bytes),
+            Part::CrossFindForward => {
+                return self.cross::<N, I>(Step::Find, Direction::Forward, bytes);
+            }
+            Part::CrossFindReply => return self.cross::<N, I>(Step::Find, Direction::Reply, bytes),
+            Part::CrossSendForward => {
+                return self.cross::<N, I>(Step::Send, Direction::Forward, bytes);
+            }
+            Part::CrossSendReply => return self.cross::<N, I>(Step::Send, Direction::Reply, bytes),
+            _ => {}
+        }
+        let frame = Frame::new(bytes);
         match part {
             Part::FindForward => detour(FlowPart::Find(Direction::Forward), frame),
             Part::FindReply => detour(FlowPart::Find(Direction::Reply), frame),
@@ -316,6 +340,39 @@ impl Router {
             Part::SendReply => detour(FlowPart::Send(Direction::Reply), frame),
             part => Outcome::Done(handle_flow::<N, I, _>(self, part, frame)),
         }
+    }
+
+    /// As the hooks do. The frame that came stays as it is but for what is behind the headers.
+    fn cross<const N: usize, I: Crosses<N>>(
+        &self,
+        step: Step,
+        direction: Direction,
+        bytes: &mut [u8],
+    ) -> Outcome {
+        let Crossed { verdict, then } =
+            cross::handle::<N, I, _>(self, step, direction, Frame::new(bytes));
+        let conversion = self.conversion().unwrap();
+        match (then, verdict) {
+            (Then::Answer, Verdict::Drop(reason)) => {
+                return Outcome::Answer(reason, conversion.answer);
+            }
+            (Then::Convert, _) => {}
+            _ => return Outcome::Done(verdict),
+        }
+        let is_error = step == Step::Send;
+        let head = match (N, is_error) {
+            (4, false) => conversion.head::<40>().as_slice(),
+            (_, false) => conversion.head::<20>(),
+            (4, true) => conversion.head::<88>(),
+            (_, true) => conversion.head::<48>(),
+        };
+        let ether_type = if N == 4 { [0x86, 0xdd] } else { [0x08, 0x00] };
+        let link =
+            conversion.link().map_or_else(|| bytes[..12].to_vec(), |link| link.bytes().to_vec());
+        let headers = if is_error { headers::<N, true>() } else { headers::<N, false>() };
+        let rest = &bytes[14 + headers..];
+        *self.converted.borrow_mut() = Some([&link, &ether_type[..], head, rest].concat());
+        Outcome::Done(conversion.done(self, verdict, !self.cramped))
     }
 
     fn done(&self, outcome: Outcome, frame: &[u8]) -> Verdict {
@@ -455,6 +512,13 @@ impl Kernel for Router {
     fn fragment_bench(&self) -> Option<&mut FragmentBench> {
         // SAFETY: as in `flows!`.
         Some(unsafe { &mut *self.fragment_bench.get() })
+    }
+    fn conversion(&self) -> Option<&mut Conversion> {
+        // SAFETY: as in `flows!`.
+        Some(unsafe { &mut *self.conversion.get() })
+    }
+    fn random(&self) -> u32 {
+        0x1234_5678
     }
     fn set_first_fragment(&self, key: &FragmentKey, first: &FirstFragment) {
         self.fragments.borrow_mut().insert(*key, *first);

@@ -69,6 +69,8 @@ pub struct Leg {
     pub state: State,
     pub masquerade: bool,
     pub mss: Mss,
+    /// Some rule leads to the backend from the other address family: its answers may change theirs.
+    crossed: bool,
     /// With several backends: which of them this is, and a number of their list, from 1. 0 is none.
     place: u8,
     pool: u32,
@@ -108,6 +110,16 @@ impl Leg {
     /// Where a reply of a stateless rule leaves, but for the port's own number.
     fn answers(&self) -> (Option<IpAddr>, Becomes) {
         (self.listen, self.becomes)
+    }
+
+    /// Whether its packets change their address family.
+    pub fn crosses(&self) -> bool {
+        self.listen.is_some_and(|listen| listen.is_ipv4() != self.backend.is_ipv4())
+    }
+
+    /// The families in which packets are forwarded for it: is it IPv4, is it IPv6.
+    pub fn forwards(&self, v4: bool) -> bool {
+        self.backend.is_ipv4() == v4 || self.crosses()
     }
 
     fn is_stateful(&self) -> bool {
@@ -278,8 +290,13 @@ impl Plan {
                 Host::Name(name) => resolved.get(name).copied().unwrap_or_default(),
             };
             let mut usable = false;
+            let like = |backend: &IpAddr| {
+                rule.listen.address.is_none_or(|listen| listen.is_ipv4() == backend.is_ipv4())
+            };
+            // To the other family only where there is no other way.
+            let crosses = rule.source == Source::Masquerade && !host.iter().any(|it| like(&it));
             for backend in host.iter() {
-                if rule.listen.address.is_some_and(|listen| listen.is_ipv4() != backend.is_ipv4()) {
+                if !crosses && !like(&backend) {
                     continue;
                 }
                 let first = target.ports.map_or(rule.listen.ports.first(), Ports::first);
@@ -309,6 +326,7 @@ impl Plan {
                         rule::Mss::Off => Mss::OFF,
                         rule::Mss::At(bytes) => Mss(bytes),
                     },
+                    crossed: false,
                     place: 0,
                     pool: 0,
                     precedence: rule.precedence(),
@@ -317,6 +335,13 @@ impl Plan {
             if !usable {
                 refused.push(no_address(rule, &target.host));
             }
+        }
+        let crosses = |leg: &&Leg| leg.crosses();
+        let own = &self.legs[first_leg..];
+        if let (Some(one), Some(other)) =
+            (own.iter().find(crosses), own.iter().find(|leg| !leg.crosses()))
+        {
+            refused.push(two_families(rule, one.backend, other.backend));
         }
         for v4 in [true, false] {
             let of_family = |leg: &&mut Leg| leg.backend.is_ipv4() == v4;
@@ -352,7 +377,10 @@ impl Plan {
         for (rule, other) in &shared {
             self.stateful.entry(*rule).or_insert(Stateful::SharesPort(*other));
         }
+        let crossed: BTreeSet<IpAddr> =
+            self.legs.iter().filter(|leg| leg.crosses()).map(|leg| leg.backend).collect();
         for leg in &mut self.legs {
+            leg.crossed = crossed.contains(&leg.backend);
             leg.state = match (self.stateful.get(&leg.rule), leg.becomes) {
                 (None, _) => State::Stateless,
                 (Some(Stateful::SeveralBackends), Becomes::Shifted(_))
@@ -379,6 +407,14 @@ fn own_reason(rule: &Rule, legs: &[Leg], local: &BTreeSet<IpAddr>) -> Option<Sta
         return Some(Stateful::OnePort);
     }
     legs.iter().any(|leg| local.contains(&leg.backend)).then_some(Stateful::Local)
+}
+
+fn two_families(rule: &Rule, one: IpAddr, other: IpAddr) -> String {
+    format!(
+        "{}: rule \"{}\": {one} and {other} are of two families; the backends of a rule with an \
+         address to listen on are of one",
+        rule.place, rule.name
+    )
 }
 
 fn no_address(rule: &Rule, host: &Host) -> String {
@@ -571,6 +607,8 @@ pub struct Capacity {
     pub pages: u32,
     pub counters: u32,
     pub flows: FlowRoom,
+    /// Packets may change their address family.
+    pub crosses: bool,
     /// Addresses and ports that clients get.
     pub mappings: u32,
 }
@@ -619,9 +657,13 @@ impl Capacity {
         let families = if rules.iter().any(is_name) { 2 } else { 1 };
         let room = |rows: usize| (2 * families * rows) as u32 + 256;
         let named = rules.iter().any(is_name);
+        let crosses = rules.iter().any(Rule::may_cross);
         let flows = |v4: bool| {
             let mut legs = plan.legs.iter().filter(|leg| leg.backend.is_ipv4() == v4);
-            let needs = legs.clone().any(Leg::is_stateful) || named && !plan.stateful.is_empty();
+            // Flows that change their family stand among those of IPv6.
+            let crosses = crosses && !v4;
+            let needs =
+                crosses || legs.clone().any(Leg::is_stateful) || named && !plan.stateful.is_empty();
             Flows(match legs.next() {
                 _ if needs => flows,
                 None if !named => 1,
@@ -634,6 +676,7 @@ impl Capacity {
             pages: room(update.pages.len()),
             counters: (rules.len() + rules.len() / 4) as u32 + 256,
             flows: FlowRoom { v4: flows(true), v6: flows(false) },
+            crosses,
             mappings: 2 * MASQUERADE_ADDRESSES * ports.masquerade.len() as u32,
         }
     }
@@ -648,7 +691,10 @@ impl Capacity {
     pub fn holds(&self, update: &Update) -> bool {
         let is_empty = |endpoint: &Endpoint| *endpoint == Endpoint::default();
         update.endpoints.iter().all(|(number, it)| self.has_endpoint(*number) || is_empty(it))
-            && update.translations.iter().all(|(number, _)| *number < self.translations)
+            && update.translations.iter().all(|(number, translation)| {
+                *number < self.translations
+                    && (self.crosses || !translation.has(Translation::CROSS))
+            })
             && update.pages.iter().all(|(number, _)| *number < self.pages)
             && update.counters <= self.counters
     }
@@ -1136,11 +1182,17 @@ impl World {
         };
         let masquerade = if leg.masquerade { Translation::MASQUERADE } else { 0 };
         let several = if leg.pool == 0 { 0 } else { Translation::SEVERAL };
+        let (address, crosses) = match (leg.crosses(), leg.backend) {
+            (true, IpAddr::V4(v4)) => (any_address(v4.to_ipv6_mapped().into()), Translation::CROSS),
+            (crosses, backend) => {
+                (any_address(backend), if crosses { Translation::CROSS } else { 0 })
+            }
+        };
         let to_backend = Translation {
-            address: any_address(leg.backend),
+            address,
             shift,
             backends: 0,
-            flags: Translation::STATEFUL | masquerade | one_port,
+            flags: Translation::STATEFUL | masquerade | one_port | crosses,
             counter: leg.rule as u32,
             pool: 0,
         };
@@ -1151,6 +1203,7 @@ impl World {
                 shift: shift.inverse(),
                 ..with(Translation::ALSO_ALONE)
             },
+            _ if leg.crossed => with(Translation::CROSS),
             _ => to_backend,
         };
         let [plain, asking] = self.forward_ports(leg).map(|ports| ports.is_some());

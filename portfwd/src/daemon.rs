@@ -553,8 +553,8 @@ impl Daemon {
             attached.filter_map(|(index, _)| snapshot.link_by_index(*index)).collect()
         };
         let families = Families {
-            v4: self.plan.remote().any(|leg| leg.backend.is_ipv4()),
-            v6: self.plan.remote().any(|leg| leg.backend.is_ipv6()),
+            v4: self.plan.remote().any(|leg| leg.forwards(true)),
+            v6: self.plan.remote().any(|leg| leg.forwards(false)),
         };
         let mut changes = Vec::new();
         let mut external = of(Role::Internal);

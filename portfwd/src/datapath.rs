@@ -440,8 +440,12 @@ impl Datapath {
 
     /// Parts of a family that no rule has would only take their time to be verified.
     fn is_needed(&self, part: &str) -> bool {
-        let FlowRoom { v4, v6 } = self.capacity.flows;
-        if part.ends_with("v6") { v6.0 > 1 } else { v4.0 > 1 }
+        let Capacity { flows: FlowRoom { v4, v6 }, crosses, .. } = self.capacity;
+        match part {
+            _ if part.contains("cross") => crosses,
+            _ if part.ends_with("v6") => v6.0 > 1,
+            _ => v4.0 > 1,
+        }
     }
 
     /// Lets the programs of a hook jump to each other, once they are loaded.
@@ -1093,6 +1097,18 @@ const XDP: Programs = Programs {
         "send_forward_v6",
         "send_reply_v4",
         "send_reply_v6",
+        "cross_forward_v4",
+        "cross_forward_v6",
+        "cross_reply_v4",
+        "cross_reply_v6",
+        "cross_find_forward_v4",
+        "cross_find_forward_v6",
+        "cross_find_reply_v4",
+        "cross_find_reply_v6",
+        "cross_send_forward_v4",
+        "cross_send_forward_v6",
+        "cross_send_reply_v4",
+        "cross_send_reply_v6",
     ],
     detour_map: "DETOURS",
     part_map: "PARTS",
@@ -1124,6 +1140,18 @@ const TC: Programs = Programs {
         "tc_send_forward_v6",
         "tc_send_reply_v4",
         "tc_send_reply_v6",
+        "tc_cross_forward_v4",
+        "tc_cross_forward_v6",
+        "tc_cross_reply_v4",
+        "tc_cross_reply_v6",
+        "tc_cross_find_forward_v4",
+        "tc_cross_find_forward_v6",
+        "tc_cross_find_reply_v4",
+        "tc_cross_find_reply_v6",
+        "tc_cross_send_forward_v4",
+        "tc_cross_send_forward_v6",
+        "tc_cross_send_reply_v4",
+        "tc_cross_send_reply_v6",
     ],
     detour_map: "TC_DETOURS",
     part_map: "TC_PARTS",
@@ -1244,6 +1272,9 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
         // The log is thousands of lines; the verdict stands near its end.
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
+            if let Ok(f) = std::env::var("DBGLOG") {
+                let _ = std::fs::write(f, &log);
+            }
             let verdict = log
                 .lines()
                 .rev()

@@ -102,6 +102,13 @@ impl Rule {
         [false, true].into_iter().filter(claims)
     }
 
+    /// Whether its packets may have to change their address family.
+    pub(crate) fn may_cross(&self) -> bool {
+        let other =
+            |listen: IpAddr| self.to.iter().any(|target| target.host.may_be(listen.is_ipv4()));
+        self.source == Source::Masquerade && self.listen.address.is_some_and(other)
+    }
+
     /// How narrow the rule is.
     pub fn precedence(&self) -> Precedence {
         Precedence {
@@ -168,15 +175,30 @@ impl Rule {
         let (Some(listen), Host::Address(backend)) = (self.listen.address, &target.host) else {
             return Ok(());
         };
-        if listen.is_ipv4() == backend.is_ipv4() {
-            return Ok(());
-        }
         let family = |address: &IpAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
         let (from, to) = (family(&listen), family(backend));
-        invalid!(
-            "{backend} is {to} and the rule listens on {from}: one cannot become the other; name \
-             an {from} backend"
-        )
+        match self.source {
+            Source::Preserve if from != to => {
+                return invalid!(
+                    "{backend} is {to} and the rule listens on {from}: the backend cannot see such \
+                     clients; set source = \"masquerade\", or name an {from} backend"
+                );
+            }
+            Source::Preserve => return Ok(()),
+            Source::Masquerade => {}
+        }
+        let addresses = self.to.iter().filter_map(|target| match &target.host {
+            Host::Address(address) => Some(address),
+            Host::Name(_) => None,
+        });
+        match addresses.clone().next() {
+            Some(first) if family(first) != to => invalid!(
+                "{backend} is {to} and {first} is {}: the backends of a rule with an address to \
+                 listen on are of one family; leave one out",
+                family(first)
+            ),
+            _ => Ok(()),
+        }
     }
 
     fn check_ports(&self, target: &Target) -> Result<(), Invalid> {

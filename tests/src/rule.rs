@@ -102,8 +102,10 @@ impl Rule {
     /// Whether the rule listens at an address and port that belong to the router.
     pub fn listens(&self, protocol: u8, at: SocketAddr) -> bool {
         self.has(protocol)
-            && at.is_ipv4() == self.backend.is_ipv4()
-            && self.address.is_none_or(|address| address == at.ip())
+            && match self.address {
+                Some(address) => address == at.ip(),
+                None => at.is_ipv4() == self.backend.is_ipv4(),
+            }
             && self.listen.contains(&at.port())
     }
 

@@ -187,7 +187,7 @@ fn configurations() {
             "IPv4 to IPv6",
             "[[rule]]\nname = 'a'\nlisten = '198.51.100.1:80'\nto = 'fd77::10'\n",
             &[
-                "DIR/portfwd.toml:6: rule \"a\": to: fd77::10 is IPv6 and the rule listens on IPv4: one cannot become the other; name an IPv4 backend",
+                "DIR/portfwd.toml:6: rule \"a\": to: fd77::10 is IPv6 and the rule listens on IPv4: the backend cannot see such clients; set source = \"masquerade\", or name an IPv4 backend",
             ],
         ),
         (

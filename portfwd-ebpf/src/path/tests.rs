@@ -3,6 +3,7 @@
 extern crate std;
 
 mod answers;
+mod cross;
 mod errors;
 mod flow_detours;
 mod fragments;

@@ -424,6 +424,68 @@ fn a_backend_that_is_exchanged_changes_the_pool() {
     assert_eq!(kernel.compiler.pages.used(), 0);
 }
 
+/// Rules that masquerade.
+fn masqueraded(specs: &[&str]) -> Vec<Rule> {
+    let rule = |spec: &&str| {
+        let (listen, to) = spec.split_once(" to ").unwrap();
+        let (listen, to) = (listen.parse().unwrap(), vec![to.parse().unwrap()]);
+        let name = (*spec).to_owned();
+        Rule { name, listen, to, source: Source::Masquerade, ..rules(&["80:10.0.0.1"])[0].clone() }
+    };
+    specs.iter().map(rule).collect()
+}
+
+#[test]
+fn backends_of_the_other_family_have_flows_that_change_it() {
+    let rules = masqueraded(&[
+        "[2001:db8::1]:80 to 10.0.0.1:8080",
+        "198.51.100.1:80 to [fd00::1]:8080",
+        "198.51.100.1:81 to 10.0.0.1:8081",
+    ]);
+    let plan = plan(&rules, &Resolved::new()).unwrap();
+    assert_eq!(plan.legs.iter().map(Leg::crosses).collect::<Vec<_>>(), [true, true, false]);
+    let update = Compiler::default().compile(&rules, &plan, &externals(), &BOX);
+    let rows: Vec<(Vec<u8>, bool)> = update
+        .translations
+        .iter()
+        .map(|(_, row)| (row.address.0.to_vec(), row.has(Translation::CROSS)))
+        .collect();
+    let mapped = "::ffff:10.0.0.1".parse::<Ipv6Addr>().unwrap().octets().to_vec();
+    let v6 = "fd00::1".parse::<Ipv6Addr>().unwrap().octets().to_vec();
+    let v4 = any_address("10.0.0.1".parse().unwrap()).0.to_vec();
+    // For answers and for questions. The backend's other answers may be of such a flow too.
+    let expected = [(&mapped, [true; 2]), (&v6, [true; 2]), (&v4, [true, false])];
+    let expected: Vec<(Vec<u8>, bool)> = expected
+        .iter()
+        .flat_map(|(address, crosses)| crosses.map(|crosses| ((*address).clone(), crosses)))
+        .collect();
+    assert_eq!(rows, expected);
+
+    let capacity = |rules: &[Rule]| {
+        let plan = super::plan(rules, &Resolved::new()).unwrap();
+        Capacity::for_plan(rules, &plan, &BOX, 2048)
+    };
+    let (with, without) = (capacity(&rules[..1]), capacity(&rules[2..]));
+    assert!(with.crosses && with.holds(&update) && with.flows.v6 == Flows(2048));
+    assert!(!without.crosses && !without.holds(&update) && without.flows.v6 == Flows(1));
+}
+
+#[test]
+fn a_name_leads_to_the_other_family_where_it_has_no_other_address() {
+    let resolved = |v4: Option<&str>, v6: Option<&str>| {
+        let (v4, v6) = (v4.map(|it| it.parse().unwrap()), v6.map(|it| it.parse().unwrap()));
+        Resolved::from([("web.lan".to_owned(), HostAddresses { v4, v6 })])
+    };
+    let rules = masqueraded(&["[2001:db8::1]:80 to web.lan"]);
+    let backends = |resolved: &Resolved| -> Vec<IpAddr> {
+        plan(&rules, resolved).unwrap().legs.iter().map(|leg| leg.backend).collect()
+    };
+    let address = |text: &str| -> IpAddr { text.parse().unwrap() };
+    assert_eq!(backends(&resolved(Some("10.0.0.1"), None)), [address("10.0.0.1")]);
+    assert_eq!(backends(&resolved(Some("10.0.0.1"), Some("fd00::1"))), [address("fd00::1")]);
+    assert!(plan(&rules, &resolved(None, None)).is_err());
+}
+
 #[test]
 fn masquerade_has_its_ports_for_itself() {
     let masquerade = Rule { source: Source::Masquerade, ..rules(&["80:10.0.0.1"])[0].clone() };

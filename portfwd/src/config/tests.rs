@@ -430,7 +430,7 @@ fn bad_files_are_refused() {
             "[[rule]]\nname = \"x\"\nlisten = \"203.0.113.7:80-89\"\nto = \"[fd00::1]:80-90\"\n".into(),
             &[
                 "portfwd.toml:4: rule \"x\": to: 10 ports cannot become 11; write [fd00::1]:80-89, or leave the port out to keep it",
-                "portfwd.toml:4: rule \"x\": to: fd00::1 is IPv6 and the rule listens on IPv4: one cannot become the other; name an IPv4 backend",
+                "portfwd.toml:4: rule \"x\": to: fd00::1 is IPv6 and the rule listens on IPv4: the backend cannot see such clients; set source = \"masquerade\", or name an IPv4 backend",
             ],
         ),
         // Rules among each other.
@@ -684,8 +684,15 @@ proptest! {
             let ports = target.ports.unwrap_or(listen.ports);
             let width = ports.width() == 1 || ports.width() == listen.ports.width();
             let v6 = target.to_string().starts_with(['[', 'f']);
-            let name = target.to_string().starts_with('w');
-            width && (name || listen.address.is_none_or(|address| address.is_ipv6() == v6))
+            let name = |target: &Target| target.to_string().starts_with('w');
+            // With masquerade, all are as the first.
+            let first = to.iter().find(|target| !name(target));
+            let first = first.map(|target| target.to_string().starts_with(['[', 'f']));
+            let family = listen.address.map(|address| match masquerade {
+                true => first.unwrap_or(v6),
+                false => address.is_ipv6(),
+            });
+            width && (name(target) || family.is_none_or(|family| family == v6))
         };
         let same = |a: &Target, b: &Target| {
             let of = |target: &Target| target.ports.map_or(listen.ports.to_string(), |p| p.to_string());

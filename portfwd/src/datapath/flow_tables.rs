@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use aya::maps::{Map, MapData};
 use portfwd_ebpf::flow_table::{self, Slot, Slots, WINDOW};
 use portfwd_ebpf::table::{
-    Address, Candidate, ClientKey, Direction, FlowHalf, FlowKey, Jiffies, Lines, Mapping,
-    MappingKey, Port, flow_flags,
+    Address, Candidate, ClientKey, FlowHalf, FlowKey, Jiffies, Lines, Mapping, MappingKey, Port,
+    flow_flags,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -171,7 +171,7 @@ where
         each: &mut impl FnMut(FlowRow) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, DatapathError> {
         let shown = self.flows.halves().try_for_each(|half| {
-            if half.direction != Direction::Forward as u8 {
+            if !half.is_forward() {
                 return ControlFlow::Continue(());
             }
             // Without its other half it is about to end.
@@ -195,7 +195,7 @@ where
 
     fn count(&self, counts: &mut BTreeMap<u32, u64>) -> Result<(), DatapathError> {
         let mut add = |counter| *counts.entry(counter).or_default() += 1;
-        let forward = |half: &FlowHalf<N>| half.direction == Direction::Forward as u8;
+        let forward = |half: &FlowHalf<N>| half.is_forward();
         self.flows.halves().filter(forward).for_each(|half| add(half.counter));
         self.probation.in_batches(|batch| {
             batch.iter().for_each(|(_, candidate)| add(candidate.counter));
@@ -217,7 +217,7 @@ where
         self.flows.in_parts(|halves| {
             for half in halves {
                 let key = half.key();
-                let forward = key.direction == Direction::Forward as u8;
+                let forward = half.is_forward();
                 if !forward && idle(half.last) <= living.timeouts.tcp_transitory {
                     continue;
                 }
@@ -300,9 +300,7 @@ fn note_mapping<const N: usize>(
     used: &mut HashSet<MappingKey>,
 ) {
     if came.source != goes.source {
-        let (address, port) = (goes.source.widen(), goes.source_port);
-        let protocol = came.protocol;
-        used.insert(MappingKey { address, port, protocol, padding: [0; 5] });
+        used.insert(MappingKey::of(goes));
     }
 }
 
@@ -379,9 +377,10 @@ impl ToIp for Address<4> {
     }
 }
 
+/// One that stands for an address of IPv4 as that: of a flow that changes its family.
 impl ToIp for Address<16> {
     fn to_ip(self) -> IpAddr {
-        self.0.into()
+        IpAddr::from(self.0).to_canonical()
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod applications;
 mod beside;
+mod cross;
 mod few;
 mod interfaces;
 mod large;
