@@ -68,7 +68,8 @@ fn lower(value: &mut [u8; 2], at: usize, most: u16) -> Option<Change> {
     }
     *value = most.to_be_bytes();
     // Its bytes are the second of a word and the first of the next.
-    let word = |number: u16| if at % 2 == 0 { number } else { number.swap_bytes() }.to_be_bytes();
+    let word =
+        |number: u16| if at.is_multiple_of(2) { number } else { number.swap_bytes() }.to_be_bytes();
     Some(Change::default().field(word(before), word(most)))
 }
 
