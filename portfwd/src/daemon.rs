@@ -525,11 +525,11 @@ impl Daemon {
         let mut problems = Vec::new();
         let serves = !self.plan.local().is_empty();
         for (index, (link, _)) in wanted {
-            let attached = match serves && self.attached.contains_key(index) {
-                true => self.datapath.attach_sent(port(link)),
-                false => Ok(self.datapath.detach_sent(*index)),
-            };
-            problems.extend(attached.err().map(|error| error.to_string()));
+            if !(serves && self.attached.contains_key(index)) {
+                self.datapath.detach_sent(*index);
+            } else if let Err(error) = self.datapath.attach_sent(port(link)) {
+                problems.push(error.to_string());
+            }
         }
         if let Some(loopback) = snapshot.loopback()
             && self.datapath.has(Hook::Tc)

@@ -1272,9 +1272,6 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
         // The log is thousands of lines; the verdict stands near its end.
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            if let Ok(f) = std::env::var("DBGLOG") {
-                let _ = std::fs::write(f, &log);
-            }
             let verdict = log
                 .lines()
                 .rev()

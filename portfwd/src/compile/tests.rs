@@ -428,7 +428,7 @@ fn a_backend_that_is_exchanged_changes_the_pool() {
 fn masqueraded(specs: &[&str]) -> Vec<Rule> {
     let rule = |spec: &&str| {
         let (listen, to) = spec.split_once(" to ").unwrap();
-        let (listen, to) = (listen.parse().unwrap(), vec![to.parse().unwrap()]);
+        let (listen, to) = (listen.parse().unwrap(), [to.parse().unwrap()].into());
         let name = (*spec).to_owned();
         Rule { name, listen, to, source: Source::Masquerade, ..rules(&["80:10.0.0.1"])[0].clone() }
     };

@@ -18,6 +18,8 @@ const LOCAL: &[&str] = &[
     "vlan",
     "vxlan",
     "geneve",
+    "gretap",
+    "ip6gretap",
     "dummy",
     "ifb",
 ];
