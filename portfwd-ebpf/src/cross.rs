@@ -67,6 +67,9 @@ pub struct Conversion {
     link: LinkAddresses,
     /// [`Direction`].
     direction: u32,
+    /// Of an ICMP error: what changes in its checksum by the addresses that it covers; a [`Change`].
+    pseudo: u32,
+    padding: u32,
     size: Size,
     now: Jiffies,
     /// To the sender of one that is dropped.
@@ -651,7 +654,8 @@ fn send_few<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
     if crossed.then != Then::Convert {
         return Ok(crossed);
     }
-    Ok(match write_error::<FORWARD, N, I, K>(kernel, bench, frame) {
+    let begun = begin_error::<N, I, K>(kernel, bench, &mut frame.ahead());
+    Ok(match begun.and_then(|()| write_error::<FORWARD, N, I, K>(kernel, bench, frame)) {
         Ok(()) => crossed,
         Err(_) => dropped(kernel, bench, Dropped::NoCounterpart),
     })
@@ -687,7 +691,32 @@ fn left<const N: usize, I: Crosses<N>, K: Kernel>(
     leave::<N, I, K>(kernel, direction, bench, &mut link, ip, leaves)
 }
 
-/// Makes the headers of an ICMP error that [leaves](leave). It has no counterpart if this fails.
+/// Makes the first header of an ICMP error that [leaves](leave).
+#[inline(never)]
+fn begin_error<const N: usize, I: Crosses<N>, K: Kernel>(
+    kernel: &K,
+    bench: &Bench<16>,
+    frame: &mut Frame<'_>,
+) -> Result<(), Passed> {
+    frame.take_link().ok_or(Passed::Malformed)?;
+    let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
+    let length = ip.length();
+    if !ip.is_plain(I::PROTOCOL) {
+        return Err(Passed::Icmp);
+    }
+    let len = length.wrapping_sub(headers::<N, false>() as u16);
+    let others_len = I::others_length(len);
+    begin::<N, I, K>(kernel, bench, ip, I::OTHERS_ICMP, others_len, length)?;
+    let mut change = I::pseudo(&ip.source().mapped(), &ip.destination().mapped(), len).inverse();
+    if N == 4 {
+        let FlowKey { source, destination, .. } = &bench.becomes;
+        change = change.and(Ipv6Hdr::pseudo(source, destination, others_len));
+    }
+    kernel.conversion().ok_or(Passed::NoFlow)?.pseudo = change.sum();
+    Ok(())
+}
+
+/// Makes the other headers. It has no counterpart if this fails.
 #[inline(never)]
 fn write_error<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
     kernel: &K,
@@ -697,12 +726,11 @@ fn write_error<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
     let direction = if FORWARD { Direction::Forward } else { Direction::Reply };
     frame.take_link().ok_or(Passed::Malformed)?;
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let length = ip.length();
-    let len = length.wrapping_sub(headers::<N, false>() as u16);
+    let len = ip.length().wrapping_sub(headers::<N, false>() as u16);
     let Error { icmp, ip: quoted, mut segment } =
         Error::<I>::take(frame, direction, usize::from(len))?;
     let (kind, rest) = I::others_error(icmp.kind, icmp.rest).ok_or(Passed::Icmp)?;
-    if !ip.is_plain(I::PROTOCOL) || !quoted.is_plain(segment.protocol()) {
+    if !quoted.is_plain(segment.protocol()) {
         return Err(Passed::Icmp);
     }
     let FlowKey { source, destination, source_port, destination_port, .. } = &bench.becomes;
@@ -711,8 +739,6 @@ fn write_error<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
     let behind =
         segment.rewrite_quoted(Direction::Reply, *destination_port, Change::default()).and(before);
     kernel.unbalanced(behind);
-    let others_len = I::others_length(len);
-    begin::<N, I, K>(kernel, bench, ip, I::OTHERS_ICMP, others_len, length)?;
     let conversion = kernel.conversion().ok_or(Passed::NoFlow)?;
     let fields = Fields {
         class: quoted.class_byte(),
@@ -728,13 +754,12 @@ fn write_error<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
         .field([icmp.rest[0], icmp.rest[1]], [rest[0], rest[1]])
         .field([icmp.rest[2], icmp.rest[3]], [rest[2], rest[3]])
         .and(words(quoted).inverse())
-        .and(I::pseudo(&ip.source().mapped(), &ip.destination().mapped(), len).inverse())
+        .and(Change::from_sum(conversion.pseudo))
         .and(behind);
     let (header, change) = if N == 4 {
         conversion.write::<48, N>(&fields);
-        let pseudo = Ipv6Hdr::pseudo(source, destination, others_len);
         let quoted = words(conversion.part::<48, Ipv6Hdr>());
-        (conversion.part::<40, IcmpHdr>(), change.and(pseudo).and(quoted))
+        (conversion.part::<40, IcmpHdr>(), change.and(quoted))
     } else {
         conversion.write::<28, N>(&fields);
         let quoted = words(conversion.part::<28, Ipv4Hdr>());
