@@ -730,6 +730,12 @@ fn write_error<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
     let Error { icmp, ip: quoted, mut segment } =
         Error::<I>::take(frame, direction, usize::from(len))?;
     let (kind, rest) = I::others_error(icmp.kind, icmp.rest).ok_or(Passed::Icmp)?;
+    // Else what follows would be verified for each kind.
+    let nothing = kernel.nothing();
+    let [first, second, ..] =
+        forgotten(u32::from_ne_bytes([kind[0], kind[1], 0, 0]), nothing).to_ne_bytes();
+    let kind = [first, second];
+    let rest = forgotten(u32::from_ne_bytes(rest), nothing).to_ne_bytes();
     if !quoted.is_plain(segment.protocol()) {
         return Err(Passed::Icmp);
     }

@@ -1212,6 +1212,13 @@ pub(crate) fn ask_about<'k, K: Kernel>(
         Direction::Forward => forward(kernel, told, room, &goes.destination),
         Direction::Reply => reply(kernel, told, room, hairpin)?,
     };
+    // Else what follows would be verified for each reason.
+    let nothing = kernel.nothing();
+    let verdict = match verdict {
+        Verdict::Stack(reason) => Verdict::Stack(reason.forgotten(nothing)),
+        Verdict::Drop(reason) => Verdict::Drop(reason.forgotten(nothing)),
+        verdict => verdict,
+    };
     let narrow = told.narrow;
     let hop = match verdict {
         Verdict::Redirect(device) => {

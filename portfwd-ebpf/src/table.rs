@@ -5,6 +5,8 @@
 
 use core::mem::{align_of, size_of};
 
+use crate::packet::forgotten;
+
 /// The version of everything in this module; it stands in [`Settings`], so that halves of different
 /// builds refuse each other.
 pub const LAYOUT: u32 = 6;
@@ -1178,6 +1180,13 @@ macro_rules! reasons {
             pub const ALL: &[Self] = &[$(Self::$reason,)+];
             /// How many there are.
             pub const COUNT: usize = Self::ALL.len();
+
+            /// The same, of which the verifier knows nothing any more: see [`forgotten`].
+            #[inline(always)]
+            pub fn forgotten(self, nothing: u32) -> Self {
+                let number = forgotten(self as u32, nothing) as usize;
+                Self::ALL.get(number).copied().unwrap_or(Self::ALL[0])
+            }
 
             /// The name that users see.
             pub const fn name(self) -> &'static str {
