@@ -480,7 +480,7 @@ fn note<const FORWARD: bool, const N: usize, I: Crosses<N>, K: Kernel>(
 }
 
 /// Looks for the flow of the packet on the bench, to a backend, or begins it: it is to be converted if it has one.
-#[inline(never)]
+#[inline(always)]
 fn look<const N: usize, I: Crosses<N>, K: Kernel>(kernel: &K, bench: &mut Bench<16>) -> Crossed {
     or_pass(kernel, looked::<N, I, K>(kernel, bench))
 }

@@ -1272,9 +1272,6 @@ fn verifier_error(program: &'static str, error: ProgramError) -> DatapathError {
         // The log is thousands of lines; the verdict stands near its end.
         ProgramError::LoadError { io_error, verifier_log } => {
             let log = verifier_log.to_string();
-            for line in log.lines().rev().take(120).collect::<Vec<_>>().iter().rev() {
-                eprintln!("{line}");
-            }
             let verdict = log
                 .lines()
                 .rev()
