@@ -141,7 +141,7 @@ fn configurations() {
             "an unknown key",
             "[[rule]]\nlisten = 80\nto = '192.168.77.10'\nprotcol = 'udp'\n",
             &[
-                "DIR/portfwd.toml:6: protcol: no such key; did you mean protocol? [[rule]] has name, protocol, listen, to, source",
+                "DIR/portfwd.toml:6: protcol: no such key; did you mean protocol? [[rule]] has name, protocol, listen, to, source, mss",
             ],
         ),
         (
@@ -647,9 +647,9 @@ fn check_of_a_good_file() {
     assert!(verified.contains("instructions verified"), "{verified}");
     let json: serde_json::Value = serde_json::from_str(&check("-v --json")).unwrap();
     let programs = json["programs"].as_array().unwrap();
-    // The three entries, at TC three more and three for what the box sends, and at each hook two detours and,
+    // The three entries, at TC three more and three for what the box sends, and at each hook two detours, one for SYNs and,
     // without IPv6, three programs of flows and four of their detour.
-    assert_eq!(programs.len(), 12 + 18);
+    assert_eq!(programs.len(), 13 + 19);
     for program in programs {
         let instructions = program["instructions"].as_u64().unwrap();
         assert!((100..1_000_000).contains(&instructions), "{program}");
