@@ -1030,7 +1030,7 @@ fn send<const N: usize, I: Ip<N>, K: Kernel>(
             }
             if tag != Tag::NONE
                 && let Some(hop) = hop
-                && let row = hop.row::<N>(direction)
+                && let row = hop.row::<N>(direction, kernel.hook())
                 && kernel.hop(row).is_some_and(|row| row.claim(tag, hop))
             {
                 I::routes(kernel, direction, &destination, |set| {

@@ -1062,14 +1062,14 @@ impl<const N: usize> RouteSet<N> {
 }
 
 /// Bits of the number of a CPU's row of `HOPS`.
-pub const HOP_BITS: u32 = 12;
+pub const HOP_BITS: u32 = 13;
 
 impl Hop {
-    /// Which of a CPU's rows of `HOPS` is this one's, on the way to destinations of `N` bytes. Families
-    /// and directions do not share rows: they have tags of their own, and who writes over a row with
+    /// Which of a CPU's rows of `HOPS` is this one's, on the way to destinations of `N` bytes. Families,
+    /// directions and hooks do not share rows: they have tags of their own, and who writes over a row with
     /// another tag relies on it that the one before never comes back.
     #[inline(always)]
-    pub fn row<const N: usize>(&self, direction: Direction) -> u32 {
+    pub fn row<const N: usize>(&self, direction: Direction, hook: Hook) -> u32 {
         // Routes by one gateway may differ in their MTU.
         let mut sum = self.device ^ self.mtu << 10;
         for word in self.link.0.as_chunks::<4>().0 {
@@ -1077,7 +1077,8 @@ impl Hop {
             sum ^= sum >> 16;
         }
         let family = u32::from(N > 4);
-        (sum << 2 | family << 1 | direction as u32) & ((1 << HOP_BITS) - 1)
+        let kind = (hook as u32) << 2 | family << 1 | direction as u32;
+        (sum << 3 | kind) & ((1 << HOP_BITS) - 1)
     }
 }
 
