@@ -107,6 +107,11 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let (requests, inbox) = mpsc::channel(16);
     let metrics = metrics::listen(config.metrics, requests.clone()).await?;
     let socket = Socket::bind(&socket).await?;
+    let logs = log_packets && sysctl::verifies_logs();
+    if log_packets && !logs {
+        warn!("-v shows no packets here: that takes Linux 6.3 or later");
+    }
+    let log_packets = logs;
     let capacity = Capacity::for_plan(&config.rules, &plan, &ports, config.flows.size);
     let mut datapath = Datapath::load(capacity, &ports, log_packets)?;
     let mut compiler = Compiler::default();

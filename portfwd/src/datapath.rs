@@ -1237,6 +1237,9 @@ fn verify_all<'a>(
 fn verify(name: &'static str, program: &mut Program) -> Result<Verified, DatapathError> {
     let start = Instant::now();
     let info = match program {
+        // Loaded already: by an attempt that failed with another.
+        Program::Xdp(xdp) if xdp.fd().is_ok() => xdp.info(),
+        Program::SchedClassifier(tc) if tc.fd().is_ok() => tc.info(),
         Program::Xdp(xdp) => load(|| xdp.load()).and_then(|()| xdp.info()),
         Program::SchedClassifier(tc) => load(|| tc.load()).and_then(|()| tc.info()),
         _ => unreachable!("programs are XDP's or TC's"),

@@ -52,6 +52,19 @@ fn quoted(value: &str) -> &str {
     if value.is_empty() { "\"\"" } else { value }
 }
 
+/// Whether this kernel's verifier has room for programs that log. Those before Linux 6.3 find fewer states to
+/// be the same.
+pub fn verifies_logs() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    !is_before(&release, (6, 3))
+}
+
+/// Whether a kernel's release (`6.1.0-50-cloud-amd64`) is before a version. Not if it does not say.
+fn is_before(release: &str, version: (u32, u32)) -> bool {
+    let mut numbers = release.split(['.', '-', '+']).map_while(|number| number.parse().ok());
+    matches!((numbers.next(), numbers.next()), (Some(major), Some(minor)) if (major, minor) < version)
+}
+
 /// Whether the kernel forwards what comes by an interface, in the family `ipv4` or `ipv6`. Not if it
 /// does not say.
 pub fn forwards(family: &str, interface: &str) -> bool {
@@ -343,6 +356,16 @@ mod tests {
         let key = Key::of_interface("ipv4", "eth0.100", "rp_filter");
         assert_eq!(key.path(), "/proc/sys/net/ipv4/conf/eth0.100/rp_filter");
         assert_eq!(key.to_string(), "net.ipv4.conf.eth0/100.rp_filter");
+    }
+
+    #[test]
+    fn releases_are_compared_by_their_numbers() {
+        for release in ["6.1.0-50-cloud-amd64", "6.2", "5.15.0", "6.1.176+deb12"] {
+            assert!(is_before(release, (6, 3)), "{release}");
+        }
+        for release in ["6.3.0", "6.12.117+deb12-cloud-amd64", "7.0-rc1", "", "unknown"] {
+            assert!(!is_before(release, (6, 3)), "{release}");
+        }
     }
 
     #[test]

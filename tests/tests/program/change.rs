@@ -140,7 +140,12 @@ fn the_verifier_has_room_to_spare() {
     // before 6.3 find fewer states to be the same, and change no more.
     let old = portfwd_tests::kernel() < (6, 3);
     for (log, limit) in [(false, if old { 900_000 } else { 500_000 }), (true, 900_000)] {
-        let mut datapath = Datapath::load(CAPACITY, &PORTS, log).unwrap();
+        // There they do not log.
+        if log && old {
+            continue;
+        }
+        let all = Capacity { crosses: true, ..CAPACITY };
+        let mut datapath = Datapath::load(all, &PORTS, log).unwrap();
         datapath.load_programs(hook()).unwrap();
         for verified in datapath.verified() {
             println!("log {log}: {verified:?}");

@@ -65,7 +65,7 @@ pub const CAPACITY: Capacity = Capacity {
     pages: 1024,
     counters: 64,
     flows: FlowRoom { v4: Flows(1024), v6: Flows(1024) },
-    crosses: true,
+    crosses: false,
     mappings: 4096,
 };
 
