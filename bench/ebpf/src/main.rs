@@ -63,7 +63,7 @@ fn nothing(_ctx: XdpContext) -> u32 {
 
 /// Writes a frame's headers, so that a program which changes them can be run on them again, and
 /// hands over.
-#[xdp]
+#[xdp(frags)]
 fn prepare(ctx: XdpContext) -> u32 {
     let Some(headers) = bytes::<Headers>(&ctx, 0) else { return xdp_action::XDP_ABORTED };
     let Some(turn) = TURN.get_ptr_mut(0) else { return xdp_action::XDP_ABORTED };
