@@ -47,7 +47,7 @@ static RECEIVED: PerCpuArray<Received> = PerCpuArray::with_max_entries(1, 0);
 
 /// The limit: what any forwarding in XDP must do, and nothing else. (Redirecting by an index without
 /// a map carries 5 % fewer packets.)
-#[xdp]
+#[xdp(frags)]
 fn swap(ctx: XdpContext) -> u32 {
     let Some(link) = bytes::<Link>(&ctx, 0) else { return xdp_action::XDP_PASS };
     // SAFETY: in bounds.
@@ -56,7 +56,7 @@ fn swap(ctx: XdpContext) -> u32 {
 }
 
 /// What remains of a test run when the program under test does nothing.
-#[xdp]
+#[xdp(frags)]
 fn nothing(_ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
