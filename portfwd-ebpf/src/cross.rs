@@ -18,8 +18,8 @@ use crate::packet::{
     Frame, Header, ICMP, ICMPV6, Ip, Link, Payload, Reads, TCP, Transport, UDP, forgotten,
 };
 use crate::path::{
-    Asked, Asks, Flow, Kernel, OnWire, Part, Verdict, ask_about, claims, count, drop_counted,
-    translation,
+    Asked, Asks, Flow, Kernel, OnWire, Part, Verdict, ask_about, claims, count, drop_counted, pass,
+    payload, translation,
 };
 use crate::table::{
     Address, Direction, Dropped, FlowKey, Interface, Jiffies, LinkAddresses, Passed, Port, Size,
@@ -371,10 +371,7 @@ pub fn handle<const N: usize, I: Crosses<N>, K: Kernel>(
 
 #[inline(always)]
 fn or_pass<K: Kernel>(kernel: &K, crossed: Result<Crossed, Passed>) -> Crossed {
-    crossed.unwrap_or_else(|reason| {
-        kernel.count_passed(reason);
-        Crossed::done(Verdict::Pass(reason))
-    })
+    crossed.unwrap_or_else(|reason| Crossed::done(pass(kernel, reason)))
 }
 
 /// Makes this the key of a packet with these ends.
@@ -440,8 +437,7 @@ impl<'a, I> Packet<'a, I> {
         let link = frame.take_link().ok_or(Passed::Malformed)?;
         let available = kernel.available(frame);
         let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-        let payload = ip.payload(frame, ip.whole(available, || kernel.beyond())?, Reads::Whole)?;
-        let payload = if N == 4 { payload } else { payload.forgotten(kernel.nothing())? };
+        let payload = payload::<N, I, K>(kernel, ip, frame, available)?;
         frame.jump(payload.offset);
         let transport = Payload { offset: 0, ..payload }.transport(frame)?;
         Ok(Self { link, ip, transport, is_plain: payload.offset == 0 })
@@ -453,10 +449,7 @@ impl<'a, I> Packet<'a, I> {
     where
         I: Crosses<N>,
     {
-        let (start, header) = self.transport.header();
-        let ip = &raw const *self.ip as usize;
-        // As in the common way.
-        OnWire::new(kernel, self.ip.length(), || (start.wrapping_sub(ip) & 0x7fff) + header)
+        OnWire::of(kernel, self.ip, &self.transport)
     }
 }
 

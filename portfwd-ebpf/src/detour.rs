@@ -13,7 +13,7 @@ use crate::icmp::{Error, Icmp};
 use crate::packet::{Fragment, Frame, ICMP, ICMPV6, Ip, Link, Payload, Reads, TCP, UDP, forgotten};
 use crate::path::{
     Asked, Flow, Kernel, OnWire, Part, Verdict, Way, ask, claims, count, drop_counted, network,
-    remember_arrival, translation,
+    pass, remember_arrival, translation,
 };
 use crate::segment::Segment;
 use crate::table::{
@@ -57,10 +57,7 @@ pub enum FlowPart {
 
 #[inline(always)]
 fn done<K: Kernel>(kernel: &K, decided: Result<Outcome, Passed>) -> Outcome {
-    decided.unwrap_or_else(|reason| {
-        kernel.count_passed(reason);
-        Outcome::Done(Verdict::Pass(reason))
-    })
+    decided.unwrap_or_else(|reason| Outcome::Done(pass(kernel, reason)))
 }
 
 struct Detour(Direction);

@@ -243,7 +243,7 @@ pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
     // Who is answered keeps the port, if it has not gone to another.
     if !becomes.destination.is(&packet.key.destination) && packet.begins() {
         let (address, port) = (becomes.destination.widen(), becomes.destination_port);
-        *own = mapping_key(&packet.key.reversed());
+        *own = MappingKey::of(&packet.key.reversed());
         kernel.mapping(own, |mapping| {
             if mapping.client.is(&address) && mapping.port == port {
                 mapping.last = packet.now;
@@ -494,7 +494,7 @@ fn establish<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
         return;
     }
     if !half.goes.source.is(&half.came.source) {
-        *own = mapping_key(&half.becomes());
+        *own = MappingKey::of(&half.becomes());
         kernel.mapping(own, |mapping| mapping.established = 1);
     }
     kernel.remove_candidate(reply);
@@ -588,7 +588,7 @@ fn choose_address<const N: usize, K: Kernel>(kernel: &K, bench: &mut Bench<N>) -
         false => interface.address(),
     };
     let FlowKey { source, source_port: port, protocol, .. } = packet.key;
-    let (source, address) = (source.widen(), mapping_key(becomes).address);
+    let (source, address) = (source.widen(), MappingKey::of(becomes).address);
     *client = ClientKey { client: source, address, port, protocol, padding: [0; 5] };
     !address.is(&AnyAddress([0; 16]))
 }
@@ -604,7 +604,7 @@ fn has_mapping<const N: usize, K: Kernel>(
     take: bool,
 ) -> bool {
     let Bench { packet, becomes, client, own, mapping: new, displaced, .. } = bench;
-    *own = mapping_key(becomes);
+    *own = MappingKey::of(becomes);
     *displaced = *client;
     let there = kernel.mapping(own, |mapping| {
         let idle = packet.now.since(mapping.last);
@@ -640,12 +640,6 @@ fn has_mapping<const N: usize, K: Kernel>(
         kernel.set_client_port(client, becomes.source_port);
     }
     has
-}
-
-/// The mapping that packets of this source have.
-#[inline(always)]
-fn mapping_key<const N: usize>(goes: &FlowKey<N>) -> MappingKey {
-    MappingKey::of(goes)
 }
 
 /// A port among `ports`, first and last, of the parity of `own` (RFC 4787, section 4.2.2).

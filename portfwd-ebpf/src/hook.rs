@@ -68,7 +68,20 @@ pub trait Hook {
     fn act(&self, verdict: Verdict) -> Self::Action;
     /// Gives a packet that comes with addresses of `N` bytes, an ICMP `ERROR` or not, the headers of the other
     /// family. `None` if there is no room for them.
-    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> Option<()>;
+    #[inline(always)]
+    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> Option<()> {
+        match (N, ERROR) {
+            (4, false) => self.put_head::<N, 20, 40>(conversion),
+            (_, false) => self.put_head::<N, 40, 20>(conversion),
+            (4, true) => self.put_head::<N, 48, 88>(conversion),
+            (_, true) => self.put_head::<N, 88, 48>(conversion),
+        }
+    }
+    /// Has headers of `NEW` bytes stand behind the link header in place of `OLD` bytes, and all checksums be right.
+    fn put_head<const N: usize, const OLD: usize, const NEW: usize>(
+        &self,
+        conversion: &Conversion,
+    ) -> Option<()>;
     /// Sends an answer in the frame of the packet that it is about.
     fn answer(&self, answer: &Answer) -> Self::Action;
 }
@@ -106,29 +119,6 @@ impl Xdp {
         let link: Ethernet = self.frame().peek(place)?;
         *self.frame().take()? = link;
         Some(())
-    }
-
-    /// Has headers of `NEW` bytes stand behind the link header in place of `OLD` bytes.
-    #[inline(always)]
-    fn put_head<const N: usize, const OLD: usize, const NEW: usize>(
-        &self,
-        conversion: &Conversion,
-    ) -> Option<()> {
-        let mut link: Ethernet = self.frame().peek(0)?;
-        link.set_ether_type(other_type::<N>());
-        if let Some(addresses) = conversion.link() {
-            link.set_link(addresses);
-        }
-        // SAFETY: the context is this run's. What was read from the frame before is not used any more.
-        if unsafe { bpf_xdp_adjust_head(self.0.ctx, OLD as i32 - NEW as i32) } != 0 {
-            return None;
-        }
-        *self.frame().take()? = link;
-        let behind = size_of::<Ethernet>() as u32;
-        let head = (&raw const *conversion.head::<NEW>()).cast_mut().cast();
-        // SAFETY: as above; so many bytes are there.
-        let stored = unsafe { bpf_xdp_store_bytes(self.0.ctx, behind, head, NEW as u32) };
-        (stored == 0).then_some(())
     }
 }
 
@@ -243,13 +233,25 @@ impl Hook for Xdp {
     }
 
     #[inline(always)]
-    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> Option<()> {
-        match (N, ERROR) {
-            (4, false) => self.put_head::<N, 20, 40>(conversion),
-            (_, false) => self.put_head::<N, 40, 20>(conversion),
-            (4, true) => self.put_head::<N, 48, 88>(conversion),
-            (_, true) => self.put_head::<N, 88, 48>(conversion),
+    fn put_head<const N: usize, const OLD: usize, const NEW: usize>(
+        &self,
+        conversion: &Conversion,
+    ) -> Option<()> {
+        let mut link: Ethernet = self.frame().peek(0)?;
+        link.set_ether_type(other_type::<N>());
+        if let Some(addresses) = conversion.link() {
+            link.set_link(addresses);
         }
+        // SAFETY: the context is this run's. What was read from the frame before is not used any more.
+        if unsafe { bpf_xdp_adjust_head(self.0.ctx, OLD as i32 - NEW as i32) } != 0 {
+            return None;
+        }
+        *self.frame().take()? = link;
+        let behind = size_of::<Ethernet>() as u32;
+        let head = (&raw const *conversion.head::<NEW>()).cast_mut().cast();
+        // SAFETY: as above; so many bytes are there.
+        let stored = unsafe { bpf_xdp_store_bytes(self.0.ctx, behind, head, NEW as u32) };
+        (stored == 0).then_some(())
     }
 
     #[inline(always)]
@@ -388,98 +390,43 @@ impl Tc {
     /// Has the kernel repair checksums, its own of the whole packet among them.
     #[inline(always)]
     fn settle(&self, verdict: Verdict) {
-        let skb = self.ctx.skb.skb;
         if self.get(LINK) & SETTLED != 0 {
             return;
         }
-        let check = self.get(CHECK);
+        self.settle_transport(0);
         let mut rest = Change::from_sum(self.get(UNBALANCED));
-        if check != 0 {
-            let place = check & 0xffff;
-            let udp = if check & IS_UDP != 0 { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-            let (addresses, ports) = (self.get(ADDRESSES), self.get(PORTS));
-            // SAFETY: the context is this run's. The frame is not used any more.
-            unsafe {
-                let pseudo = u64::from(BPF_F_PSEUDO_HDR) | udp;
-                bpf_l4_csum_replace(skb, place, 0, addresses.into(), pseudo);
-                if ports != 0 {
-                    bpf_l4_csum_replace(skb, place, 0, ports.into(), udp);
-                }
-            }
-            if self.protocol() == EtherType::IPV6 {
-                // It takes addresses for covered by the IP header's checksum, which IPv6 does not have.
-                rest = rest.and(Change::from_sum(addresses));
-            }
+        if self.protocol() == EtherType::IPV6 {
+            // It takes addresses for covered by the IP header's checksum, which IPv6 does not have.
+            rest = rest.and(Change::from_sum(self.get(ADDRESSES)));
         }
         if self.protocol() == EtherType::IPV6 && matches!(verdict, Verdict::Redirect(_)) {
             rest = rest.field([0, 1], [0, 0]);
         }
         if rest.sum() != 0 {
             // SAFETY: as above. It does nothing where the kernel has no sum of the whole.
-            unsafe { bpf_csum_update(skb, rest.sum()) };
+            unsafe { bpf_csum_update(self.ctx.skb.skb, rest.sum()) };
         }
     }
 
-    /// Has headers of `NEW` bytes stand behind the link header in place of `OLD` bytes, and has the kernel repair
-    /// the checksums behind them.
+    /// The transport checksum, which stands `moved` bytes further behind than it was noted.
     #[inline(always)]
-    fn put_head<const N: usize, const OLD: usize, const NEW: usize>(
-        &self,
-        conversion: &Conversion,
-    ) -> Option<()> {
-        /// As IP headers differ.
-        const DIFFERENCE: usize = size_of::<Ipv6Hdr>() - size_of::<Ipv4Hdr>();
-        const BEHIND_LINK: u32 = bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
-        let skb = self.ctx.skb.skb;
-        let growth = NEW as i32 - OLD as i32;
-        let first = if N == 4 { DIFFERENCE as i32 } else { -(DIFFERENCE as i32) };
-        let ether_type = other_type::<N>().number();
-        // SAFETY: the context is this run's. What was read from the frame before is not used any more.
-        unsafe {
-            if bpf_skb_change_proto(skb, ether_type, 0) != 0 {
-                return None;
-            }
-            // What an error quotes has a header too.
-            if growth != first && bpf_skb_adjust_room(skb, growth - first, BEHIND_LINK, 0) != 0 {
-                return None;
-            }
-            let head = (&raw const *conversion.head::<NEW>()).cast();
-            let recompute = BPF_F_RECOMPUTE_CSUM.into();
-            if bpf_skb_store_bytes(skb, self.link as u32, head, NEW as u32, recompute) != 0 {
-                return None;
-            }
-        }
-        if self.link != 0 {
-            let mut link: Ethernet = self.frame().peek(0)?;
-            link.set_ether_type(other_type::<N>());
-            if let Some(addresses) = conversion.link() {
-                link.set_link(addresses);
-            }
-            *self.frame().take()? = link;
-        } else if let Some(addresses) = conversion.link() {
-            self.leave_by(addresses);
-        }
+    fn settle_transport(&self, moved: i32) {
         let check = self.get(CHECK);
-        // SAFETY: as above.
+        if check == 0 {
+            return;
+        }
+        let skb = self.ctx.skb.skb;
+        let place = (check & 0xffff).wrapping_add_signed(moved);
+        let udp = if check & IS_UDP != 0 { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        let (addresses, ports) = (self.get(ADDRESSES), self.get(PORTS));
+        // SAFETY: the context is this run's. The frame is not used any more.
         unsafe {
-            if check != 0 {
-                let place = (check & 0xffff).wrapping_add_signed(growth);
-                let udp = if check & IS_UDP != 0 { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-                let (addresses, ports) = (self.get(ADDRESSES), self.get(PORTS));
-                // The kernel's sum of the whole packet has all of both headers, but not this.
-                let pseudo = u64::from(BPF_F_PSEUDO_HDR) | udp;
-                bpf_l4_csum_replace(skb, place, 0, addresses.into(), pseudo);
-                if ports != 0 {
-                    bpf_l4_csum_replace(skb, place, 0, ports.into(), udp);
-                }
-            }
-            let rest = self.get(UNBALANCED);
-            if rest != 0 {
-                bpf_csum_update(skb, rest);
+            let pseudo = u64::from(BPF_F_PSEUDO_HDR) | udp;
+            bpf_l4_csum_replace(skb, place, 0, addresses.into(), pseudo);
+            if ports != 0 {
+                bpf_l4_csum_replace(skb, place, 0, ports.into(), udp);
             }
         }
-        self.put(LINK, self.get(LINK) | SETTLED);
-        Some(())
     }
 
     /// Whether the kernel has yet to fill in the transport checksum, of which it speaks nowhere: it does not
@@ -690,13 +637,51 @@ impl Hook for Tc {
     }
 
     #[inline(always)]
-    fn convert<const N: usize, const ERROR: bool>(&self, conversion: &Conversion) -> Option<()> {
-        match (N, ERROR) {
-            (4, false) => self.put_head::<N, 20, 40>(conversion),
-            (_, false) => self.put_head::<N, 40, 20>(conversion),
-            (4, true) => self.put_head::<N, 48, 88>(conversion),
-            (_, true) => self.put_head::<N, 88, 48>(conversion),
+    fn put_head<const N: usize, const OLD: usize, const NEW: usize>(
+        &self,
+        conversion: &Conversion,
+    ) -> Option<()> {
+        /// As IP headers differ.
+        const DIFFERENCE: usize = size_of::<Ipv6Hdr>() - size_of::<Ipv4Hdr>();
+        const BEHIND_LINK: u32 = bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
+        let skb = self.ctx.skb.skb;
+        let growth = NEW as i32 - OLD as i32;
+        let first = if N == 4 { DIFFERENCE as i32 } else { -(DIFFERENCE as i32) };
+        let ether_type = other_type::<N>().number();
+        // SAFETY: the context is this run's. What was read from the frame before is not used any more.
+        unsafe {
+            if bpf_skb_change_proto(skb, ether_type, 0) != 0 {
+                return None;
+            }
+            // What an error quotes has a header too.
+            if growth != first && bpf_skb_adjust_room(skb, growth - first, BEHIND_LINK, 0) != 0 {
+                return None;
+            }
+            let head = (&raw const *conversion.head::<NEW>()).cast();
+            let recompute = BPF_F_RECOMPUTE_CSUM.into();
+            if bpf_skb_store_bytes(skb, self.link as u32, head, NEW as u32, recompute) != 0 {
+                return None;
+            }
         }
+        if self.link != 0 {
+            let mut link: Ethernet = self.frame().peek(0)?;
+            link.set_ether_type(other_type::<N>());
+            if let Some(addresses) = conversion.link() {
+                link.set_link(addresses);
+            }
+            *self.frame().take()? = link;
+        } else if let Some(addresses) = conversion.link() {
+            self.leave_by(addresses);
+        }
+        // The kernel's sum of the whole packet has all of both headers, but not this.
+        self.settle_transport(growth);
+        let rest = self.get(UNBALANCED);
+        if rest != 0 {
+            // SAFETY: as above.
+            unsafe { bpf_csum_update(skb, rest) };
+        }
+        self.put(LINK, self.get(LINK) | SETTLED);
+        Some(())
     }
 
     #[inline(always)]

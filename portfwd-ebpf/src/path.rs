@@ -14,7 +14,7 @@ use crate::detour::FragmentBench;
 use crate::flow::{self, Added, Bench, Flows, Refused};
 use crate::icmp::Icmp;
 use crate::mss::Syn;
-use crate::packet::{Check, EtherType, Frame, Ip, Link, Reads, Transport, forgotten};
+use crate::packet::{Check, EtherType, Frame, Ip, Link, Payload, Reads, Transport, forgotten};
 use crate::table::{
     Address, AnyAddress, ArrivalKey, Bucket, Claims, ClientKey, Counter, Direction, Dropped,
     Endpoint, FirstFragment, FlowKey, FragmentKey, Hook, Hop, Interface, Jiffies, LinkAddresses,
@@ -449,13 +449,14 @@ pub trait Kernel: Flows<4> + Flows<16> {
 /// Decides and does what becomes of `frame`.
 #[inline(always)]
 pub fn handle<K: Kernel>(kernel: &K, role: Role, mut frame: Frame<'_>) -> Verdict {
-    match network(kernel, Common(role), &mut frame) {
-        Ok(verdict) => verdict,
-        Err(reason) => {
-            kernel.count_passed(reason);
-            Verdict::Pass(reason)
-        }
-    }
+    network(kernel, Common(role), &mut frame).unwrap_or_else(|reason| pass(kernel, reason))
+}
+
+/// Counts a packet that passes.
+#[inline(always)]
+pub(crate) fn pass<K: Kernel>(kernel: &K, reason: Passed) -> Verdict {
+    kernel.count_passed(reason);
+    Verdict::Pass(reason)
 }
 
 /// The same for what the box itself sends, to clients and to itself. What is not a rule's is not counted.
@@ -657,13 +658,7 @@ pub fn handle_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     part: Part,
     mut frame: Frame<'_>,
 ) -> Verdict {
-    match flow_ip::<N, I, K>(kernel, part, &mut frame) {
-        Ok(verdict) => verdict,
-        Err(reason) => {
-            kernel.count_passed(reason);
-            Verdict::Pass(reason)
-        }
-    }
+    flow_ip::<N, I, K>(kernel, part, &mut frame).unwrap_or_else(|reason| pass(kernel, reason))
 }
 
 #[inline(always)]
@@ -675,11 +670,7 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     let link = frame.take_link().ok_or(Passed::Malformed)?;
     let available = kernel.available(frame);
     let ip: &mut I = frame.take().ok_or(Passed::Malformed)?;
-    let transport = ip
-        .whole(available, || kernel.beyond())
-        .and_then(|whole| ip.payload(frame, whole, Reads::Whole))
-        // Where extension headers may be, each number of them would be verified with all that follows.
-        .and_then(|payload| if N == 4 { Ok(payload) } else { payload.forgotten(kernel.nothing()) })
+    let transport = payload::<N, I, K>(kernel, ip, frame, available)
         .and_then(|payload| payload.transport(frame));
     let transport = match transport {
         Err(Passed::Icmp | Passed::Fragment) if part == Part::Hairpin => {
@@ -753,6 +744,20 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     }
 }
 
+/// What a whole packet carries behind `ip`, from whose start on `available` bytes are there.
+#[inline(always)]
+pub(crate) fn payload<const N: usize, I: Ip<N>, K: Kernel>(
+    kernel: &K,
+    ip: &I,
+    frame: &Frame<'_>,
+    available: usize,
+) -> Result<Payload, Passed> {
+    let whole = ip.whole(available, || kernel.beyond())?;
+    let payload = ip.payload(frame, whole, Reads::Whole)?;
+    // Where extension headers may be, each number of them would be verified with all that follows.
+    if N == 4 { Ok(payload) } else { payload.forgotten(kernel.nothing()) }
+}
+
 /// The headers of a packet that may be a rule's.
 struct Packet<'a, I> {
     link: Link<'a>,
@@ -821,11 +826,7 @@ impl<'a, I> Packet<'a, I> {
     where
         I: Ip<N>,
     {
-        let (start, len) = self.transport.header();
-        let ip = &raw const *self.ip as usize;
-        // The mask has the compiler do no sums with where the packet is, which the verifier does not let it
-        // do: 15 bits, as it would know that 16 are no mask here.
-        OnWire::new(kernel, self.ip.length(), || (start.wrapping_sub(ip) & 0x7fff) + len)
+        OnWire::of(kernel, self.ip, &self.transport)
     }
 }
 
@@ -837,6 +838,20 @@ pub(crate) struct OnWire {
 }
 
 impl OnWire {
+    /// Of a whole packet with these headers.
+    #[inline(always)]
+    pub(crate) fn of<const N: usize, I: Ip<N>, K: Kernel>(
+        kernel: &K,
+        ip: &I,
+        transport: &Transport<'_>,
+    ) -> Self {
+        let (start, len) = transport.header();
+        let first = &raw const *ip as usize;
+        // The mask has the compiler do no sums with where the packet is, which the verifier does not let it
+        // do: 15 bits, as it would know that 16 are no mask here.
+        Self::new(kernel, ip.length(), || (start.wrapping_sub(first) & 0x7fff) + len)
+    }
+
     /// Of a packet of `length` bytes, of which headers take some.
     #[inline(always)]
     pub(crate) fn new<K: Kernel>(kernel: &K, length: u16, headers: impl FnOnce() -> usize) -> Self {
