@@ -7,7 +7,6 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::num::NonZero;
-use std::panic::resume_unwind;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -171,7 +170,7 @@ impl Routes {
     }
 
     fn lock(&self) -> MutexGuard<'_, Trusted> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     fn write(&self, change: impl FnOnce([Trust; 2]) -> [Trust; 2]) -> Result<(), DatapathError> {
@@ -403,10 +402,10 @@ impl Datapath {
         let named = |name: &str| wanted.iter().find(|wanted| **wanted == name).copied();
         let programs = self.ebpf.programs_mut();
         let programs = programs.filter_map(|(name, program)| Some((named(name)?, program)));
-        let mut verified = verify_all(programs)?;
+        let (mut verified, refused) = verify_all(programs);
         verified.sort_by_key(|it| wanted.iter().position(|name| *name == it.program));
         self.verified.extend(verified);
-        self.link_programs(hook)
+        refused.map_or_else(|| self.link_programs(hook), Err)
     }
 
     /// Loads one more of them. Returns whether all are loaded.
@@ -1213,33 +1212,47 @@ fn load_error(error: EbpfError) -> DatapathError {
     }
 }
 
-/// Has the kernel verify and load these programs, by their names, on all CPUs.
+/// Has the kernel verify and load these programs, by their names, on all CPUs. Returns those that are loaded, and
+/// why one was refused: what it still works on then is loaded, and no more is begun.
 fn verify_all<'a>(
     programs: impl Iterator<Item = (&'static str, &'a mut Program)> + Send,
-) -> Result<Vec<Verified>, DatapathError> {
+) -> (Vec<Verified>, Option<DatapathError>) {
     let programs = Mutex::new(programs);
-    let next = || programs.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = || std::iter::from_fn(next).map(|(name, program)| verify(name, program)).collect();
+    let done = Mutex::new((Vec::new(), None));
+    // Not in the loop's head, which would hold it as long as the program takes.
+    let next = || lock(&programs).next();
+    let work = || {
+        while let Some((name, program)) = next() {
+            let verified = verify(name, program);
+            let (loaded, refused) = &mut *lock(&done);
+            match verified {
+                Ok(verified) => loaded.push(verified),
+                Err(error) => *refused = Some(error),
+            }
+            if refused.is_some() {
+                break;
+            }
+        }
+    };
     thread::scope(|scope| {
         let cpus = thread::available_parallelism().map_or(1, NonZero::get);
-        let threads: Vec<_> = (1..cpus).map(|_| scope.spawn(work)).collect();
-        let mut verified: Vec<Verified> = work()?;
-        for thread in threads {
-            let others: Result<Vec<Verified>, _> =
-                thread.join().unwrap_or_else(|panic| resume_unwind(panic));
-            verified.extend(others?);
+        for _ in 1..cpus {
+            scope.spawn(work);
         }
-        Ok(verified)
-    })
+        work();
+    });
+    done.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What panics holding it has written all or nothing.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Has the kernel verify and load a program.
 fn verify(name: &'static str, program: &mut Program) -> Result<Verified, DatapathError> {
     let start = Instant::now();
     let info = match program {
-        // Loaded already: by an attempt that failed with another.
-        Program::Xdp(xdp) if xdp.fd().is_ok() => xdp.info(),
-        Program::SchedClassifier(tc) if tc.fd().is_ok() => tc.info(),
         Program::Xdp(xdp) => load(|| xdp.load()).and_then(|()| xdp.info()),
         Program::SchedClassifier(tc) => load(|| tc.load()).and_then(|()| tc.info()),
         _ => unreachable!("programs are XDP's or TC's"),
