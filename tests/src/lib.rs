@@ -48,20 +48,6 @@ pub fn binary() -> std::path::PathBuf {
     binary.expect("PORTFWD_BIN names the portfwd to test, as `cargo xtask test` sees to").into()
 }
 
-/// The version of the kernel that runs: 6.1.
-///
-/// # Panics
-///
-/// The kernel says something else.
-pub fn kernel() -> (u32, u32) {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(['.', '-', '+']).map_while(|number| number.parse().ok());
-    match (numbers.next(), numbers.next()) {
-        (Some(major), Some(minor)) => (major, minor),
-        _ => panic!("a kernel of release {release:?}"),
-    }
-}
-
 /// How programs are attached in tests that do not ask for a way: what `PORTFWD_TEST_ATTACH` says, else
 /// `native`.
 pub fn attach() -> String {

@@ -1,12 +1,10 @@
 //! Through interfaces that are made upon others, at either side, attached as `auto` finds right.
 
-use std::fs;
-
 use portfwd_tests::netns::Namespace;
 use portfwd_tests::peers::{Answer, Server};
 use portfwd_tests::rig::{self, Addresses, Rig};
 use portfwd_tests::wire::{Capture, Direction, Frame, Tally};
-use portfwd_tests::{Portfwd, TempDir, binary, is_root, netns};
+use portfwd_tests::{TempDir, is_root, netns};
 
 use crate::running::*;
 
@@ -144,12 +142,8 @@ fn through(kind: &Kind) {
             })
             .collect();
         let directory = TempDir::new().unwrap();
-        let config = directory.path().join("portfwd.toml");
-        let text: String = rules.iter().map(Rule::toml).collect();
-        let interfaces = format!("[interfaces]\nexternal = [\"{external}\"]\nattach = \"auto\"\n");
-        fs::write(&config, interfaces + &text).unwrap();
-        let arguments = ["--config".as_ref(), config.as_os_str()];
-        let portfwd = Portfwd::start(router, &binary(), &arguments, directory.path()).unwrap();
+        let interfaces = format!("external = [\"{external}\"]\nattach = \"auto\"");
+        let portfwd = started(&rig, &interfaces, &rules, &[], &directory);
         let case = format!("{} {}", kind.name, if inside { "inside" } else { "outside" });
         let list = portfwd.json("list").unwrap();
         let mut attached = list["interfaces"].as_array().unwrap().iter();

@@ -45,6 +45,22 @@ pub struct Counts {
     pub reply: Count,
 }
 
+/// portfwd on the router of a rig. `interfaces` stands at the beginning of the configuration, in `[interfaces]`.
+pub fn started(
+    rig: &Rig,
+    interfaces: &str,
+    rules: &[Rule],
+    flags: &[&str],
+    directory: &TempDir,
+) -> Portfwd {
+    let config = directory.path().join("portfwd.toml");
+    let text: String = rules.iter().map(Rule::toml).collect();
+    fs::write(&config, portfwd_tests::interfaces(interfaces) + &text).unwrap();
+    let mut arguments = vec!["--config", config.to_str().unwrap()];
+    arguments.extend(flags);
+    Portfwd::start(&rig.router, &binary(), &arguments, directory.path()).unwrap()
+}
+
 /// portfwd on the router of a rig, with captures at the other ends.
 pub struct Running {
     pub portfwd: Portfwd,
@@ -66,17 +82,12 @@ impl Running {
     /// `interfaces` stands at the beginning of the configuration, in `[interfaces]`.
     pub fn with(rig: Rig, rules: Vec<Rule>, interfaces: &str, flags: &[&str]) -> Self {
         let directory = TempDir::new().unwrap();
-        let config = directory.path().join("portfwd.toml");
-        let text: String = rules.iter().map(Rule::toml).collect();
-        fs::write(&config, portfwd_tests::interfaces(interfaces) + &text).unwrap();
         let client = Capture::tally(&rig.client, "eth0").unwrap();
         let servers = [Some(&rig.server), rig.second_server.as_ref()];
         let servers =
             servers.into_iter().flatten().map(|server| Capture::tally(server, "eth0").unwrap());
         let servers = servers.collect();
-        let mut arguments = vec!["--config", config.to_str().unwrap()];
-        arguments.extend(flags);
-        let portfwd = Portfwd::start(&rig.router, &binary(), &arguments, directory.path()).unwrap();
+        let portfwd = started(&rig, interfaces, &rules, flags, &directory);
         let lost = rig.lost_on_wire().unwrap();
         Self { portfwd, client, servers, rules, lost, rig, directory }
     }

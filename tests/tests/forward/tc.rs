@@ -1,6 +1,5 @@
 //! What only TC can: interfaces without Ethernet, and super-packets with checksums to be filled in.
 
-use std::fs;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -10,7 +9,7 @@ use portfwd_tests::peers::{self, Answer, Server};
 use portfwd_tests::rig::{self, Options, Rig};
 use portfwd_tests::tun::Tunnel;
 use portfwd_tests::wire::{Capture, Direction, Frame, Tally};
-use portfwd_tests::{Portfwd, TempDir, binary, is_root};
+use portfwd_tests::{TempDir, is_root};
 
 use crate::running::*;
 
@@ -32,14 +31,6 @@ impl End {
             }
         }
     }
-}
-
-fn started(rig: &Rig, interfaces: &str, rules: &[Rule], directory: &TempDir) -> Portfwd {
-    let config = directory.path().join("portfwd.toml");
-    let text: String = rules.iter().map(Rule::toml).collect();
-    fs::write(&config, portfwd_tests::interfaces(interfaces) + &text).unwrap();
-    let arguments = ["--config".as_ref(), config.as_os_str()];
-    Portfwd::start(&rig.router, &binary(), &arguments, directory.path()).unwrap()
 }
 
 /// Sends several datagrams at once, and has them back.
@@ -81,7 +72,7 @@ fn super_packets_stay_whole_and_their_checksums_come_right() {
         let rules = for_both("game", "tcp+udp", 9000..=9000, 27015);
         let rules = if masquerade { masqueraded(rules) } else { rules };
         let interfaces = "external = [\"wan0\"]\nattach = \"auto\"";
-        let portfwd = started(&rig, interfaces, &rules, &directory);
+        let portfwd = started(&rig, interfaces, &rules, &[], &directory);
         let [client, server] = [&rig.client, &rig.server].map(|end| {
             Capture::with(end, "eth0", End::default(), |end, frame| end.add(frame)).unwrap()
         });
@@ -183,7 +174,7 @@ fn interfaces_without_ethernet_at_either_side() {
                 })
                 .collect();
             let interfaces = format!("external = [\"{external}\"]\nattach = \"auto\"");
-            let portfwd = started(&rig, &interfaces, &rules, &directory);
+            let portfwd = started(&rig, &interfaces, &rules, &[], &directory);
             exchange(&rig, [0, 1].map(|family| (wan[family], backends[family])));
             let stats = Stats(portfwd.stats().unwrap());
             for rule in &rules {
