@@ -578,7 +578,7 @@ fn explain_one(
 pub type EndpointKey = (Direction, IpAddr);
 
 /// What to write so that the kernel's tables hold a plan.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct Update {
     /// New rows, at numbers that no live row refers to.
     pub translations: Vec<(u32, Translation)>,

@@ -15,3 +15,4 @@ mod remembered;
 mod router;
 mod routes;
 mod rules;
+mod spare;

@@ -19,6 +19,8 @@ use portfwd_ebpf::table::{Address, Direction, Dropped, Interface, Passed, ToStac
 use portfwd_tests::Namespace;
 use portfwd_tests::packet::{Packet, TCP, UDP};
 
+use crate::spare;
+
 /// External.
 pub const WAN: u8 = 11;
 /// Internal.
@@ -201,15 +203,13 @@ pub fn with_router_of<T: Send>(
     }
     namespace.enter(|| {
         ip_batch(&network());
-        let mut datapath = Datapath::load(capacity, &PORTS, false).unwrap();
-        datapath.load_programs(hook()).unwrap();
+        let mut datapath = spare::take(capacity);
         datapath.set_interfaces(&interfaces()).unwrap();
-        test(&mut Router {
-            datapath,
-            compiler: Compiler::default(),
-            mss: Mss::Auto,
-            rules: Vec::new(),
-        })
+        let (compiler, mss) = (Compiler::default(), Mss::Auto);
+        let mut router = Router { datapath, compiler, mss, rules: Vec::new() };
+        let result = test(&mut router);
+        spare::give_back(router);
+        result
     })
 }
 
