@@ -190,3 +190,47 @@ fn interfaces_without_ethernet_at_either_side() {
         }
     }
 }
+
+/// What fits is said of the whole way, not of the way to the gateway, whose link address nobody has to know.
+#[test]
+fn without_ethernet_a_route_by_a_gateway_has_its_own_mtu() {
+    if !is_root() {
+        return;
+    }
+    let rig = Rig::new().unwrap();
+    let directory = TempDir::new().unwrap();
+    let Rig { client, router, server, .. } = &rig;
+    let _tunnel = Tunnel::new([router, client], "far0").unwrap();
+    let [wan, gateways] = address([router, client], "far0", 1);
+    let distant = rig::DISTANT_CLIENT.both();
+    let backends = rig::SERVER.both();
+    let mut rules = Vec::new();
+    for family in 0..2 {
+        let (host, gateway) = (distant[family], gateways[family]);
+        client.ip(&format!("address add {host} dev lo")).unwrap();
+        router.ip(&format!("route add {host} via {gateway} mtu lock 1280")).unwrap();
+        let name = family.to_string();
+        let rule = Rule::new(&name, "udp", 9000..=9000, at(backends[family], 27015));
+        rules.push(Rule { address: Some(wan[family]), ..rule });
+    }
+    let interfaces = "external = [\"far0\"]\nattach = \"auto\"";
+    let portfwd = started(&rig, interfaces, &rules, &[], &directory);
+    for family in 0..2 {
+        let backend = at(backends[family], 27015);
+        let _game = Server::udp(server, backend, Answer::Echo).unwrap();
+        let socket = client.enter(|| UdpSocket::bind((distant[family], 0)).unwrap());
+        socket.connect((wan[family], 9000)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        // What fits has made the way known. Of what does not, the backend is told, and cuts the next up.
+        for length in [100, 1300] {
+            poll(|| {
+                socket.send(&vec![7; length]).unwrap();
+                let answered = socket.recv(&mut [0; 1500]);
+                answered.map_err(|error| format!("{}: {error}", wan[family]))
+            });
+        }
+        let stats = portfwd.stats().unwrap();
+        let told = stats["verdicts"]["passed"]["too_big"].as_u64().unwrap();
+        assert!(told > family as u64, "{stats}");
+    }
+}
