@@ -54,6 +54,42 @@ impl Drop for Tunnel {
     }
 }
 
+/// A `tun` device whose packets a test makes and looks at.
+#[derive(Debug)]
+pub struct Device(File);
+
+impl Device {
+    /// Makes one of this name.
+    ///
+    /// # Errors
+    ///
+    /// There is one already, or no `/dev/net/tun`.
+    pub fn new(namespace: &Namespace, name: &str) -> Result<Self> {
+        namespace.enter(|| open(name)).map(Self)
+    }
+
+    /// Has an IP packet come in there. What is none is lost.
+    pub fn send(&self, packet: &[u8]) {
+        let _: io::Result<usize> = (&self.0).write(packet);
+    }
+
+    /// The next IP packet that leaves there, or `None` if none does for a while.
+    pub fn receive(&self) -> Result<Option<Vec<u8>>> {
+        let mut ready = libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: an array of one.
+        unsafe { libc::poll(&raw mut ready, 1, 20) };
+        let mut packet = vec![0; 65_535];
+        match (&self.0).read(&mut packet) {
+            Ok(length) => {
+                packet.truncate(length);
+                Ok(Some(packet))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
 /// Passes on what is there, or waits a little for something.
 fn relay(ends: &[File; 2]) {
     let poll = |fd: RawFd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };

@@ -95,11 +95,12 @@ impl Layer {
     }
 }
 
-/// In which ways programs are attached in an integration test. Those of the datapath run in each that has
-/// programs of its own.
+/// In which ways programs are attached in an integration test. Those of the datapath run in each, but those
+/// that attach none in each that has programs of its own.
 fn attached_by(target: &str) -> &'static [&'static str] {
     match target {
-        "program" | "forward" | "flows" => &["native", "tc"],
+        "program" => &["native", "tc"],
+        "forward" | "flows" => &["native", "generic", "tc"],
         _ => &["native"],
     }
 }

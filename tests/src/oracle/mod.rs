@@ -122,7 +122,7 @@ fn send(
     summary: &mut Summary,
     chosen: impl Fn(usize) -> bool,
 ) -> Result<Option<Found>> {
-    let mut world = World::new(&stream.rules, stream.attach, subject)?;
+    let mut world = World::new(stream, subject)?;
     for (number, step) in stream.steps.iter().enumerate().filter(|(number, _)| chosen(*number)) {
         let flow = &stream.flows[step.flow];
         let seen = world
@@ -179,10 +179,11 @@ fn explained(seed: u64, stream: &Stream, found: Found, subject: Subject<'_>) -> 
     let step = &stream.steps[found.step];
     let flow = &stream.flows[step.flow];
     let mut text = format!(
-        "packet {} of seed {seed} comes out differently; portfwd is attached as {}.\n\
-         again: cargo xtask oracle --seed {seed} --packets {}\n\n{}",
+        "packet {} of seed {seed} comes out differently; portfwd is attached as {}, with tun devices at \
+         {:?} (client, server).\nagain: cargo xtask oracle --seed {seed} --packets {}\n\n{}",
         found.step,
         stream.attach,
+        stream.tuns,
         found.step + 1,
         about(stream, flow)
     );

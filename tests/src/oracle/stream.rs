@@ -201,7 +201,7 @@ impl Step {
 }
 
 /// Of a host at an end, and of the router there.
-fn link_addresses(side: Side) -> ([u8; 6], [u8; 6]) {
+pub fn link_addresses(side: Side) -> ([u8; 6], [u8; 6]) {
     match side {
         Side::Client => (CLIENT_MAC, WAN_MAC),
         Side::Server => (SERVER_MAC, LAN_MAC),
@@ -214,6 +214,8 @@ pub struct Stream {
     pub rules: Vec<Rule>,
     /// How portfwd is attached.
     pub attach: &'static str,
+    /// At which ends the router has an interface without Ethernet, by [`Side`].
+    pub tuns: [bool; 2],
     pub flows: Vec<Flow>,
     pub steps: Vec<Step>,
 }
@@ -227,6 +229,12 @@ impl Stream {
         let mut random = Random::new(seed);
         let rules = rules::some(&mut random, extent);
         let attach = *random.pick(&["native", "native", "tc", "tc", "generic"]);
+        let tuns = match random.below(6) {
+            0 => [true, true],
+            1 => [true, false],
+            2 => [false, true],
+            _ => [false, false],
+        };
         let mut maker = Maker { random, extent, rules, flows: Vec::new() };
         let mut open: Vec<VecDeque<Step>> = Vec::new();
         let mut steps = Vec::with_capacity(packets);
@@ -243,7 +251,7 @@ impl Stream {
             }
         }
         let Maker { rules, flows, .. } = maker;
-        Self { rules, attach, flows, steps }
+        Self { rules, attach, tuns, flows, steps }
     }
 }
 

@@ -10,12 +10,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::rules::{self, SECOND_WAN, SERVERS, server};
-use super::stream::{CLIENT_MAC, Flow, LAN_MAC, SERVER_MAC, Side, Step, WAN_MAC};
+use super::stream::{
+    CLIENT_MAC, Flow, LAN_MAC, SERVER_MAC, Side, Step, Stream, WAN_MAC, link_addresses,
+};
 use crate::netns::{self, Namespace};
 use crate::packet::{self, ICMP, ICMPV6, Packet, TCP, UDP};
 use crate::portfwd::Portfwd;
 use crate::rig::{self, Options, Rig};
 use crate::rule::Rule;
+use crate::tun::Device;
 use crate::wire::Tap;
 use tempfile::TempDir;
 
@@ -55,9 +58,60 @@ impl Seen {
 /// Source and destination.
 type Ends = (SocketAddr, SocketAddr);
 
+/// Where packets are sent to a router and received from it.
+enum End {
+    Ethernet(Tap),
+    /// Of a tun device, whose packets have the link header only here.
+    Tun(Device, Side),
+}
+
+impl End {
+    fn send(&self, frame: &[u8]) -> Result<()> {
+        match self {
+            Self::Ethernet(tap) => tap.send(frame),
+            Self::Tun(device, _) => {
+                device.send(packet_of(frame));
+                Ok(())
+            }
+        }
+    }
+
+    /// The next frame that the router sent, or `None` if none came for a while.
+    fn receive(&mut self) -> Result<Option<Vec<u8>>> {
+        match self {
+            Self::Ethernet(tap) => {
+                let frame = tap.receive()?;
+                let unfilled = frame.as_ref().is_some_and(|frame| frame.unfilled);
+                ensure!(!unfilled, "a frame whose checksum is left to hardware");
+                Ok(frame.map(|frame| frame.data))
+            }
+            Self::Tun(device, side) => Ok(device.receive()?.map(|packet| frame_of(&packet, *side))),
+        }
+    }
+}
+
+/// What follows the link header and its tags.
+fn packet_of(frame: &[u8]) -> &[u8] {
+    let mut at = 12;
+    while matches!(frame.get(at..at + 2), Some([0x81, 0x00] | [0x88, 0xa8])) {
+        at += 4;
+    }
+    frame.get(at + 2..).unwrap_or_default()
+}
+
+/// A packet as it would come to an end by Ethernet.
+fn frame_of(packet: &[u8], side: Side) -> Vec<u8> {
+    let is_v4 = packet[0] >> 4 == 4;
+    let to_group = if is_v4 { packet[16] >> 4 == 14 } else { packet[24] == 0xff };
+    let (host, router) = link_addresses(side);
+    let destination = if to_group { [1; 6] } else { host };
+    let ethertype: [u8; 2] = if is_v4 { [0x08, 0x00] } else { [0x86, 0xdd] };
+    [&destination, &router, &ethertype[..], packet].concat()
+}
+
 /// A router at work.
 struct Lane {
-    taps: [Tap; 2],
+    ends: [End; 2],
     /// How the server sees a flow, by its number.
     arrived: HashMap<usize, Ends>,
     /// The other way round, with the protocol.
@@ -83,13 +137,13 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(rules: &[Rule], attach: &str, subject: Subject<'_>) -> Result<Self> {
+    pub fn new(stream: &Stream, subject: Subject<'_>) -> Result<Self> {
         // Most of it is waiting for the kernel.
         let (nftables, subject) = std::thread::scope(|scope| {
-            let nftables = scope.spawn(|| Lane::nftables(rules));
+            let nftables = scope.spawn(|| Lane::nftables(stream));
             let subject = match subject {
-                Subject::Portfwd(path) => Lane::portfwd(rules, attach, path),
-                Subject::Nftables => Lane::nftables(rules),
+                Subject::Portfwd(path) => Lane::portfwd(stream, path),
+                Subject::Nftables => Lane::nftables(stream),
             };
             let nftables = nftables.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             (nftables, subject)
@@ -107,9 +161,9 @@ impl World {
 }
 
 impl Lane {
-    fn nftables(rules: &[Rule]) -> Result<Self> {
-        let rig = prepared()?;
-        netns::feed(rig.router.command("nft").args(["-f", "-"]), &rules::nft(rules))?;
+    fn nftables(stream: &Stream) -> Result<Self> {
+        let (rig, ends) = prepared(stream.tuns)?;
+        netns::feed(rig.router.command("nft").args(["-f", "-"]), &rules::nft(&stream.rules))?;
         let of_tracking = |key: &str, value| {
             rig.router.set_sysctl(&format!("net.netfilter.nf_conntrack_{key}"), value)
         };
@@ -134,31 +188,30 @@ impl Lane {
         ] {
             of_tracking(timeout, "3600")?;
         }
-        Self::new(rig, None)
+        Ok(Self::new(rig, ends, None))
     }
 
-    fn portfwd(rules: &[Rule], attach: &str, binary: &Path) -> Result<Self> {
-        let rig = prepared()?;
+    fn portfwd(stream: &Stream, binary: &Path) -> Result<Self> {
+        let Stream { rules, attach, tuns, .. } = stream;
+        let (rig, ends) = prepared(*tuns)?;
         let directory = TempDir::new()?;
         let config = directory.path().join("portfwd.toml");
         let rules: String = rules.iter().map(Rule::toml).collect();
-        let interfaces = "[interfaces]\nexternal = \"wan0\"\ninternal = \"lan0\"";
-        fs::write(&config, format!("{interfaces}\nattach = \"{attach}\"\n{rules}"))?;
+        let mut interfaces = format!(
+            "[interfaces]\nexternal = \"wan0\"\ninternal = \"lan0\"\nattach = \"{attach}\"\n"
+        );
+        for (_, name) in ["wan0", "lan0"].iter().enumerate().filter(|(side, _)| tuns[*side]) {
+            interfaces += &format!("[interfaces.{name}]\nattach = \"tc\"\n");
+        }
+        fs::write(&config, interfaces + &rules)?;
         let arguments = ["--config".as_ref(), config.as_os_str()];
         let portfwd = Portfwd::start(&rig.router, binary, &arguments, directory.path())?;
-        Self::new(rig, Some((portfwd, directory)))
+        Ok(Self::new(rig, ends, Some((portfwd, directory))))
     }
 
-    fn new(rig: Rig, portfwd: Option<(Portfwd, TempDir)>) -> Result<Self> {
-        let taps = [Tap::open(&rig.client, "eth0")?, Tap::open(&rig.server, "eth0")?];
-        Ok(Self {
-            taps,
-            arrived: HashMap::new(),
-            flows: HashMap::new(),
-            markers: 0,
-            _portfwd: portfwd,
-            _rig: rig,
-        })
+    fn new(rig: Rig, ends: [End; 2], portfwd: Option<(Portfwd, TempDir)>) -> Self {
+        let (arrived, flows) = Default::default();
+        Self { ends, arrived, flows, markers: 0, _portfwd: portfwd, _rig: rig }
     }
 
     fn try_step(&mut self, step: &Step, flow: &Flow) -> Result<Seen> {
@@ -169,7 +222,7 @@ impl Lane {
             _ => step.frame(),
         };
         for frame in step.frames(frame) {
-            self.taps[step.at as usize].send(&frame)?;
+            self.ends[step.at as usize].send(&frame)?;
         }
         let mut seen = self.settle(step.at)?;
         // How it is cut is each one's own affair.
@@ -232,7 +285,7 @@ impl Lane {
         for side in [at, at.other(), at, at.other()] {
             self.markers += 1;
             let marker = marker(side, self.markers);
-            self.taps[side as usize].send(&marker)?;
+            self.ends[side as usize].send(&marker)?;
             self.receive_until(&marker, side.other(), &mut seen)?;
         }
         Ok(seen)
@@ -241,15 +294,12 @@ impl Lane {
     fn receive_until(&mut self, marker: &[u8], side: Side, seen: &mut Seen) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(5);
         while Instant::now() < deadline {
-            let Some(frame) = self.taps[side as usize].receive()? else { continue };
-            if frame.data.ends_with(&marker[marker.len() - MARKER_NUMBER..])
-                && is_marker(&frame.data)
-            {
+            let Some(frame) = self.ends[side as usize].receive()? else { continue };
+            if frame.ends_with(&marker[marker.len() - MARKER_NUMBER..]) && is_marker(&frame) {
                 return Ok(());
             }
-            if !is_chatter(&frame.data) {
-                ensure!(!frame.unfilled, "a frame whose checksum is left to hardware");
-                seen.0[side as usize].push(frame.data);
+            if !is_chatter(&frame) {
+                seen.0[side as usize].push(frame);
             }
         }
         bail!("a marker sent to the {side:?} does not arrive")
@@ -288,8 +338,9 @@ fn is_chatter(frame: &[u8]) -> bool {
     frame[0] & 1 == 1 || frame[12..14] == [8, 6]
 }
 
-/// A rig whose ends are silent and whose router knows its neighbours and forwards.
-fn prepared() -> Result<Rig> {
+/// A rig whose ends are silent and whose router knows its neighbours and forwards, by tun devices at some
+/// ends.
+fn prepared(tuns: [bool; 2]) -> Result<(Rig, [End; 2])> {
     let second = SECOND_WAN.both().map(prefixed);
     let external = second.each_ref().map(String::as_str);
     let rig = Rig::with(Options { external: &external, ..Options::default() })?;
@@ -299,17 +350,30 @@ fn prepared() -> Result<Rig> {
         end.set_sysctl("net.ipv6.conf.eth0.disable_ipv6", "1")?;
         end.ip("address flush dev eth0")?;
     }
-    set_link_address(&rig.client, "eth0", CLIENT_MAC)?;
-    set_link_address(&rig.server, "eth0", SERVER_MAC)?;
-    set_link_address(&rig.router, "wan0", WAN_MAC)?;
-    set_link_address(&rig.router, "lan0", LAN_MAC)?;
+    let end = |side: Side| {
+        let (host, name, addresses) = match side {
+            Side::Client => (&rig.client, "wan0", [rig::WAN.both(), SECOND_WAN.both()].concat()),
+            Side::Server => (&rig.server, "lan0", rig::LAN.both().to_vec()),
+        };
+        if tuns[side as usize] {
+            return tun(&rig.router, name, &addresses).map(|device| End::Tun(device, side));
+        }
+        let (of_host, of_router) = link_addresses(side);
+        set_link_address(host, "eth0", of_host)?;
+        set_link_address(&rig.router, name, of_router)?;
+        Tap::open(host, "eth0").map(End::Ethernet)
+    };
+    let ends = [end(Side::Client)?, end(Side::Server)?];
 
     let mut lines = Vec::new();
     let mut neighbour = |address: IpAddr, mac, interface| {
-        lines.push(format!(
-            "neighbour replace {address} lladdr {} dev {interface} nud permanent",
-            text(mac)
-        ));
+        let has_none = if interface == "wan0" { tuns[0] } else { tuns[1] };
+        if !has_none {
+            lines.push(format!(
+                "neighbour replace {address} lladdr {} dev {interface} nud permanent",
+                text(mac)
+            ));
+        }
     };
     for client in rig::CLIENT.both() {
         neighbour(client, CLIENT_MAC, "wan0");
@@ -348,7 +412,18 @@ fn prepared() -> Result<Rig> {
     ] {
         rig.router.set_sysctl(key, value)?;
     }
-    Ok(rig)
+    Ok((rig, ends))
+}
+
+/// A tun device instead of the router's interface of that name, with these addresses.
+fn tun(router: &Namespace, name: &str, addresses: &[IpAddr]) -> Result<Device> {
+    router.ip(&format!("link delete {name}"))?;
+    let device = Device::new(router, name)?;
+    router.ip(&format!("link set {name} up"))?;
+    for address in addresses {
+        router.ip(&format!("address add {} dev {name} nodad", prefixed(*address)))?;
+    }
+    Ok(device)
 }
 
 fn prefixed(address: IpAddr) -> String {
