@@ -1,8 +1,10 @@
 //! How a program is attached to an interface, and why in that way.
 
+use std::iter;
+
 use crate::config::Attach;
 use crate::datapath::{AttachError, Mode};
-use crate::network::{Layer, Link};
+use crate::network::{Layer, Link, Snapshot};
 
 /// Links whose packets come from this machine itself: super-packets, and without checksums.
 const LOCAL: &[&str] = &[
@@ -25,25 +27,30 @@ const LOCAL: &[&str] = &[
 ];
 
 /// Which way `auto` takes, and why. A native program can still be refused.
-fn choose(link: &Link) -> (Mode, String) {
-    let driver = link.driver.as_deref().unwrap_or("its driver");
-    match link.layer {
-        Layer::Ethernet if LOCAL.contains(&driver) => {
-            (Mode::Tc, format!("{driver}: packets of this machine stay whole there"))
+fn choose(link: &Link, snapshot: &Snapshot) -> (Mode, String) {
+    if link.layer != Layer::Ethernet {
+        return (Mode::Tc, "no Ethernet header".to_owned());
+    }
+    // Of a bond, also what it stands on.
+    let below = snapshot.bottoms(link);
+    let mut drivers = iter::once(link).chain(below).filter_map(|link| link.driver.as_deref());
+    match drivers.find(|driver| LOCAL.contains(driver)) {
+        Some(driver) => (Mode::Tc, format!("{driver}: packets of this machine stay whole there")),
+        None => {
+            let driver = link.driver.as_deref().unwrap_or("its driver");
+            (Mode::Native, format!("{driver} has it"))
         }
-        Layer::Ethernet => (Mode::Native, format!("{driver} has it")),
-        Layer::Bare | Layer::Other => (Mode::Tc, "no Ethernet header".to_owned()),
     }
 }
 
 /// Which way would be taken, and why. What is `wanted` can still be refused.
-pub fn foresee(link: &Link, wanted: Attach) -> (Mode, String) {
+pub fn foresee(link: &Link, snapshot: &Snapshot, wanted: Attach) -> (Mode, String) {
     let asked = |mode| (mode, AS_CONFIGURED.to_owned());
     match wanted {
         Attach::Native => asked(Mode::Native),
         Attach::Generic => asked(Mode::Generic),
         Attach::Tc => asked(Mode::Tc),
-        Attach::Auto => choose(link),
+        Attach::Auto => choose(link, snapshot),
     }
 }
 
@@ -56,10 +63,11 @@ const AS_CONFIGURED: &str = "as configured";
 /// As `attach` says; with `auto`, of the last way that was tried.
 pub fn attach(
     link: &Link,
+    snapshot: &Snapshot,
     wanted: Attach,
     mut attach: impl FnMut(Mode) -> Result<Mode, AttachError>,
 ) -> Result<(Mode, String), AttachError> {
-    let (mode, why) = foresee(link, wanted);
+    let (mode, why) = foresee(link, snapshot, wanted);
     match attach(mode) {
         Ok(mode) => Ok((mode, why)),
         Err(error) if wanted != Attach::Auto || mode == Mode::Tc => Err(error),
@@ -88,9 +96,11 @@ mod tests {
     /// How, if native XDP gives this error.
     fn auto(link: &Link, native: Option<AttachError>) -> (Mode, String) {
         let mut native = native;
-        attach(link, Attach::Auto, |mode| match native.take_if(|_| mode == Mode::Native) {
-            Some(error) => Err(error),
-            None => Ok(mode),
+        attach(link, &Snapshot::default(), Attach::Auto, |mode| {
+            match native.take_if(|_| mode == Mode::Native) {
+                Some(error) => Err(error),
+                None => Ok(mode),
+            }
         })
         .unwrap()
     }
@@ -116,6 +126,16 @@ mod tests {
     }
 
     #[test]
+    fn a_bond_is_what_its_ports_are() {
+        let bond = Link { index: 9, ..link("bond", Layer::Ethernet) };
+        for (driver, mode) in [("igb", Mode::Native), ("veth", Mode::Tc)] {
+            let port = Link { index: 2, master: Some(9), ..link(driver, Layer::Ethernet) };
+            let snapshot = Snapshot { links: vec![port, bond.clone()], ..Snapshot::default() };
+            assert_eq!(foresee(&bond, &snapshot, Attach::Auto).0, mode, "{driver}");
+        }
+    }
+
+    #[test]
     fn what_is_asked_for_is_tried_alone() {
         let card = link("igb", Layer::Ethernet);
         for (wanted, mode) in [
@@ -124,7 +144,7 @@ mod tests {
             (Attach::Tc, Mode::Tc),
         ] {
             let mut tried = Vec::new();
-            let refused = attach(&card, wanted, |mode| {
+            let refused = attach(&card, &Snapshot::default(), wanted, |mode| {
                 tried.push(mode);
                 Err(AttachError::Busy { interface: "up".into() })
             });

@@ -1,5 +1,8 @@
 //! Through interfaces that are made upon others, at either side, attached as `auto` finds right.
 
+use std::path::Path;
+use std::process::{Command, Stdio};
+
 use portfwd_tests::netns::Namespace;
 use portfwd_tests::peers::{Answer, Server};
 use portfwd_tests::rig::{self, Addresses, Rig};
@@ -14,16 +17,16 @@ struct Kind {
     /// What ip(8) does at the router: `@` is the interface below, `LOCAL` and `REMOTE` are the addresses
     /// of both ends there.
     near: &'static [&'static str],
-    /// The same at its peer; nothing if that needs none of its own.
-    far: &'static [&'static str],
+    /// The same at its peer, unless that needs none of its own.
+    far: Option<&'static [&'static str]>,
     /// How `auto` attaches to it.
     attach: &'static str,
     /// IPv6 over it as well.
     v6: bool,
     /// It takes packets to others too, as backends send their answers by it.
     routes: bool,
-    /// What is to be done then: at this end of the two, which has an address below.
-    then: fn(&Namespace, usize, [Addresses; 2]),
+    /// What is to be done then: at this end of the two, which have these addresses below.
+    then: fn(&Namespace, usize, [Addresses; 2]) -> Result<(), String>,
 }
 
 impl Kind {
@@ -32,11 +35,11 @@ impl Kind {
         Self {
             name,
             near: commands,
-            far: commands,
+            far: Some(commands),
             attach: "tc",
             v6: true,
             routes: true,
-            then: |_, _, _| {},
+            then: |_, _, _| Ok(()),
         }
     }
 
@@ -45,11 +48,11 @@ impl Kind {
         Self {
             name,
             near: commands,
-            far: &[],
+            far: None,
             attach: "tc",
             v6: true,
             routes: true,
-            then: |_, _, _| {},
+            then: |_, _, _| Ok(()),
         }
     }
 
@@ -60,7 +63,9 @@ impl Kind {
         below: &str,
         outer: [Addresses; 2],
     ) -> Result<(), String> {
-        for (end, commands, below) in [(0, self.near, below), (1, self.far, "eth0")] {
+        for (end, commands, below) in
+            [(0, self.near, below), (1, self.far.unwrap_or_default(), "eth0")]
+        {
             for command in commands {
                 let (local, remote) = (outer[end], outer[1 - end]);
                 let command = command
@@ -78,7 +83,7 @@ impl Kind {
                     panic!("{error}");
                 }
             }
-            (self.then)(ends[end], end, outer);
+            (self.then)(ends[end], end, outer)?;
         }
         Ok(())
     }
@@ -110,7 +115,7 @@ fn through(kind: &Kind) {
             eprintln!("skipped: {why}");
             return;
         }
-        let far = if kind.far.is_empty() { "eth0" } else { "over0" };
+        let far = if kind.far.is_none() { "eth0" } else { "over0" };
         for (end, name, host) in [(router, "over0", 1), (peer, far, 2)] {
             end.ip(&format!("address add 10.9.3.{host}/24 dev {name}")).unwrap();
             end.ip(&format!("address add fd99:3::{host}/64 dev {name} nodad")).unwrap();
@@ -213,6 +218,12 @@ fn an_ipvlan() {
 }
 
 #[test]
+fn a_bond() {
+    const MAKE: &str = "link add over0 type bond mode active-backup miimon 100";
+    through(&Kind::near("bond", &[MAKE, "link set @ down", "link set @ master over0"]));
+}
+
+#[test]
 fn a_vlan() {
     through(&Kind::pair("VLAN", &["link add link @ name over0 type vlan id 100"]));
 }
@@ -267,7 +278,7 @@ fn a_tunnel_over_ipv6() {
 }
 
 /// Gives one end of two over WireGuard its key and its peer's.
-fn with_keys(namespace: &Namespace, end: usize, outer: [Addresses; 2]) {
+fn with_keys(namespace: &Namespace, end: usize, outer: [Addresses; 2]) -> Result<(), String> {
     let wg = |input: &str, arguments: &[&str]| {
         let script = r#"printf %s "$0" | wg "$@""#;
         let mut command = namespace.command("sh");
@@ -280,10 +291,45 @@ fn with_keys(namespace: &Namespace, end: usize, outer: [Addresses; 2]) {
     let own = ["set", "over0", "listen-port", "51820", "private-key", "/dev/stdin"];
     let peer = ["peer", public.trim(), "endpoint", &endpoint, "allowed-ips", "0.0.0.0/0,::/0"];
     wg(&private[end], &[own, peer].concat());
+    Ok(())
 }
 
 #[test]
 fn a_wireguard_tunnel() {
     let pair = Kind::pair("WireGuard", &["link add over0 type wireguard"]);
     through(&Kind { then: with_keys, ..pair });
+}
+
+/// Has a PPP daemon at each end, which speak to each other by TCP.
+fn with_daemons(namespace: &Namespace, end: usize, outer: [Addresses; 2]) -> Result<(), String> {
+    // Not there until its module is, and that may be none of this kernel's.
+    if !Path::new("/dev/ppp").exists()
+        && netns::run(Command::new("modprobe").arg("ppp_generic")).is_err()
+    {
+        return Err("this kernel has no PPP".into());
+    }
+    let line = match end {
+        0 => format!("socat - TCP-LISTEN:7000,bind={}", outer[0].v4),
+        _ => format!("socat - TCP:{}:7000,retry=100,interval=0.1", outer[0].v4),
+    };
+    let addresses = ["10.9.4.1:10.9.4.2", "10.9.4.2:10.9.4.1"][end];
+    let mut daemon = namespace.command("pppd");
+    daemon
+        .args(["nodetach", "noauth", "local", "ifname", "over0", addresses, "+ipv6", "pty", &line]);
+    daemon.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    // Ends with the namespace.
+    drop(daemon.spawn().map_err(|error| format!("pppd: {error}"))?);
+    // Both ends speak once the second is there.
+    if end == 1 {
+        poll(|| match namespace.ip("address show dev over0 to 10.9.4.2") {
+            Ok(shown) if shown.contains("inet") => Ok(()),
+            other => Err(format!("no address yet: {other:?}")),
+        });
+    }
+    Ok(())
+}
+
+#[test]
+fn a_ppp_link() {
+    through(&Kind { then: with_daemons, ..Kind::pair("PPP", &[]) });
 }
