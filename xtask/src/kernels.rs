@@ -83,7 +83,7 @@ exec </dev/null >/dev/ttyS1 2>&1
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
 mkdir -p /lib/modules /dev/pts /dev/shm
 mount --bind MODULES /lib/modules
-[ -e /sbin/modprobe ] || ln -s /run/busybox /sbin/modprobe
+ln -sf /run/busybox /sbin/modprobe
 ln -s /proc/self/fd /dev/fd
 for stream in stdin:0 stdout:1 stderr:2; do ln -s fd/${stream#*:} /dev/${stream%:*}; done
 mount -t devpts devpts /dev/pts
@@ -148,7 +148,7 @@ unshare --net sh -c '
         ip link set $link addrgenmode none up
     done
     exec "$@"
-' sh timeout "$limit" qemu-system-x86_64 -nodefaults -no-reboot -display none -accel tcg,thread=multi -cpu max \
+' sh timeout "$limit" qemu-system-x86_64 -nodefaults -no-reboot -display none -accel kvm -accel tcg,thread=multi -cpu max \
     -smp 2 -m 3G -object memory-backend-memfd,id=memory,size=3G,share=on \
     -machine q35,memory-backend=memory \
     -chardev socket,id=files,path=files -device vhost-user-fs-pci,chardev=files,tag=host \
@@ -176,11 +176,15 @@ pub fn bring(series: Series) -> Result<PathBuf> {
     if directory.exists() {
         return Ok(directory);
     }
-    let pattern = format!(r"^linux-image-{}\.{}\.[0-9].*-cloud-amd64$", series.major, series.minor);
+    // Not those for clouds, which have no PPP, nor for real time.
+    let pattern = format!(
+        r"^linux-image-{}\.{}\.[0-9]+(\+deb[0-9]+)?(-[0-9]+)?-amd64$",
+        series.major, series.minor
+    );
     let known = Command::new("apt-cache").args(["search", "--names-only", &pattern]).output();
     let known = String::from_utf8(known.context("cannot start apt-cache")?.stdout)?;
     let package = newest(&known).with_context(|| {
-        format!("apt knows no kernel {series} (linux-image-{series}*-cloud-amd64): `apt-get update`, or another series")
+        format!("apt knows no kernel {series} (linux-image-{series}*-amd64): `apt-get update`, or another series")
     })?;
     eprintln!("kernel {series}: {package}");
     // Under another name until all is there.
@@ -286,12 +290,12 @@ mod tests {
 
     #[test]
     fn the_newest_kernel_is_so_by_its_numbers() {
-        let known = "linux-image-6.1.0-9-cloud-amd64 - Linux 6.1\n\
-                     linux-image-6.1.0-56-cloud-amd64 - Linux 6.1\n\
-                     linux-image-6.1.0-10-cloud-amd64 - Linux 6.1\n";
-        assert_eq!(newest(known), Some("linux-image-6.1.0-56-cloud-amd64"));
-        let known = "linux-image-6.12.100+deb12-cloud-amd64 - x\nlinux-image-6.12.9+deb12-cloud-amd64 - x\n";
-        assert_eq!(newest(known), Some("linux-image-6.12.100+deb12-cloud-amd64"));
+        let known = "linux-image-6.1.0-9-amd64 - Linux 6.1\n\
+                     linux-image-6.1.0-56-amd64 - Linux 6.1\n\
+                     linux-image-6.1.0-10-amd64 - Linux 6.1\n";
+        assert_eq!(newest(known), Some("linux-image-6.1.0-56-amd64"));
+        let known = "linux-image-6.12.100+deb12-amd64 - x\nlinux-image-6.12.9+deb12-amd64 - x\n";
+        assert_eq!(newest(known), Some("linux-image-6.12.100+deb12-amd64"));
         assert_eq!(newest(""), None);
     }
 

@@ -23,7 +23,7 @@ const LLVM: u32 = 22;
 const COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
 /// The programs that the lab and the tests start, and the Debian packages that have them.
-const PROGRAMS: [(&str, &str); 17] = [
+const PROGRAMS: [(&str, &str); 16] = [
     ("ip", "iproute2"),
     ("ethtool", "ethtool"),
     ("ping", "iputils-ping"),
@@ -40,7 +40,6 @@ const PROGRAMS: [(&str, &str); 17] = [
     ("wg", "wireguard-tools"),
     ("pppd", "ppp"),
     ("socat", "socat"),
-    ("modprobe", "kmod"),
 ];
 
 /// What the bench needs and whom it compares with: programs, and nginx's module for it.
