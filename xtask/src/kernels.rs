@@ -148,7 +148,7 @@ unshare --net sh -c '
         ip link set $link addrgenmode none up
     done
     exec "$@"
-' sh timeout "$limit" qemu-system-x86_64 -nodefaults -no-reboot -display none -accel kvm -accel tcg,thread=multi -cpu max \
+' sh timeout "$limit" qemu-system-x86_64 -nodefaults -no-reboot -display none -accel tcg,thread=multi -cpu max \
     -smp 2 -m 3G -object memory-backend-memfd,id=memory,size=3G,share=on \
     -machine q35,memory-backend=memory \
     -chardev socket,id=files,path=files -device vhost-user-fs-pci,chardev=files,tag=host \
