@@ -116,7 +116,8 @@ mod tests {
         let why = "MTU 9000 is too large for its native XDP";
         assert_eq!(auto(&card, Some(large)), (Mode::Tc, why.into()));
         let message = "Operation not supported".to_owned();
-        let other = AttachError::Other { interface: interface(), mode: Mode::Native, message };
+        let (mode, remedy) = (Mode::Native, "");
+        let other = AttachError::Other { interface: interface(), mode, message, remedy };
         let why = "no native XDP: Operation not supported";
         assert_eq!(auto(&card, Some(other)), (Mode::Tc, why.into()));
         for driver in ["veth", "bridge", "vlan", "macvlan"] {
