@@ -144,8 +144,7 @@ fn the_verifier_has_room_to_spare() {
         if log && old {
             continue;
         }
-        let all = Capacity { crosses: true, ..CAPACITY };
-        let mut datapath = Datapath::load(all, &PORTS, log).unwrap();
+        let mut datapath = Datapath::load(CAPACITY, &PORTS, log).unwrap();
         datapath.load_programs(hook()).unwrap();
         for verified in datapath.verified() {
             println!("log {log}: {verified:?}");

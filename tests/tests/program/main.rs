@@ -2,6 +2,7 @@
 
 mod answers;
 mod change;
+mod cross;
 mod errors;
 mod flows;
 mod fragments;
