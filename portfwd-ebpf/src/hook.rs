@@ -403,7 +403,7 @@ impl Tc {
             rest = rest.field([0, 1], [0, 0]);
         }
         if rest.sum() != 0 {
-            // SAFETY: as above. It does nothing where the kernel has no sum of the whole.
+            // SAFETY: the context is this run's. It does nothing where the kernel has no sum of the whole.
             unsafe { bpf_csum_update(self.ctx.skb.skb, rest.sum()) };
         }
     }

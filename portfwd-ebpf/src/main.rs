@@ -605,7 +605,8 @@ impl<H: Hook> Kernel for Run<H> {
             BPF_FIB_LKUP_RET_SUCCESS => Route::Via,
             // How much goes that way was not told: it is what too much is refused for.
             BPF_FIB_LKUP_RET_NO_NEIGH => {
-                // In place of the destination, the kernel wrote the gateway.
+                // In place of the destination, the kernel wrote the gateway, which may be one of IPv6.
+                fib.family = flow.family;
                 fib.__bindgen_anon_4.ipv6_dst = words(flow.destination);
                 lookup(fib, u16::MAX);
                 told.hop.mtu = mtu(fib);
