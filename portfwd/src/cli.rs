@@ -361,7 +361,7 @@ async fn foresee(config: &Config) -> Vec<CheckedInterface> {
     links
         .filter(|link| link.layer != Layer::Other)
         .map(|link| {
-            let (mode, why) = modes::foresee(link, &snapshot, config.attach_to(&link.name));
+            let (mode, why) = modes::foresee(link, config.attach_to(&link.name));
             CheckedInterface { name: link.name.clone(), attach: mode.to_string(), why }
         })
         .collect()

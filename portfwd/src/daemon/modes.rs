@@ -1,10 +1,8 @@
 //! How a program is attached to an interface, and why in that way.
 
-use std::iter;
-
 use crate::config::Attach;
 use crate::datapath::{AttachError, Mode};
-use crate::network::{Layer, Link, Snapshot};
+use crate::network::{Layer, Link};
 
 /// Links whose packets come from this machine itself: super-packets, and without checksums.
 const LOCAL: &[&str] = &[
@@ -26,31 +24,30 @@ const LOCAL: &[&str] = &[
     "ifb",
 ];
 
+/// The only link whose XDP programs run on others: for them a packet comes by a port of it.
+const BOND: &str = "bond";
+
 /// Which way `auto` takes, and why. A native program can still be refused.
-fn choose(link: &Link, snapshot: &Snapshot) -> (Mode, String) {
-    if link.layer != Layer::Ethernet {
-        return (Mode::Tc, "no Ethernet header".to_owned());
-    }
-    // Of a bond, also what it stands on.
-    let below = snapshot.bottoms(link);
-    let mut drivers = iter::once(link).chain(below).filter_map(|link| link.driver.as_deref());
-    match drivers.find(|driver| LOCAL.contains(driver)) {
-        Some(driver) => (Mode::Tc, format!("{driver}: packets of this machine stay whole there")),
-        None => {
-            let driver = link.driver.as_deref().unwrap_or("its driver");
-            (Mode::Native, format!("{driver} has it"))
+fn choose(link: &Link) -> (Mode, String) {
+    let driver = link.driver.as_deref().unwrap_or("its driver");
+    match link.layer {
+        Layer::Ethernet if LOCAL.contains(&driver) => {
+            (Mode::Tc, format!("{driver}: packets of this machine stay whole there"))
         }
+        Layer::Ethernet if driver == BOND => (Mode::Tc, "bond: XDP would see its ports".to_owned()),
+        Layer::Ethernet => (Mode::Native, format!("{driver} has it")),
+        Layer::Bare | Layer::Other => (Mode::Tc, "no Ethernet header".to_owned()),
     }
 }
 
 /// Which way would be taken, and why. What is `wanted` can still be refused.
-pub fn foresee(link: &Link, snapshot: &Snapshot, wanted: Attach) -> (Mode, String) {
+pub fn foresee(link: &Link, wanted: Attach) -> (Mode, String) {
     let asked = |mode| (mode, AS_CONFIGURED.to_owned());
     match wanted {
         Attach::Native => asked(Mode::Native),
         Attach::Generic => asked(Mode::Generic),
         Attach::Tc => asked(Mode::Tc),
-        Attach::Auto => choose(link, snapshot),
+        Attach::Auto => choose(link),
     }
 }
 
@@ -63,11 +60,13 @@ const AS_CONFIGURED: &str = "as configured";
 /// As `attach` says; with `auto`, of the last way that was tried.
 pub fn attach(
     link: &Link,
-    snapshot: &Snapshot,
     wanted: Attach,
     mut attach: impl FnMut(Mode) -> Result<Mode, AttachError>,
 ) -> Result<(Mode, String), AttachError> {
-    let (mode, why) = foresee(link, snapshot, wanted);
+    let (mode, why) = foresee(link, wanted);
+    if mode == Mode::Native && link.driver.as_deref() == Some(BOND) {
+        return Err(AttachError::Bond { interface: link.name.clone() });
+    }
     match attach(mode) {
         Ok(mode) => Ok((mode, why)),
         Err(error) if wanted != Attach::Auto || mode == Mode::Tc => Err(error),
@@ -77,8 +76,13 @@ pub fn attach(
                 AttachError::Mtu { mtu, .. } => {
                     format!("MTU {mtu} is too large for its native XDP")
                 }
-                AttachError::Other { message, .. } => format!("no native XDP: {message}"),
-                AttachError::Programs(_) | AttachError::Portfwd { .. } => return Err(error),
+                AttachError::NoXdp { message, .. } | AttachError::Other { message, .. } => {
+                    format!("no native XDP: {message}")
+                }
+                AttachError::Programs(_)
+                | AttachError::Portfwd { .. }
+                | AttachError::Bond { .. }
+                | AttachError::NoFilters { .. } => return Err(error),
             };
             attach(Mode::Tc).map(|mode| (mode, why))
         }
@@ -96,11 +100,9 @@ mod tests {
     /// How, if native XDP gives this error.
     fn auto(link: &Link, native: Option<AttachError>) -> (Mode, String) {
         let mut native = native;
-        attach(link, &Snapshot::default(), Attach::Auto, |mode| {
-            match native.take_if(|_| mode == Mode::Native) {
-                Some(error) => Err(error),
-                None => Ok(mode),
-            }
+        attach(link, Attach::Auto, |mode| match native.take_if(|_| mode == Mode::Native) {
+            Some(error) => Err(error),
+            None => Ok(mode),
         })
         .unwrap()
     }
@@ -116,24 +118,13 @@ mod tests {
         let why = "MTU 9000 is too large for its native XDP";
         assert_eq!(auto(&card, Some(large)), (Mode::Tc, why.into()));
         let message = "Operation not supported".to_owned();
-        let (mode, remedy) = (Mode::Native, "");
-        let other = AttachError::Other { interface: interface(), mode, message, remedy };
+        let other = AttachError::NoXdp { interface: interface(), message };
         let why = "no native XDP: Operation not supported";
         assert_eq!(auto(&card, Some(other)), (Mode::Tc, why.into()));
-        for driver in ["veth", "bridge", "vlan", "macvlan"] {
+        for driver in ["veth", "bridge", "vlan", "macvlan", "bond"] {
             assert_eq!(auto(&link(driver, Layer::Ethernet), None).0, Mode::Tc, "{driver}");
         }
         assert_eq!(auto(&link("tun", Layer::Bare), None), (Mode::Tc, "no Ethernet header".into()));
-    }
-
-    #[test]
-    fn a_bond_is_what_its_ports_are() {
-        let bond = Link { index: 9, ..link("bond", Layer::Ethernet) };
-        for (driver, mode) in [("igb", Mode::Native), ("veth", Mode::Tc)] {
-            let port = Link { index: 2, master: Some(9), ..link(driver, Layer::Ethernet) };
-            let snapshot = Snapshot { links: vec![port, bond.clone()], ..Snapshot::default() };
-            assert_eq!(foresee(&bond, &snapshot, Attach::Auto).0, mode, "{driver}");
-        }
     }
 
     #[test]
@@ -145,12 +136,19 @@ mod tests {
             (Attach::Tc, Mode::Tc),
         ] {
             let mut tried = Vec::new();
-            let refused = attach(&card, &Snapshot::default(), wanted, |mode| {
+            let refused = attach(&card, wanted, |mode| {
                 tried.push(mode);
                 Err(AttachError::Busy { interface: "up".into() })
             });
             assert!(refused.is_err());
             assert_eq!(tried, [mode]);
         }
+    }
+
+    #[test]
+    fn nothing_is_tried_on_a_bond_that_would_see_its_ports() {
+        let bond = link("bond", Layer::Ethernet);
+        let refused = attach(&bond, Attach::Native, |_| unreachable!()).unwrap_err().to_string();
+        assert!(refused.starts_with("up: native XDP on a bond"), "{refused}");
     }
 }
