@@ -547,6 +547,17 @@ fn what_is_in_the_way() {
     }
     assert_eq!(programs(router), "");
 
+    router.ip("link add bridge0 type bridge").unwrap();
+    router.ip("address add 198.51.101.1/24 dev bridge0").unwrap();
+    router.ip("link set bridge0 up").unwrap();
+    place.refused(
+        "a driver without XDP",
+        &mut place.command(&run.replace("wan0", "bridge0")),
+        &["bridge0: its driver has no native XDP, or not as it is set up (Operation not supported *; `dmesg` may say more); set attach = \"tc\""],
+        1,
+    );
+    router.ip("link delete bridge0").unwrap();
+
     let arguments = ["-i", "wan0", "-p", "81:192.168.77.10"];
     let first = Portfwd::start(router, &binary(), &arguments, &place.path("first")).unwrap();
     place.refused(

@@ -1,4 +1,5 @@
-//! Other kernels than this machine's: Debian's, each in a virtual machine without KVM.
+//! Other kernels than this machine's: Debian's, each in a virtual machine without KVM, which is often not
+//! there, or broken where machines are virtual themselves.
 //!
 //! The guest's root is this machine's, read-only by virtiofs; what it writes stays in its memory. So
 //! the tests that were built here run there, with all the programs that they start.
@@ -83,6 +84,7 @@ exec </dev/null >/dev/ttyS1 2>&1
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb
 mkdir -p /lib/modules /dev/pts /dev/shm
 mount --bind MODULES /lib/modules
+# Kmod's wants other tables of the modules than busybox has made.
 ln -sf /run/busybox /sbin/modprobe
 ln -s /proc/self/fd /dev/fd
 for stream in stdin:0 stdout:1 stderr:2; do ln -s fd/${stream#*:} /dev/${stream%:*}; done
@@ -172,15 +174,11 @@ pub fn bring(series: Series) -> Result<PathBuf> {
     ensure!(ARCH == "x86_64", "other kernels can be tried on x86-64 alone, and this is {ARCH}");
     let kernels = Path::new(cargo::WORKSPACE).join("target/kernels");
     fs::create_dir_all(&kernels).with_context(|| kernels.display().to_string())?;
-    let directory = kernels.canonicalize()?.join(series.to_string());
+    let directory = kernels.canonicalize()?.join(format!("{series}-amd64"));
     if directory.exists() {
         return Ok(directory);
     }
-    // Not those for clouds, which have no PPP, nor for real time.
-    let pattern = format!(
-        r"^linux-image-{}\.{}\.[0-9]+(\+deb[0-9]+)?(-[0-9]+)?-amd64$",
-        series.major, series.minor
-    );
+    let pattern = format!(r"^linux-image-{}\.{}\.[0-9].*-amd64$", series.major, series.minor);
     let known = Command::new("apt-cache").args(["search", "--names-only", &pattern]).output();
     let known = String::from_utf8(known.context("cannot start apt-cache")?.stdout)?;
     let package = newest(&known).with_context(|| {
@@ -204,7 +202,9 @@ fn newest(known: &str) -> Option<&str> {
     let numbers = |name: &&str| -> Vec<u64> {
         name.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
     };
-    known.lines().filter_map(|line| line.split(' ').next()).max_by_key(numbers)
+    // Not those for clouds, which have no PPP, nor for real time.
+    let is_plain = |name: &&str| !name.contains("-cloud-") && !name.contains("-rt-");
+    known.lines().filter_map(|line| line.split(' ').next()).filter(is_plain).max_by_key(numbers)
 }
 
 /// A machine that does a task. Dropped, it ends.
@@ -296,6 +296,9 @@ mod tests {
         assert_eq!(newest(known), Some("linux-image-6.1.0-56-amd64"));
         let known = "linux-image-6.12.100+deb12-amd64 - x\nlinux-image-6.12.9+deb12-amd64 - x\n";
         assert_eq!(newest(known), Some("linux-image-6.12.100+deb12-amd64"));
+        let known = "linux-image-6.1.0-7-amd64 - x\nlinux-image-6.1.0-8-cloud-amd64 - x\n\
+                     linux-image-6.1.0-9-rt-amd64 - x\n";
+        assert_eq!(newest(known), Some("linux-image-6.1.0-7-amd64"));
         assert_eq!(newest(""), None);
     }
 

@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do
     echo "layer: $1"
     if [ "$3" != native ]; then echo "attached by $3:"; fi
     unset PORTFWD_TEST_CARDS skip
-    if [ "$3" != native ]; then skip="--skip=interfaces::"; fi
+    if [ "$3" != native ]; then skip="--skip=interfaces:: --skip=tc::"; fi
     if [ "$3" = "native on cards" ]; then export PORTFWD_TEST_CARDS="$cards"; fi
     PORTFWD_TEST_ATTACH=${3%% *} "$2" --show-output $skip ${4:+"$4"} || failed=1
     shift 4
@@ -95,8 +95,8 @@ impl Layer {
     }
 }
 
-/// In which ways programs are attached in an integration test. Those of the datapath run in each, but those
-/// that attach none in each that has programs of its own.
+/// In which ways programs are attached in an integration test. `program` attaches none: it tries those of XDP
+/// and those of TC.
 fn attached_by(target: &str) -> &'static [&'static str] {
     match target {
         "program" => &["native", "tc"],

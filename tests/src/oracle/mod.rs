@@ -178,12 +178,13 @@ fn explained(seed: u64, stream: &Stream, found: Found, subject: Subject<'_>) -> 
     let (needed, found) = shrunk(stream, found, subject)?;
     let step = &stream.steps[found.step];
     let flow = &stream.flows[step.flow];
+    let ways = stream.tuns.map(|tun| if tun { "tc on a tun device" } else { stream.attach });
     let mut text = format!(
-        "packet {} of seed {seed} comes out differently; portfwd is attached as {}, with tun devices at \
-         {:?} (client, server).\nagain: cargo xtask oracle --seed {seed} --packets {}\n\n{}",
+        "packet {} of seed {seed} comes out differently; portfwd is attached {}, {} (outside, \
+         inside).\nagain: cargo xtask oracle --seed {seed} --packets {}\n\n{}",
         found.step,
-        stream.attach,
-        stream.tuns,
+        ways[0],
+        ways[1],
         found.step + 1,
         about(stream, flow)
     );

@@ -90,13 +90,12 @@ impl End {
     }
 }
 
-/// What follows the link header and its tags.
+/// What follows the link header; of what has a tag there, nothing.
 fn packet_of(frame: &[u8]) -> &[u8] {
-    let mut at = 12;
-    while matches!(frame.get(at..at + 2), Some([0x81, 0x00] | [0x88, 0xa8])) {
-        at += 4;
+    match frame.split_at_checked(packet::ETHERNET) {
+        Some((link, packet)) if matches!(link[12..], [0x08, 0x00] | [0x86, 0xdd]) => packet,
+        _ => &[],
     }
-    frame.get(at + 2..).unwrap_or_default()
 }
 
 /// A packet as it would come to an end by Ethernet.
@@ -200,8 +199,10 @@ impl Lane {
         let mut interfaces = format!(
             "[interfaces]\nexternal = \"wan0\"\ninternal = \"lan0\"\nattach = \"{attach}\"\n"
         );
-        for (_, name) in ["wan0", "lan0"].iter().enumerate().filter(|(side, _)| tuns[*side]) {
-            interfaces += &format!("[interfaces.{name}]\nattach = \"tc\"\n");
+        for (side, name) in [(Side::Client, "wan0"), (Side::Server, "lan0")] {
+            if tuns[side as usize] {
+                interfaces += &format!("[interfaces.{name}]\nattach = \"tc\"\n");
+            }
         }
         fs::write(&config, interfaces + &rules)?;
         let arguments = ["--config".as_ref(), config.as_os_str()];
@@ -366,9 +367,12 @@ fn prepared(tuns: [bool; 2]) -> Result<(Rig, [End; 2])> {
     let ends = [end(Side::Client)?, end(Side::Server)?];
 
     let mut lines = Vec::new();
-    let mut neighbour = |address: IpAddr, mac, interface| {
-        let has_none = if interface == "wan0" { tuns[0] } else { tuns[1] };
-        if !has_none {
+    let mut neighbour = |address: IpAddr, side: Side| {
+        let (mac, interface) = match side {
+            Side::Client => (CLIENT_MAC, "wan0"),
+            Side::Server => (SERVER_MAC, "lan0"),
+        };
+        if !tuns[side as usize] {
             lines.push(format!(
                 "neighbour replace {address} lladdr {} dev {interface} nud permanent",
                 text(mac)
@@ -376,13 +380,13 @@ fn prepared(tuns: [bool; 2]) -> Result<(Rig, [End; 2])> {
         }
     };
     for client in rig::CLIENT.both() {
-        neighbour(client, CLIENT_MAC, "wan0");
+        neighbour(client, Side::Client);
     }
     for number in 0..SERVERS {
-        neighbour(server(false, number), SERVER_MAC, "lan0");
-        neighbour(server(true, number), SERVER_MAC, "lan0");
+        neighbour(server(false, number), Side::Server);
+        neighbour(server(true, number), Side::Server);
     }
-    neighbour(MARKED.into(), SERVER_MAC, "lan0");
+    neighbour(MARKED.into(), Side::Server);
     let narrow = format!("mtu lock {NARROW}");
     for client in rig::CLIENT.both() {
         lines.push(format!("route add default via {client} {narrow}"));

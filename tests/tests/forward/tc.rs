@@ -202,23 +202,28 @@ fn without_ethernet_a_route_by_a_gateway_has_its_own_mtu() {
     let Rig { client, router, server, .. } = &rig;
     let _tunnel = Tunnel::new([router, client], "far0").unwrap();
     let [wan, gateways] = address([router, client], "far0", 1);
-    let distant = rig::DISTANT_CLIENT.both();
+    let [distant4, distant6] = rig::DISTANT_CLIENT.both();
+    let other4: IpAddr = "203.0.113.3".parse().unwrap();
+    // The gateway of IPv4 may be one of IPv6.
+    let ways = [(other4, 0, gateways[1]), (distant4, 0, gateways[0]), (distant6, 1, gateways[1])];
     let backends = rig::SERVER.both();
-    let mut rules = Vec::new();
-    for family in 0..2 {
-        let (host, gateway) = (distant[family], gateways[family]);
+    for (host, _, gateway) in ways {
         client.ip(&format!("address add {host} dev lo")).unwrap();
-        router.ip(&format!("route add {host} via {gateway} mtu lock 1280")).unwrap();
-        let name = family.to_string();
-        let rule = Rule::new(&name, "udp", 9000..=9000, at(backends[family], 27015));
-        rules.push(Rule { address: Some(wan[family]), ..rule });
+        let inet6 = if gateway.is_ipv6() { "inet6" } else { "" };
+        router.ip(&format!("route add {host} via {inet6} {gateway} mtu lock 1280")).unwrap();
     }
+    let rules: Vec<Rule> = [0, 1]
+        .map(|family| Rule {
+            address: Some(wan[family]),
+            ..Rule::new(&family.to_string(), "udp", 9000..=9000, at(backends[family], 27015))
+        })
+        .into();
     let interfaces = "external = [\"far0\"]\nattach = \"auto\"";
     let portfwd = started(&rig, interfaces, &rules, &[], &directory);
-    for family in 0..2 {
+    for (number, (host, family, _)) in ways.into_iter().enumerate() {
         let backend = at(backends[family], 27015);
         let _game = Server::udp(server, backend, Answer::Echo).unwrap();
-        let socket = client.enter(|| UdpSocket::bind((distant[family], 0)).unwrap());
+        let socket = client.enter(|| UdpSocket::bind((host, 0)).unwrap());
         socket.connect((wan[family], 9000)).unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         // What fits has made the way known. Of what does not, the backend is told, and cuts the next up.
@@ -226,11 +231,10 @@ fn without_ethernet_a_route_by_a_gateway_has_its_own_mtu() {
             poll(|| {
                 socket.send(&vec![7; length]).unwrap();
                 let answered = socket.recv(&mut [0; 1500]);
-                answered.map_err(|error| format!("{}: {error}", wan[family]))
+                answered.map_err(|error| format!("{host}: {error}"))
             });
         }
-        let stats = portfwd.stats().unwrap();
-        let told = stats["verdicts"]["passed"]["too_big"].as_u64().unwrap();
-        assert!(told > family as u64, "{stats}");
+        let stats = Stats(portfwd.stats().unwrap());
+        assert!(stats.passed("too_big") > number as u64, "{host}: {}", stats.0);
     }
 }

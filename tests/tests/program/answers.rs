@@ -30,16 +30,16 @@ fn answer(about: &Packet, kind: [u8; 2], rest: [u8; 4]) -> Vec<u8> {
     .bytes()
 }
 
-fn time_exceeded(about: &Packet) -> Vec<u8> {
+pub fn time_exceeded(about: &Packet) -> Vec<u8> {
     answer(about, if about.is_v4() { [11, 0] } else { [3, 0] }, [0; 4])
 }
 
-fn too_big(about: &Packet, mtu: u32) -> Vec<u8> {
+pub fn too_big(about: &Packet, mtu: u32) -> Vec<u8> {
     answer(about, if about.is_v4() { [3, 4] } else { [2, 0] }, mtu.to_be_bytes())
 }
 
 /// Asserts that the client of a packet is told.
-fn tells(router: &mut Router, flow: &Flow, came: &Packet, reason: Dropped, expected: &[u8]) {
+pub fn tells(router: &mut Router, flow: &Flow, came: &Packet, reason: Dropped, expected: &[u8]) {
     let mut seen = router.try_frame(flow.role, flow.link, &came.bytes());
     for _ in 0..100 {
         if seen.outcome == Outcome::Drop(reason) {

@@ -1,27 +1,25 @@
 //! Backends of the other IP version: packets of flows change their headers as RFC 7915 says.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
+use portfwd::rule::Rule;
 use portfwd_ebpf::path::Role;
 use portfwd_ebpf::table::{Direction, Dropped, Passed};
 use portfwd_tests::is_root;
 use portfwd_tests::packet::{ETHERNET, Packet, TCP, UDP, ends};
 
+use crate::answers::{tells, time_exceeded, too_big};
+use crate::headers::{transport_checksum, tune};
 use crate::router::{
-    Flow, LAN, NARROW_INSIDE, OTHER, Outcome, PORTS, Router, Version, WAN, hex, link_address,
+    self, Flow, LAN, NARROW_INSIDE, OTHER, Outcome, PORTS, Router, Version, WAN, hex, link_address,
     with_router,
 };
 
 /// Clients of this version, and a backend of the other.
-fn rule(version: Version, backend: (u8, u8)) -> String {
-    let text = |address: IpAddr| match address {
-        IpAddr::V4(address) => address.to_string(),
-        IpAddr::V6(address) => format!("[{address}]"),
-    };
-    let listen = text(version.address(WAN, 1));
-    let nobody = text(version.address(LAN, 10));
-    let backend = text(other(version).address(backend.0, backend.1));
-    format!("{listen}:8080:{nobody}:80/tcp+udp ! {backend}:80 masquerade")
+fn rule(version: Version, backend: (u8, u8)) -> Rule {
+    let spec = version.rule("@11.1:8080:@12.10:80/tcp+udp masquerade");
+    let to = other(version).at(backend.0, backend.1, 80).to_string().parse().unwrap();
+    Rule { name: format!("{version:?}"), to: vec![to].into(), ..router::rule(&spec) }
 }
 
 fn other(version: Version) -> Version {
@@ -43,7 +41,7 @@ struct Crossing {
 impl Crossing {
     /// Begins a flow in each version and protocol. All have an answer.
     fn all(router: &mut Router) -> Vec<Self> {
-        router.load(&Version::BOTH.map(|version| rule(version, (LAN, 10))));
+        router.load_rules(Version::BOTH.map(|version| rule(version, (LAN, 10))).into());
         let both = Version::BOTH.into_iter();
         let kinds: Vec<_> = both.flat_map(|it| [TCP, UDP].map(|protocol| (it, protocol))).collect();
         kinds
@@ -207,20 +205,23 @@ fn whole_packets_change_their_headers() {
     });
 }
 
-/// A checksum of all ones means that there is one, and it is nothing.
+/// Of UDP's, all ones stand for nothing: no checksum is something else.
 #[test]
-fn every_checksum_comes_right() {
+fn checksums_that_come_or_leave_as_nothing() {
     if !is_root() {
         return;
     }
     with_router(|router| {
         for crossing in Crossing::all(router) {
+            let nothing = if crossing.protocol == UDP { [0xff, 0xff] } else { [0, 0] };
             for direction in [Direction::Forward, Direction::Reply] {
                 let mut came = crossing.came(direction);
-                for number in (0..=u16::MAX).step_by(97).chain([0xffff]) {
-                    came.payload = number.to_be_bytes().to_vec();
-                    crossing.converts(router, "sum", direction, &came);
-                }
+                came.payload = tune(&crossing.goes(direction, &came));
+                assert_eq!(transport_checksum(&crossing.goes(direction, &came)), nothing);
+                crossing.converts(router, "leaves as nothing", direction, &came);
+                came.payload = tune(&came);
+                assert_eq!(transport_checksum(&came), nothing);
+                crossing.converts(router, "comes as nothing", direction, &came);
             }
         }
     });
@@ -257,7 +258,7 @@ fn what_the_other_version_does_not_have_is_dropped() {
     });
 }
 
-/// Its sender hears of it in its own version.
+/// Its sender hears of it in its own version, from the address that it sent to.
 #[test]
 fn a_packet_that_ends_here_is_answered() {
     if !is_root() {
@@ -267,14 +268,13 @@ fn a_packet_that_ends_here_is_answered() {
         for crossing in Crossing::all(router) {
             for direction in [Direction::Forward, Direction::Reply] {
                 let came = Packet { hops: 1, ..crossing.came(direction) };
-                let flow = crossing.flow(direction);
-                let seen = router.try_frame(flow.role, flow.link, &came.bytes());
-                assert_eq!(seen.outcome, Outcome::Answer(Dropped::TtlExpired));
-                let kind = if came.is_v4() { [11, 0] } else { [3, 0] };
-                let at = ETHERNET + if came.is_v4() { 20 } else { 40 };
-                assert_eq!(seen.frame[at..at + 2], kind);
-                assert_eq!(seen.frame[..6], came.link_source);
-                portfwd_tests::wire::verify(&seen.frame).unwrap();
+                tells(
+                    router,
+                    &crossing.flow(direction),
+                    &came,
+                    Dropped::TtlExpired,
+                    &time_exceeded(&came),
+                );
             }
         }
     });
@@ -286,28 +286,21 @@ fn senders_are_told_what_fits_in_their_version() {
         return;
     }
     with_router(|router| {
-        // Of the route beyond: 1,280 bytes of the other version.
-        for (version, fits, mtu) in [(Version::V4, 1260, 1260), (Version::V6, 1300, 1300)] {
-            router.load(&[rule(version, (NARROW_INSIDE, 10))]);
+        // What has 1,280 bytes in the other version.
+        for (version, fits) in [(Version::V4, 1260_u16), (Version::V6, 1300)] {
+            router.load_rules(vec![rule(version, (NARROW_INSIDE, 10))]);
             for protocol in [TCP, UDP] {
                 let flow = Flow::forward(version, protocol, 8080, (10, 80));
-                let sized = |length: usize| {
+                let sized = |length: u16| {
                     let came = flow.came();
                     let headers = came.length() - came.payload.len();
-                    Packet { payload: vec![7; length - headers], ..came }
+                    Packet { payload: vec![7; usize::from(length) - headers], ..came }
                 };
                 let seen = router.try_frame(flow.role, flow.link, &sized(fits).bytes());
                 assert_eq!(seen.outcome, Outcome::Redirect, "{version:?}");
                 let came = sized(fits + 1);
-                let seen = router.try_frame(flow.role, flow.link, &came.bytes());
-                assert_eq!(seen.outcome, Outcome::Answer(Dropped::TooBig), "{version:?}");
-                let (kind, at) = match version {
-                    Version::V4 => ([3, 4], ETHERNET + 20),
-                    Version::V6 => ([2, 0], ETHERNET + 40),
-                };
-                assert_eq!(seen.frame[at..at + 2], kind);
-                assert_eq!(seen.frame[at + 4..at + 8], u32::to_be_bytes(mtu));
-                portfwd_tests::wire::verify(&seen.frame).unwrap();
+                let expected = too_big(&came, fits.into());
+                tells(router, &flow, &came, Dropped::TooBig, &expected);
             }
         }
     });

@@ -150,7 +150,7 @@ fn every_combination_of_lengths() {
 }
 
 /// Sets the first two bytes of an even payload so that the checksum of `packet` comes out as zero.
-fn tune(packet: &Packet) -> Vec<u8> {
+pub fn tune(packet: &Packet) -> Vec<u8> {
     let mut packet = Packet { payload: vec![0; 8], ..packet.clone() };
     let bytes = packet.bytes();
     let place = bytes.len() - if packet.protocol == TCP { 12 } else { 10 };
@@ -158,7 +158,7 @@ fn tune(packet: &Packet) -> Vec<u8> {
     packet.payload
 }
 
-fn transport_checksum(packet: &Packet) -> [u8; 2] {
+pub fn transport_checksum(packet: &Packet) -> [u8; 2] {
     let bytes = packet.bytes();
     let place = bytes.len() - packet.payload.len() - if packet.protocol == TCP { 4 } else { 2 };
     [bytes[place], bytes[place + 1]]

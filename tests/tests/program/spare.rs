@@ -93,6 +93,7 @@ const PROGRAMS: u32 = 3;
 const PER_CPU_ARRAY: u32 = 6;
 const LRU_HASH: u32 = 9;
 const DEVICES: u32 = 14;
+const RING_BUFFER: u32 = 27;
 
 const LOOK_UP: i32 = 1;
 const UPDATE: i32 = 2;
@@ -127,7 +128,8 @@ impl Map {
     /// Removes all entries, or makes them zero; but what leads nowhere without an entry elsewhere stays, and
     /// what never changes.
     fn clear(&self) {
-        const FROZEN: u32 = 1 << 7;
+        /// `BPF_F_RDONLY_PROG`: read-only data, which is frozen.
+        const READ_ONLY: u32 = 1 << 7;
         let MapInfo { kind, key_size, value_size, max_entries, flags, name, .. } = self.info;
         let name = str::from_utf8(&name).unwrap().trim_end_matches('\0');
         let stays = matches!(name, "SETTINGS" | "TRUST" | "ROUTES_V4" | "ROUTES_V6" | "HOPS");
@@ -144,7 +146,8 @@ impl Map {
                     self.call(DELETE, Some(&number.to_ne_bytes()), &mut []);
                 }
             }
-            ARRAY | PER_CPU_ARRAY if flags & FROZEN == 0 => {
+            ARRAY if flags & READ_ONLY != 0 => {}
+            ARRAY | PER_CPU_ARRAY => {
                 // The kernel reads as many as it may have.
                 let cpus = if kind == ARRAY { 1 } else { 8192 };
                 let mut zero = vec![0_u8; value_size.next_multiple_of(8) as usize * cpus];
@@ -153,7 +156,9 @@ impl Map {
                     assert!(written, "{name}: {}", Error::last_os_error());
                 }
             }
-            _ => {}
+            // Of the log.
+            PROGRAMS | RING_BUFFER => {}
+            _ => panic!("{name}: nobody knows how to clear a map of type {kind}"),
         }
     }
 
