@@ -9,6 +9,7 @@ pub mod new_flows;
 pub mod rules;
 pub mod tcp;
 pub mod throughput;
+pub mod udp;
 
 use std::fs;
 use std::thread;
@@ -23,12 +24,13 @@ use crate::report::{Report, Sample, Unit};
 type Measure = fn(&mut Bench) -> Result<()>;
 
 /// Every measure by its name.
-pub const ALL: [(&str, Measure); 8] = [
+pub const ALL: [(&str, Measure); 9] = [
     (throughput::NAME, throughput::run),
     (new_flows::NAME, new_flows::run),
     (rules::NAME, rules::run),
     (latency::NAME, latency::run),
     (tcp::NAME, tcp::run),
+    (udp::NAME, udp::run),
     (cost::NAME, cost::run),
     (memory::NAME, memory::run),
     (flood::NAME, flood::run),

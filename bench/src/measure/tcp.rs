@@ -85,33 +85,38 @@ pub fn run(bench: &mut Bench) -> Result<()> {
     let bulks = if bench.options.quick { &BULKS[..1] } else { &BULKS };
     for bulk in bulks {
         bench.case(NAME, bulk.name, &CONTENDERS, |options, contender| {
-            let path = Path::new(options, contender, bulk.wire)?;
+            let path = Path::new(options, contender, Transport::Tcp, bulk.wire)?;
             bulk.measure(&path, if options.quick { 1 } else { 2 })
         });
     }
     bench.case(NAME, "connections", &CONTENDERS, |options, contender| {
-        let path = Path::new(options, contender, Wire::Offloads)?;
+        let path = Path::new(options, contender, Transport::Tcp, Wire::Offloads)?;
         connections(&path, options.time())
     });
     Ok(())
 }
 
-/// A contender on a rig of its own, with a rule for TCP.
-struct Path {
+/// A contender on a rig of its own, with a rule for TCP, or for UDP.
+pub(super) struct Path {
     /// Before the rig: it ends first.
     _running: Running,
-    rig: Rig,
+    pub rig: Rig,
     /// Where clients connect to.
-    target: SocketAddrV4,
+    pub target: SocketAddrV4,
     /// Where the server is.
-    backend: SocketAddrV4,
+    pub backend: SocketAddrV4,
 }
 
 impl Path {
-    fn new(options: &Options, contender: Contender, wire: Wire) -> Result<Self> {
+    pub fn new(
+        options: &Options,
+        contender: Contender,
+        transport: Transport,
+        wire: Wire,
+    ) -> Result<Self> {
         let rules = Rules::Single(2);
-        let rule = rules.iter().find(|rule| rule.transport == Transport::Tcp);
-        let rule = rule.context("no rule for TCP")?;
+        let rule = rules.iter().find(|rule| rule.transport == transport);
+        let rule = rule.context("no rule for it")?;
         let rig = Rig::new(wire)?;
         // Ports for all the connections that a client, or a proxy, makes.
         for namespace in [&rig.client, &rig.router] {
