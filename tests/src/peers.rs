@@ -77,6 +77,7 @@ impl Server {
                     }
                 }
             });
+            sys::stop_listening(listener.as_fd());
         }))
     }
 

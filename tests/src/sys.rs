@@ -30,6 +30,13 @@ pub fn set_option<T>(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: &
     .map(drop)
 }
 
+/// Gives a port that is listened on free at once. To drop the socket is not enough while a process that is just
+/// being started has it too.
+pub fn stop_listening(socket: BorrowedFd<'_>) {
+    // SAFETY: a bare system call. It cannot fail but for a socket that is none.
+    unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
 /// Makes blocking calls on a socket, `accept` included, give up with `WouldBlock` after a time.
 pub fn set_receive_timeout(socket: BorrowedFd<'_>, timeout: std::time::Duration) -> Result<()> {
     let value = libc::timeval {
