@@ -547,6 +547,15 @@ fn what_is_in_the_way() {
     }
     assert_eq!(programs(router), "");
 
+    let file = "[interfaces]\nexternal = 'wan0'\n[[rule]]\nname = 'own'\nprotocol = 'tcp+udp'\nlisten = '[2001:db8:1::1]:80'\nto = '192.168.77.1:85'\nsource = 'masquerade'\n";
+    fs::write(place.path("own.toml"), file).unwrap();
+    place.refused(
+        "the box as backend of the other IP version",
+        &mut place.command("run -c DIR/own.toml"),
+        &["DIR/own.toml:3: rule \"own\": backend 192.168.77.1 is this box, which cannot be one of the other IP version; listen on IPv4, or name another host"],
+        1,
+    );
+
     router.ip("link add bridge0 type bridge").unwrap();
     router.ip("address add 198.51.101.1/24 dev bridge0").unwrap();
     router.ip("link set bridge0 up").unwrap();
