@@ -558,8 +558,14 @@ fn explain_one(
             rules[*other].name
         ),
     });
+    let crosses = legs.iter().any(|leg| leg.crosses());
+    if crosses {
+        lines.push("headers of the other IP version (RFC 7915): the backend is of that".to_owned());
+    }
     match rule.mss {
         rule::Mss::Auto => {}
+        _ if crosses => lines
+            .push("mss: of no effect, as SYNs to the other IP version stay as they are".to_owned()),
         rule::Mss::Off => lines.push("mss: segments of TCP may be larger than the way".to_owned()),
         rule::Mss::At(bytes) => {
             lines.push(format!("mss: segments of TCP have {bytes} bytes at most"))

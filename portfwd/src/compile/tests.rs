@@ -364,6 +364,19 @@ fn a_rule_is_explained_with_those_that_come_before_it() {
 }
 
 #[test]
+fn a_rule_to_the_other_ip_version_is_explained_as_such() {
+    let mut rules = rules(&["[2001:db8::1]:80:[fd00::5]"]);
+    rules[0].to = vec!["10.0.0.5".parse().unwrap()].into();
+    (rules[0].source, rules[0].mss) = (Source::Masquerade, rule::Mss::At(1300));
+    let plan = plan(&rules, &Resolved::new()).unwrap();
+    let text = &explain(&rules, &plan)[0];
+    assert!(text.contains("\nheaders of the other IP version (RFC 7915)"), "{text}");
+    assert!(
+        text.ends_with("\nmss: of no effect, as SYNs to the other IP version stay as they are")
+    );
+}
+
+#[test]
 fn rules_whose_replies_differ_at_one_port_need_flows() {
     let shares = |other| Some(Stateful::SharesPort(other));
     for (specs, expected) in [
