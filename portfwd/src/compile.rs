@@ -558,7 +558,7 @@ fn explain_one(
             rules[*other].name
         ),
     });
-    let crosses = legs.iter().any(|leg| leg.crosses());
+    let crosses = legs.iter().any(Leg::crosses);
     if crosses {
         lines.push("headers of the other IP version (RFC 7915): the backend is of that".to_owned());
     }

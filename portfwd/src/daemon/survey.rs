@@ -108,18 +108,17 @@ impl Survey {
                 )),
             }
         }
-        for leg in plan.legs.iter().filter(|leg| local.contains(&leg.backend)) {
+        for leg in plan.legs.iter().filter(|leg| leg.crosses() && local.contains(&leg.backend)) {
             let (rule, backend) = (&config.rules[leg.rule], leg.backend);
             let version = if backend.is_ipv4() { "IPv4" } else { "IPv6" };
-            if rule.listen.address.is_some_and(|listen| listen.is_ipv4() != backend.is_ipv4()) {
-                let problem = format!(
-                    "{}: rule \"{}\": backend {backend} is this box, which cannot be one of the other \
-                     IP version; listen on {version}, or name another host",
-                    rule.place, rule.name
-                );
-                if !problems.contains(&problem) {
-                    problems.push(problem);
-                }
+            let problem = format!(
+                "{}: rule \"{}\": backend {backend} is this box, which cannot be one of the other \
+                 IP version; listen on {version}, or name another host",
+                rule.place, rule.name
+            );
+            // It has a leg for each protocol.
+            if !problems.contains(&problem) {
+                problems.push(problem);
             }
         }
         let mut hops: Vec<NextHop> = routes.iter().map(|(.., hop)| *hop).collect();
