@@ -13,7 +13,7 @@ mod portfwd;
 pub mod random;
 pub mod rig;
 pub mod rule;
-mod sys;
+pub mod sys;
 pub mod tun;
 pub mod wire;
 

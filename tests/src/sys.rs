@@ -106,18 +106,8 @@ pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
         attach_type: u32,
         flags: u32,
     }
-    /// bpf(2) with the leading part of `union bpf_attr`; the rest counts as zero.
-    fn bpf<T>(command: c_int, attributes: &T) -> Result<OwnedFd> {
-        // SAFETY: the kernel reads the given size; pointers inside are valid for the call.
-        let fd = unsafe {
-            libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<T>())
-        };
-        let fd = check(fd as c_int)?;
-        // SAFETY: the kernel has just made this descriptor for us alone.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-    }
 
-    let program = bpf(
+    let program = bpf_fd(
         PROG_LOAD,
         &Load {
             kind: PROG_TYPE_XDP,
@@ -131,7 +121,7 @@ pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
             flags: HAS_FRAGS,
         },
     )?;
-    let link = bpf(
+    let link = bpf_fd(
         LINK_CREATE,
         &Link {
             program: program.as_raw_fd() as u32,
@@ -141,6 +131,21 @@ pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
         },
     )?;
     Ok([program, link])
+}
+
+/// bpf(2) with the leading part of `union bpf_attr`; the rest counts as zero.
+pub fn bpf<T>(command: c_int, attributes: &T) -> Result<c_int> {
+    // SAFETY: the kernel reads the given size; pointers inside are valid for the call.
+    let status =
+        unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<T>()) };
+    check(status as c_int)
+}
+
+/// The same for commands that make a descriptor.
+pub fn bpf_fd<T>(command: c_int, attributes: &T) -> Result<OwnedFd> {
+    let fd = bpf(command, attributes)?;
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 pub fn check(status: c_int) -> Result<c_int> {

@@ -4,12 +4,13 @@
 //! 1 MiB is on the way, so that what is measured is work, and not how much can be lost.
 
 use std::net::UdpSocket;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::AsFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use portfwd_tests::sys::set_option;
 
 use crate::contender::Contender;
 use crate::measure::tcp::Path;
@@ -55,12 +56,12 @@ pub fn run(bench: &mut Bench) -> Result<()> {
 fn rate(path: &Path, time: Duration) -> Result<f64> {
     const WARM_UP: Duration = Duration::from_millis(200);
     let server = path.rig.server.enter(|| UdpSocket::bind(path.backend))?;
-    set(&server, libc::SOL_UDP, libc::UDP_GRO, 1)?;
-    set(&server, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20)?;
+    set_option(server.as_fd(), libc::SOL_UDP, libc::UDP_GRO, &1)?;
+    set_option(server.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, &(8 << 20))?;
     server.set_read_timeout(Some(Duration::from_millis(20)))?;
     let client = path.rig.client.enter(|| UdpSocket::bind("0.0.0.0:0"))?;
     client.connect(path.target)?;
-    set(&client, libc::SOL_UDP, libc::UDP_SEGMENT, DATAGRAM as libc::c_int)?;
+    set_option(client.as_fd(), libc::SOL_UDP, libc::UDP_SEGMENT, &(DATAGRAM as libc::c_int))?;
 
     let (stop, arrived) = (AtomicBool::new(false), AtomicU64::new(0));
     let stopped = || stop.load(Ordering::Relaxed);
@@ -109,15 +110,4 @@ fn rate(path: &Path, time: Duration) -> Result<f64> {
         ensure!(bytes > 0, "nothing arrived");
         Ok(bytes as f64 * 8.0 / time.as_secs_f64())
     })
-}
-
-fn set(socket: &UdpSocket, level: i32, name: i32, value: libc::c_int) -> Result<()> {
-    let size = size_of_val(&value) as libc::socklen_t;
-    // SAFETY: the kernel reads as many bytes as `value` has.
-    let status = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size)
-    };
-    let error = std::io::Error::last_os_error();
-    ensure!(status == 0, "cannot set option {name} of a UDP socket: {error}");
-    Ok(())
 }

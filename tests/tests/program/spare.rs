@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Error, ErrorKind};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use portfwd::compile::{Capacity, Update};
 use portfwd::datapath::Datapath;
 use portfwd::sysctl::Families;
 use portfwd_ebpf::path::Role;
+use portfwd_tests::sys::{bpf, bpf_fd};
 
 use crate::router::{CAPACITY, PORTS, Router, hook};
 
@@ -113,13 +114,13 @@ fn find_maps(program: BorrowedFd<'_>, found: &mut BTreeMap<u32, Map>) {
         if found.contains_key(id) {
             continue;
         }
-        let fd = by_id(MAP_BY_ID, *id);
+        let fd = bpf_fd(MAP_BY_ID, &[*id, 0, 0]).unwrap();
         let map = Map { info: self::info(fd.as_fd(), MapInfo::default()), fd };
         let jumps = if map.info.kind == PROGRAMS { map.info.max_entries } else { 0 };
         let programs: Vec<u32> = (0..jumps).filter_map(|number| map.look_up(number)).collect();
         found.insert(*id, map);
         for id in programs {
-            find_maps(by_id(PROGRAM_BY_ID, id).as_fd(), found);
+            find_maps(bpf_fd(PROGRAM_BY_ID, &[id, 0, 0]).unwrap().as_fd(), found);
         }
     }
 }
@@ -188,12 +189,6 @@ impl Map {
     }
 }
 
-fn by_id(command: i32, id: u32) -> OwnedFd {
-    let fd = bpf(command, &[id, 0, 0]).unwrap();
-    // SAFETY: the kernel has just made this descriptor for us alone.
-    unsafe { OwnedFd::from_raw_fd(fd) }
-}
-
 /// Fills the kernel's description in, as far as `T` goes.
 fn info<T>(of: BorrowedFd<'_>, mut info: T) -> T {
     #[repr(C)]
@@ -205,12 +200,4 @@ fn info<T>(of: BorrowedFd<'_>, mut info: T) -> T {
     let size = size_of::<T>() as u32;
     bpf(INFO, &Info { fd: of.as_raw_fd() as u32, size, info: (&raw mut info) as u64 }).unwrap();
     info
-}
-
-/// bpf(2) with the leading part of `union bpf_attr`; the rest counts as zero.
-fn bpf<T>(command: i32, attributes: &T) -> std::io::Result<i32> {
-    // SAFETY: the kernel reads the given size; pointers inside are valid for the call.
-    let status =
-        unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<T>()) };
-    if status < 0 { Err(Error::last_os_error()) } else { Ok(status as i32) }
 }
