@@ -11,6 +11,10 @@ use crate::packet::forgotten;
 /// builds refuse each other.
 pub const LAYOUT: u32 = 6;
 
+/// The version of what one set of programs leaves to the next: the keys and values of `FLOWS`, `PROBATION`,
+/// `MAPPINGS`, `CLIENTS`, `ARRIVALS` and `FRAGMENTS`, and how places in `FLOWS` are found.
+pub const KEPT: u32 = 1;
+
 /// A port: two bytes in network order.
 // Aligned as a number is, like the addresses below: on the BPF stack nothing else is allowed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

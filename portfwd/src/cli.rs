@@ -32,6 +32,9 @@ pub struct Arguments {
     /// The daemon's control socket
     #[arg(long, global = true, value_name = "PATH", default_value = api::DEFAULT_SOCKET)]
     socket: PathBuf,
+    /// The name under which forwarding outlives the daemon
+    #[arg(long, global = true, value_name = "NAME", default_value = daemon::DEFAULT_INSTANCE)]
+    instance: String,
     /// Say more; with `run`, what becomes of each packet that a rule claims
     #[arg(short, long, global = true)]
     verbose: bool,
@@ -67,6 +70,9 @@ struct Run {
     /// (default), udp, tcp+udp or any. Replaces the configuration's rule on the same port
     #[arg(short = 'p', long = "publish", value_name = "SPEC")]
     rules: Vec<String>,
+    /// Go on forwarding when the daemon ends
+    #[arg(long)]
+    keep: bool,
 }
 
 #[derive(Debug, Args)]
@@ -126,12 +132,13 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 async fn dispatch(arguments: Arguments) -> Result<(), Failure> {
-    let Arguments { command, socket, verbose, json } = arguments;
+    let Arguments { command, socket, instance, verbose, json } = arguments;
     match command {
         Command::Run(run) => {
             start_log(verbose);
             let config = run.config()?;
-            daemon::run(Options { config, socket, log_packets: verbose }).await
+            let Run { keep, .. } = run;
+            daemon::run(Options { config, socket, instance, keep, log_packets: verbose }).await
         }
         Command::Check(check) => check.run(verbose, json).await,
         Command::List => {

@@ -11,6 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+use portfwd_ebpf::flow_table::WINDOW;
 use portfwd_ebpf::packet::{TCP, UDP};
 use portfwd_ebpf::table::{
     Address, AnyAddress, Claims, Direction, Endpoint, MOST_BACKENDS, Mss, Ports as PortTable,
@@ -637,6 +638,17 @@ impl Flows {
         flows::homes(self.0)
     }
 
+    /// As many as a table with so many places was made for.
+    fn with_entries(entries: u32) -> Self {
+        let homes = u64::from((entries + 1).saturating_sub(WINDOW));
+        Self((homes * 3).div_ceil(8) as u32)
+    }
+
+    /// How many places their table has.
+    pub fn entries(self) -> u32 {
+        self.homes() + WINDOW - 1
+    }
+
     /// How many flows may be on probation.
     pub fn probation(self) -> u32 {
         if self.0 <= 1 { 1024 } else { flows::probation(self.0) }
@@ -685,6 +697,24 @@ impl Capacity {
             crosses,
             mappings: 2 * MASQUERADE_ADDRESSES * ports.masquerade.len() as u32,
         }
+    }
+
+    /// Whether a table of flows that is `there`, with so many entries, has room enough; then there is as much as
+    /// it has. Other maps do, always.
+    pub fn make_room(&mut self, map: &str, there: u32) -> bool {
+        let FlowRoom { v4, v6 } = &mut self.flows;
+        let (wanted, room) = match map {
+            "FLOWS_V4" => (v4.entries(), Some(v4)),
+            "FLOWS_V6" => (v6.entries(), Some(v6)),
+            "PROBATION_V4" => (v4.probation(), None),
+            "PROBATION_V6" => (v6.probation(), None),
+            "MAPPINGS" | "CLIENTS" => (self.mappings, None),
+            _ => return true,
+        };
+        if let (Some(room), true) = (room, there > wanted) {
+            *room = Flows::with_entries(there);
+        }
+        there >= wanted
     }
 
     /// Whether there is this row of the endpoints. An update that did not fit may have left numbers
@@ -792,6 +822,20 @@ fn table_of(claims: &mut Claims, protocol: u8) -> &mut PortTable {
 }
 
 impl Compiler {
+    /// With these names of rules, whose counters are numbered in this order.
+    pub fn with_names<'a>(names: impl Iterator<Item = &'a str>) -> Self {
+        let mut compiler = Self::default();
+        for name in names {
+            compiler.names.number(name);
+        }
+        compiler
+    }
+
+    /// All names that have counters, in their order, also of rules that are gone.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        (0..self.names.len()).map(|number| self.names.get(number as usize))
+    }
+
     /// The counter of a rule's name.
     pub fn counter(&self, name: &str) -> Option<u32> {
         self.names.find(name)

@@ -36,13 +36,18 @@ mod hints;
 pub(crate) mod modes;
 mod protocols;
 mod routes;
+mod state;
 mod survey;
 mod sweep;
 
 use hints::Addresses;
 use routes::Keeper;
+use state::{Owned, State, World};
 use survey::{Survey, check_interfaces};
 use sweep::Sweeper;
+
+/// The name of an instance that is given none.
+pub const DEFAULT_INSTANCE: &str = "portfwd";
 
 /// Why the daemon does not run. Both are lines for the user.
 #[derive(Debug)]
@@ -64,6 +69,10 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 pub struct Options {
     pub config: Config,
     pub socket: PathBuf,
+    /// The name under which forwarding outlives this process.
+    pub instance: String,
+    /// Go on forwarding when this process ends.
+    pub keep: bool,
     /// Show what becomes of each packet that a rule claims.
     pub log_packets: bool,
 }
@@ -78,7 +87,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     keep_large_tables_apart();
     let interrupt = signal(SignalKind::interrupt())?;
     let terminate = signal(SignalKind::terminate())?;
-    let Options { config, socket, log_packets } = options;
+    let Options { config, socket, instance, keep, log_packets } = options;
     if config.rules.is_empty() {
         return Err(Failure::Configuration(
             "there is no rule; add a [[rule]] to the configuration, or -p SPEC".to_owned(),
@@ -91,15 +100,22 @@ pub async fn run(options: Options) -> Result<(), Failure> {
                 .to_owned(),
         ));
     }
+    let owned = Owned::take(&instance)?;
+    // Pins that are gone with their file system are as good as none.
+    let before = owned.read()?.filter(|before| owned.instance.has(&before.kept));
     let resolved = resolve_all(&config.rules).await?;
     let mut plan = plan(&config.rules, &resolved)
         .map_err(|refused| Failure::Configuration(refused.to_string()))?;
 
     let (network, changes) = Network::open()?;
     let snapshot = network.snapshot().await?;
-    check_interfaces(&config, &snapshot)?;
-    let survey = Survey::take(&network, &snapshot, &config, &plan, &Survey::default()).await?;
-    none(&survey.problems)?;
+    let known = before.as_ref().map(|before| before.world.survey()).unwrap_or_default();
+    let survey = Survey::take(&network, &snapshot, &config, &plan, &known).await?;
+    if before.is_none() {
+        // Later they are waited for.
+        check_interfaces(&config, &snapshot)?;
+        none(&survey.problems)?;
+    }
     plan.locate(&config.rules, &survey.local);
     let ports =
         BoxPorts { ephemeral: sysctl::ephemeral_ports()?, masquerade: config.masquerade.clone() };
@@ -112,9 +128,13 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         warn!("-v shows no packets here: that takes Linux 6.3 or later");
     }
     let log_packets = logs;
-    let capacity = Capacity::for_plan(&config.rules, &plan, &ports, config.flows.size);
-    let mut datapath = Datapath::load(capacity, &ports, log_packets)?;
-    let mut compiler = Compiler::default();
+    let mut capacity = Capacity::for_plan(&config.rules, &plan, &ports, config.flows.size);
+    let names = before.as_ref().map_or(0, |before| before.names.len());
+    capacity.counters += names as u32;
+    let kept = before.as_ref().map(|before| &before.kept);
+    let mut datapath = Datapath::take_over(capacity, &ports, log_packets, &owned.instance, kept)?;
+    let names = before.iter().flat_map(|before| before.names.iter().map(String::as_str));
+    let mut compiler = Compiler::with_names(names);
     compiler.leave(&survey.own);
     let update = compiler.compile(&config.rules, &plan, &survey.externals, &ports);
     datapath.set_own(plan.local())?;
@@ -124,7 +144,9 @@ pub async fn run(options: Options) -> Result<(), Failure> {
 
     let keeper = Keeper::start(datapath.routes())?;
     let sweeper = Sweeper::start(datapath.flows(), living(&config, &plan, &compiler))?;
+    let reserved = before.as_ref().map(|before| before.world.reserved.clone()).unwrap_or_default();
     let mut daemon = Daemon {
+        owned,
         keeper,
         sweeper,
         config: Arc::new(config),
@@ -142,18 +164,18 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         silent: BTreeMap::new(),
         gateways: Vec::new(),
         gateways_since: None,
-        reserved: None,
+        reserved,
         ports,
     };
-    none(&daemon.settle(&snapshot))?;
-    // Whoever was refused so far finds the box's settings as they were.
     let inputs = Inputs { interrupt, terminate, changes, inbox };
-    let server = tokio::spawn(socket.serve(requests));
-    let ended = daemon.serve(&snapshot, inputs, server, log_packets).await;
+    let served =
+        daemon.start_and_serve(&snapshot, before.as_ref(), inputs, socket, requests, log_packets);
+    let ended = served.await;
     if let Some(metrics) = metrics {
         metrics.abort();
     }
-    daemon.stop();
+    // Whoever could not start, and has found nothing, leaves nothing.
+    daemon.stop(keep || ended.is_err() && before.is_some());
     ended
 }
 
@@ -268,6 +290,7 @@ fn living(config: &Config, plan: &Plan, compiler: &Compiler) -> Living {
 }
 
 struct Daemon {
+    owned: Owned,
     keeper: Keeper,
     sweeper: Sweeper,
     config: Arc<Config>,
@@ -291,7 +314,8 @@ struct Daemon {
     silent: BTreeMap<String, hints::Silence>,
     gateways: Vec<NextHop>,
     gateways_since: Option<Instant>,
-    reserved: Option<BTreeSet<u16>>,
+    /// Ports that are reserved, and would not be without this daemon or those before it.
+    reserved: BTreeSet<u16>,
     ports: BoxPorts,
 }
 
@@ -303,6 +327,40 @@ const LOAD_OWN: Duration = Duration::from_millis(20);
 const FEW_PORTS: usize = 1024;
 
 impl Daemon {
+    /// Puts this set in the place of the one before, if there is one, and forwards.
+    async fn start_and_serve(
+        &mut self,
+        snapshot: &Snapshot,
+        before: Option<&State>,
+        inputs: Inputs,
+        socket: Socket,
+        requests: mpsc::Sender<Request>,
+        log_packets: bool,
+    ) -> Result<(), Failure> {
+        self.save()?;
+        self.datapath.prepare()?;
+        self.datapath.stay();
+        let problems = self.settle(snapshot);
+        if before.is_none() {
+            none(&problems)?;
+        }
+        self.datapath.leave_before()?;
+        self.save()?;
+        if before.is_some() {
+            info!("went on from what an earlier daemon left: flows and counters are as they were");
+        }
+        // Whoever was refused so far finds the box's settings as they were.
+        let server = tokio::spawn(socket.serve(requests));
+        self.serve(snapshot, inputs, server, log_packets).await
+    }
+
+    /// Notes what the next daemon has to know.
+    fn save(&mut self) -> anyhow::Result<()> {
+        let Some(kept) = self.datapath.kept() else { return Ok(()) };
+        let world = World::of(&self.survey, &self.reserved);
+        self.owned.write(kept, world, self.compiler.names())
+    }
+
     /// Forwards until a signal comes or the control socket fails.
     async fn serve(
         &mut self,
@@ -450,6 +508,7 @@ impl Daemon {
     /// Loads the plan with the addresses there are. Returns what kept it from that.
     fn load(&mut self) -> Option<String> {
         let Self { config, plan, survey, loaded, compiler, datapath, sweeper, ports, .. } = self;
+        let Self { owned, reserved, .. } = self;
         compiler.leave(&survey.own);
         let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
         if !datapath.capacity().holds(&update) {
@@ -458,6 +517,14 @@ impl Daemon {
                  them larger"
                     .to_owned(),
             );
+        }
+        // Flows may refer to a rule by the number of its name from now on.
+        let saved = match datapath.kept() {
+            Some(kept) => owned.write(kept, World::of(survey, reserved), compiler.names()),
+            None => Ok(()),
+        };
+        if let Err(error) = saved {
+            return Some(error.to_string());
         }
         match datapath.set_own(plan.local()).and_then(|()| datapath.apply(&update)) {
             Ok(()) => {
@@ -493,7 +560,10 @@ impl Daemon {
         }
         // A program that starts knows the interfaces already.
         problems.extend(self.tell_programs(snapshot, &wanted));
-        for (index, (link, role)) in &wanted {
+        // Where backends are first: from then on their answers find flows that only these programs begin.
+        let mut in_order: Vec<_> = wanted.iter().collect();
+        in_order.sort_by_key(|(_, (_, role))| *role != Role::Internal);
+        for (index, (link, role)) in in_order {
             if self
                 .attached
                 .get(index)
@@ -639,6 +709,14 @@ impl Daemon {
         if self.plan.masquerades() {
             ports.extend(self.ports.masquerade.clone());
         }
+        // Of a daemon before, with other rules.
+        let idle: BTreeSet<u16> = self.reserved.difference(&ports).copied().collect();
+        if !idle.is_empty()
+            && let Some(change) = sysctl::release_ports(&idle)?
+        {
+            info!("{change}");
+        }
+        self.reserved.retain(|port| ports.contains(port));
         if let Some(reserved) = sysctl::reserve_ports(&ports)? {
             info!("{}", reserved.change);
             let ephemeral = sysctl::ephemeral_ports()?;
@@ -650,7 +728,7 @@ impl Daemon {
                      [masquerade] ports, or widen net.ipv4.ip_local_port_range"
                 );
             }
-            self.reserved = Some(reserved.ports);
+            self.reserved.extend(reserved.ports);
         }
         Ok(())
     }
@@ -778,18 +856,32 @@ impl Daemon {
             .collect()
     }
 
-    /// Takes back what was done to the box, but for the sysctls that make it a router.
-    fn stop(self) {
+    /// Ends, and forwarding with it unless that is to be kept: takes back what was done to the box, but for the
+    /// sysctls that make it a router.
+    fn stop(mut self, keep: bool) {
         self.sweeper.stop();
-        if let Some(ports) = &self.reserved {
-            match sysctl::release_ports(ports) {
+        if keep {
+            if let Err(error) = self.save() {
+                warn!("{error}");
+            }
+            info!("forwarding goes on without this daemon; `portfwd detach` ends it");
+            return self.datapath.leave();
+        }
+        if !self.reserved.is_empty() {
+            match sysctl::release_ports(&self.reserved) {
                 Ok(Some(change)) => info!("{change}"),
                 Ok(None) => {}
                 Err(error) => warn!("{error}"),
             }
         }
+        if let Err(error) = self.datapath.take_off() {
+            warn!("{error}");
+        }
         for attachment in self.attached.values() {
             info!("{}: detached", attachment.name);
+        }
+        if let Err(error) = self.owned.remove() {
+            warn!("{error}");
         }
     }
 }

@@ -7,13 +7,14 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::num::NonZero;
+use std::path::PathBuf;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray, xdp::DevMap};
-use aya::programs::links::Link as _;
+use aya::programs::links::{FdLink, Link as _, LinkError, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions};
 use aya::programs::xdp::{XdpLink, XdpMode};
 use aya::programs::{
@@ -22,21 +23,27 @@ use aya::programs::{
 };
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfError, EbpfLoader, Pod};
-use portfwd_ebpf::flow_table::WINDOW;
 use portfwd_ebpf::path::{Part, Role};
 use portfwd_ebpf::table::{
-    Address, AnyAddress, Counter, Direction, Dropped, Endpoint, Favourite, HOP_BITS, Interface,
-    Jiffies, LAYOUT, Mss, Page, Passed, RouteSet, Settings, Tally, ToStack, Translation, Trust,
+    Address, AnyAddress, Counter, Direction, Endpoint, Favourite, HOP_BITS, Interface, Jiffies,
+    KEPT, LAYOUT, Mss, Page, Passed, RouteSet, Settings, Translation, Trust,
 };
 use thiserror::Error;
 use tracing::warn;
 
+pub use self::counts::Counts;
+use self::counts::{CountMap, counter_words, passed_words};
+use self::flow_tables::index_of_link;
 pub use self::flow_tables::{FlowTables, Living, Swept};
+pub use self::pins::{Filter, Instance, Kept, is_name};
+use self::pins::{Kind, Taken};
 use crate::compile::{BoxPorts, Capacity, EndpointKey, FlowRoom, Update, any_address};
 use crate::sysctl::Families;
 pub use portfwd_ebpf::table::Hook;
 
+mod counts;
 mod flow_tables;
+mod pins;
 
 /// The compiled eBPF half; `build.rs` makes it.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/portfwd"));
@@ -64,6 +71,17 @@ pub enum DatapathError {
     Map { map: &'static str, message: String },
     #[error("portfwd forwards between at most {DEVICES} interfaces")]
     TooManyDevices,
+    #[error("{}: {message}", .path.display())]
+    Pins { path: PathBuf, message: String },
+    #[error(
+        "there are flows in the layout of another version of portfwd ({there}; this one has {KEPT}): start that \
+         version again, or end forwarding, its flows and its counters with `portfwd detach`"
+    )]
+    OtherLayout { there: u32 },
+    #[error(
+        "{crowded} flows have no room in tables of the new size: set [flows] size to what it was, or larger"
+    )]
+    Crowded { crowded: u64 },
 }
 
 /// Why an interface cannot be attached to: one line.
@@ -107,6 +125,14 @@ pub enum Mode {
 }
 
 impl Mode {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Native => Kind::Native,
+            Self::Generic => Kind::Generic,
+            Self::Tc => Kind::Tc,
+        }
+    }
+
     /// Which programs it takes.
     fn hook(self) -> Hook {
         match self {
@@ -249,23 +275,6 @@ pub struct Port<'a> {
     pub bare: bool,
 }
 
-/// A rule's counts, summed over CPUs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Counts {
-    pub forward: Tally,
-    pub reply: Tally,
-    /// When the last was translated; 0 for never.
-    pub last: Jiffies,
-    pub to_stack: [u64; ToStack::COUNT],
-    pub dropped: [u64; Dropped::COUNT],
-    /// Flows that began.
-    pub flows: u64,
-    /// Packets of flows that could not be established.
-    pub crowded: u64,
-    /// Of the dropped, how many were answered with an ICMP error.
-    pub answered: u64,
-}
-
 /// What the verifier said of a program.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Verified {
@@ -308,7 +317,7 @@ pub struct Datapath {
     links: BTreeMap<u32, (Attached, Mode)>,
     /// Programs for what the box itself sends: out by an interface, and to itself.
     sent: BTreeMap<u32, SchedClassifierLink>,
-    own: Option<SchedClassifierLink>,
+    own: Option<(u32, SchedClassifierLink)>,
     capacity: Capacity,
     generation: u32,
     /// Addresses that [`Settings`] leads from, and their rows, by direction.
@@ -324,7 +333,45 @@ pub struct Datapath {
     routes: Routes,
     /// Programs to jump to. The kernel empties what nobody holds.
     jumps: Vec<ProgramArray<MapData>>,
+    /// Maps that counted before those of this set.
+    counted: Vec<CountMap>,
+    passed: Vec<CountMap>,
+    /// Where all of this is pinned.
+    home: Option<Home>,
 }
+
+/// Where a set is pinned, and what it has of the one before.
+struct Home {
+    instance: Instance,
+    set: u32,
+    seeds: (u64, u32),
+    /// What a file says of this set, and not of the one before.
+    kept: bool,
+    /// Filters that hold programs of the set before.
+    filters: Vec<Filter>,
+    /// The flows of the set before, if they had to be copied.
+    copied: Option<FlowTables>,
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _: io::Result<()> = self.instance.remove_set(self.set);
+        }
+    }
+}
+
+/// What of a set the next one may have, but for what counts.
+const REMEMBER: [&str; 8] = [
+    "FLOWS_V4",
+    "FLOWS_V6",
+    "PROBATION_V4",
+    "PROBATION_V6",
+    "MAPPINGS",
+    "CLIENTS",
+    "ARRIVALS",
+    "FRAGMENTS",
+];
 
 impl Datapath {
     /// Loads the maps; [programs](Self::load_programs) come when they are needed. With `log` those tell
@@ -334,13 +381,65 @@ impl Datapath {
     ///
     /// No permission, no BPF in the kernel, or a kernel that refuses the object.
     pub fn load(capacity: Capacity, ports: &BoxPorts, log: bool) -> Result<Self, DatapathError> {
+        let seeds = (RandomState::new().hash_one(1), RandomState::new().hash_one(0) as u32);
+        Self::load_with(capacity, ports, log, seeds, &[])
+    }
+
+    /// The same as a set of an instance, which is pinned there, with what the set `before` remembers. The
+    /// programs of that go on until this set's are [attached](Self::attach). Until
+    /// [`leave_before`](Self::leave_before), dropping this set unpins it again.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load); what the set before remembers cannot be taken over.
+    pub fn take_over(
+        mut capacity: Capacity,
+        ports: &BoxPorts,
+        log: bool,
+        instance: &Instance,
+        before: Option<&Kept>,
+    ) -> Result<Self, DatapathError> {
+        instance.create()?;
+        let set = instance.add_set()?;
+        let taken = Taken::new(instance, set, &mut capacity, before);
+        let loaded = taken.and_then(|taken| {
+            let mut datapath = Self::load_with(capacity, ports, log, taken.seeds, &taken.pins)?;
+            let copied = taken.old_flows(instance, datapath.clock())?;
+            if let Some(old) = &copied {
+                // Whoever has no room has lost nothing yet.
+                let crowded = datapath.flows.copy(old)?;
+                if crowded > 0 {
+                    return Err(DatapathError::Crowded { crowded });
+                }
+            }
+            (datapath.counted, datapath.passed) = (taken.counted, taken.passed);
+            let (instance, kept) = (instance.clone(), false);
+            let filters = before.map(|before| before.filters.clone()).unwrap_or_default();
+            datapath.home = Some(Home { instance, set, kept, filters, copied, seeds: taken.seeds });
+            Ok(datapath)
+        });
+        loaded.inspect_err(|_| {
+            let _: io::Result<()> = instance.remove_set(set);
+        })
+    }
+
+    fn load_with(
+        capacity: Capacity,
+        ports: &BoxPorts,
+        log: bool,
+        (seed, masquerade_seed): (u64, u32),
+        pins: &[(&'static str, PathBuf)],
+    ) -> Result<Self, DatapathError> {
         let cpus = nr_cpus().map_or(1, |cpus| cpus as u32);
         let bits = route_set_bits(cpus);
         let second = (Duration::from_secs(1).as_nanos() / Clock::tick().as_nanos()) as u32;
         let level: u8 = if log { aya_log::Level::Debug as u8 } else { 0 };
         let FlowRoom { v4, v6 } = capacity.flows;
-        let seed = RandomState::new().hash_one(1);
-        let mut ebpf = EbpfLoader::new()
+        let mut loader = EbpfLoader::new();
+        for (name, path) in pins {
+            loader.map_pin_path(name, path);
+        }
+        let mut ebpf = loader
             .override_global(aya_log::LEVEL, &level, true)
             .override_global("ROUTE_SET_BITS", &bits, true)
             .override_global("SECOND", &second, true)
@@ -359,8 +458,8 @@ impl Datapath {
             .override_global("FLOW_HOMES_V4", &v4.homes(), true)
             .override_global("FLOW_HOMES_V6", &v6.homes(), true)
             .override_global("FLOW_SEED", &seed, true)
-            .map_max_entries("FLOWS_V4", v4.homes() + WINDOW - 1)
-            .map_max_entries("FLOWS_V6", v6.homes() + WINDOW - 1)
+            .map_max_entries("FLOWS_V4", v4.entries())
+            .map_max_entries("FLOWS_V6", v6.entries())
             .map_max_entries("PROBATION_V4", v4.probation())
             .map_max_entries("PROBATION_V6", v6.probation())
             .map_max_entries("MAPPINGS", capacity.mappings)
@@ -372,7 +471,7 @@ impl Datapath {
         let (read, when) = read_clock(clock)?;
         let clock = Clock::new(read, when);
         let mut take = |name| ebpf.take_map(name).unwrap_or_else(|| missing(name));
-        let flows = Arc::new(FlowTables::new(clock, seed, &mut take)?);
+        let flows = Arc::new(FlowTables::new(clock, seed, |name| Ok(take(name)))?);
         let trust = Array::try_from(take("TRUST")).map_err(map_error("TRUST"))?;
         let routes =
             Routes(Arc::new(Mutex::new(Trusted { clock, map: trust, now: Default::default() })));
@@ -388,15 +487,15 @@ impl Datapath {
             favourites: [None; 2],
             readers: None,
             // Nobody outside shall know it: it says which ports clients get.
-            masquerade: (
-                [*ports.masquerade.start(), *ports.masquerade.end()],
-                RandomState::new().hash_one(0) as u32,
-            ),
+            masquerade: ([*ports.masquerade.start(), *ports.masquerade.end()], masquerade_seed),
             flows,
             devices: BTreeMap::new(),
             next_device: 0,
             routes,
             jumps: Vec::new(),
+            counted: Vec::new(),
+            passed: Vec::new(),
+            home: None,
         };
         datapath.write_settings()?;
         Ok(datapath)
@@ -502,6 +601,22 @@ impl Datapath {
     /// The clock of [`Counts::last`].
     pub fn clock(&self) -> Clock {
         self.routes.lock().clock
+    }
+
+    /// Has those who vouch for what the programs of another datapath remember vouch for these.
+    ///
+    /// # Errors
+    ///
+    /// The kernel says why.
+    pub fn vouched_as(&mut self, other: &Self) -> Result<(), DatapathError> {
+        let routes = other.routes.clone();
+        {
+            // Others wait for one of them, and never for both.
+            let (mut own, mut theirs) = (self.routes.lock(), routes.lock());
+            std::mem::swap(&mut *own, &mut *theirs);
+        }
+        self.routes = routes;
+        self.routes.forget()
     }
 
     /// The routes that the programs remember.
@@ -779,7 +894,8 @@ impl Datapath {
         Ok(())
     }
 
-    /// Attaches the program of `role` to an interface, or replaces the one that is there.
+    /// Attaches the program of `role` to an interface, or replaces the one that is there, also that of the set
+    /// before.
     ///
     /// # Errors
     ///
@@ -787,27 +903,225 @@ impl Datapath {
     pub fn attach(&mut self, port: Port<'_>, role: Role, mode: Mode) -> Result<(), AttachError> {
         self.load_programs(mode.hook())?;
         let name = Programs::of(mode.hook()).entry(role, port.bare);
+        let kind = mode.kind();
         let before = match self.links.remove(&port.index) {
             Some((link, before)) if before == mode => Some(link),
-            _ => None,
+            _ => self.adopt(port, kind),
         };
+        if mode != Mode::Tc {
+            // An interface has one of these.
+            let other = if kind == Kind::Native { Kind::Generic } else { Kind::Native };
+            self.unpin(port.index, other);
+        }
         if mode == Mode::Tc && before.is_none() && has_portfwd(port.name) {
             return Err(AttachError::Portfwd { interface: port.name.to_owned() });
         }
+        let link = self.attach_program(name, before, port, mode, kind)?;
+        for other in Kind::OF_PACKETS.into_iter().filter(|other| *other != kind) {
+            self.unpin(port.index, other);
+        }
+        let link = self.pin(port.index, kind, link)?;
+        self.links.insert(port.index, (link, mode));
+        Ok(())
+    }
+
+    /// What holds a program of the set before.
+    fn adopt(&mut self, port: Port<'_>, kind: Kind) -> Option<Attached> {
+        let home = self.home.as_mut()?;
+        let path = home.instance.link(port.index, kind);
+        if index_of_link(&path).is_some_and(|index| index != port.index) {
+            // Its interface is gone, and another has the number.
+            home.instance.unpin(port.index, kind);
+        }
+        if let Ok(pinned) = PinnedLink::from_pin(path) {
+            let link = FdLink::from(pinned);
+            return match kind {
+                Kind::Native | Kind::Generic => XdpLink::try_from(link).ok().map(Attached::Xdp),
+                Kind::Tc | Kind::Sent | Kind::Own => {
+                    SchedClassifierLink::try_from(link).ok().map(Attached::Tc)
+                }
+            };
+        }
+        let egress = kind == Kind::Sent;
+        let same = |filter: &Filter| (filter.index, filter.egress) == (port.index, egress);
+        let place = home.filters.iter().position(same).filter(|_| kind.hook() == Hook::Tc)?;
+        home.filters.swap_remove(place).link(port.name).map(Attached::Tc)
+    }
+
+    fn attach_program(
+        &mut self,
+        name: &str,
+        before: Option<Attached>,
+        port: Port<'_>,
+        mode: Mode,
+        kind: Kind,
+    ) -> Result<Attached, AttachError> {
+        // What cannot be replaced, as its interface went, is in the way.
+        let home = self.home.as_ref().map(|home| home.instance.clone());
+        let give_up = || home.is_some_and(|instance| instance.unpin(port.index, kind));
         let link = match self.program_mut(name) {
-            Program::Xdp(xdp) => attach_xdp(xdp, before, port, mode).map(Attached::Xdp),
+            Program::Xdp(xdp) => attach_xdp(xdp, before, give_up, port, mode).map(Attached::Xdp),
             Program::SchedClassifier(tc) => {
                 let before = before.and_then(|before| match before {
                     Attached::Tc(link) => Some(link),
                     Attached::Xdp(_) => None,
                 });
-                attach_tc(tc, before, port, TcAttachType::Ingress).map(Attached::Tc)
+                let place = kind.place();
+                attach_tc(tc, before, give_up, port, place).map(Attached::Tc)
             }
             _ => unreachable!("programs are XDP's or TC's"),
         };
-        let link = link.map_err(|error| attach_error(port, mode, &error))?;
-        self.links.insert(port.index, (link, mode));
+        link.map_err(|error| attach_error(port, mode, &error))
+    }
+
+    fn unpin(&self, index: u32, kind: Kind) -> bool {
+        self.home.as_ref().is_some_and(|home| home.instance.unpin(index, kind))
+    }
+
+    /// Has a link outlive this process, unless it does.
+    fn pin(&self, index: u32, kind: Kind, link: Attached) -> Result<Attached, DatapathError> {
+        let Some(path) = self.home.as_ref().map(|home| home.instance.link(index, kind)) else {
+            return Ok(link);
+        };
+        // A filter has none.
+        let has_link = match &link {
+            Attached::Xdp(_) => true,
+            Attached::Tc(link) => <&FdLink>::try_from(link).is_ok(),
+        };
+        if path.exists() || !has_link {
+            return Ok(link);
+        }
+        let failed = |error: &dyn std::error::Error| DatapathError::Pins {
+            path: path.clone(),
+            message: chain(error),
+        };
+        let pin = |link: FdLink| link.pin(&path).map(FdLink::from).map_err(|error| failed(&error));
+        match link {
+            Attached::Xdp(link) => {
+                let link = pin(link.try_into().map_err(|error: LinkError| failed(&error))?)?;
+                XdpLink::try_from(link).map(Attached::Xdp).map_err(|error| failed(&error))
+            }
+            Attached::Tc(link) => {
+                let link = pin(link.try_into().map_err(|error: LinkError| failed(&error))?)?;
+                SchedClassifierLink::try_from(link)
+                    .map(Attached::Tc)
+                    .map_err(|error| failed(&error))
+            }
+        }
+    }
+
+    /// Has the kernel verify all programs that interfaces will need in place of those of the set before, so that
+    /// they can be attached one right after the other.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses one.
+    pub fn prepare(&mut self) -> Result<(), DatapathError> {
+        let Some(home) = &self.home else { return Ok(()) };
+        let pinned = home.instance.pinned().map(|(_, kind)| kind.hook());
+        let mut hooks: Vec<Hook> = pinned.collect();
+        hooks.extend(home.filters.first().map(|_| Hook::Tc));
+        for hook in [Hook::Xdp, Hook::Tc] {
+            if hooks.contains(&hook) {
+                self.load_programs(hook)?;
+            }
+        }
         Ok(())
+    }
+
+    /// What the next set of the instance has to know of this one; it stands where no other process but that
+    /// finds it, before any program of this set is attached, and after.
+    pub fn kept(&self) -> Option<Kept> {
+        let home = self.home.as_ref()?;
+        let words = |maps: &[CountMap], own| {
+            maps.iter().map(|map| map.words().clone()).chain([own]).collect()
+        };
+        let mut filters = home.filters.clone();
+        let of = |index: &u32, egress, link| Filter::of(*index, egress, link);
+        filters.extend(self.links.iter().filter_map(|(index, (link, _))| match link {
+            Attached::Tc(link) => of(index, false, link),
+            Attached::Xdp(_) => None,
+        }));
+        filters.extend(self.sent.iter().filter_map(|(index, link)| of(index, true, link)));
+        filters.extend(self.own.iter().filter_map(|(index, link)| of(index, false, link)));
+        Some(Kept {
+            layout: KEPT,
+            set: home.set,
+            flow_seed: home.seeds.0,
+            masquerade_seed: home.seeds.1,
+            counters: words(&self.counted, counter_words()),
+            passed: words(&self.passed, passed_words()),
+            filters,
+        })
+    }
+
+    /// What [`kept`](Self::kept) says stands where the next one finds it: this set stays.
+    pub fn stay(&mut self) {
+        if let Some(home) = &mut self.home {
+            home.kept = true;
+        }
+    }
+
+    /// Once programs of this set are attached wherever they should be: takes off what is left of the sets
+    /// before.
+    ///
+    /// # Errors
+    ///
+    /// Something of them cannot be taken off.
+    pub fn leave_before(&mut self) -> Result<(), DatapathError> {
+        let Some(home) = &mut self.home else { return Ok(()) };
+        if let Some(old) = home.copied.take() {
+            // What began there meanwhile.
+            self.flows.copy(&old)?;
+        }
+        for filter in std::mem::take(&mut home.filters) {
+            // Dropped, it is detached. It may be gone with its interface.
+            let _: Option<SchedClassifierLink> = filter.link_by_index();
+        }
+        for (index, kind) in home.instance.pinned() {
+            let used = match kind {
+                Kind::Native | Kind::Generic | Kind::Tc => {
+                    self.links.get(&index).is_some_and(|(_, mode)| mode.kind() == kind)
+                }
+                Kind::Sent => self.sent.contains_key(&index),
+                Kind::Own => self.own.as_ref().is_some_and(|(own, _)| *own == index),
+            };
+            if !used {
+                home.instance.unpin(index, kind);
+            }
+        }
+        // Programs that still run jump to others of their set.
+        wait_for_readers();
+        for set in home.instance.sets().filter(|set| *set != home.set) {
+            home.instance.remove_set(set).map_err(|error| DatapathError::Pins {
+                path: home.instance.set(set),
+                message: error.to_string(),
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Leaves everything attached, as another set of the instance goes on, or nobody does.
+    pub fn leave(mut self) {
+        // What has no link to pin would be detached.
+        for (_, (link, _)) in std::mem::take(&mut self.links) {
+            if let Attached::Tc(link) = link {
+                leave_filter(link);
+            }
+        }
+        std::mem::take(&mut self.sent).into_values().for_each(leave_filter);
+        self.own.take().into_iter().for_each(|(_, link)| leave_filter(link));
+    }
+
+    /// Detaches every program, and unpins what outlives the process.
+    ///
+    /// # Errors
+    ///
+    /// Something cannot be unpinned.
+    pub fn take_off(self) -> io::Result<()> {
+        let instance = self.home.as_ref().map(|home| home.instance.clone());
+        drop(self);
+        instance.map_or(Ok(()), |instance| instance.remove())
     }
 
     /// Attaches to what the box itself sends by an interface, for the answers of a backend that is this box.
@@ -820,13 +1134,14 @@ impl Datapath {
             return Ok(());
         }
         let name = if port.bare { "bare_sent" } else { "tc_sent" };
-        let link = self.attach_own_program(name, port, TcAttachType::Egress)?;
+        let link = self.attach_own_program(name, port, Kind::Sent)?;
         self.sent.insert(port.index, link);
         Ok(())
     }
 
     /// Detaches from what the box sends by an interface, which may be gone.
     pub fn detach_sent(&mut self, index: u32) {
+        self.unpin(index, Kind::Sent);
         if let Some(link) = self.sent.remove(&index) {
             // As in `detach`.
             let _: Result<(), ProgramError> = link.detach();
@@ -841,7 +1156,8 @@ impl Datapath {
     pub fn attach_own(&mut self, loopback: Port<'_>) -> Result<bool, AttachError> {
         let new = self.own.is_none();
         if new {
-            self.own = Some(self.attach_own_program("tc_own", loopback, TcAttachType::Ingress)?);
+            let link = self.attach_own_program("tc_own", loopback, Kind::Own)?;
+            self.own = Some((loopback.index, link));
         }
         Ok(new)
     }
@@ -850,11 +1166,15 @@ impl Datapath {
         &mut self,
         name: &str,
         port: Port<'_>,
-        place: TcAttachType,
+        kind: Kind,
     ) -> Result<SchedClassifierLink, AttachError> {
         self.load_programs(Hook::Tc)?;
-        let Program::SchedClassifier(tc) = self.program_mut(name) else { no_program(name) };
-        attach_tc(tc, None, port, place).map_err(|error| attach_error(port, Mode::Tc, &error))
+        let before = self.adopt(port, kind);
+        let link = self.attach_program(name, before, port, Mode::Tc, kind)?;
+        match self.pin(port.index, kind, link)? {
+            Attached::Tc(link) => Ok(link),
+            Attached::Xdp(_) => unreachable!("the program is TC's"),
+        }
     }
 
     /// Notes which backends are the box itself.
@@ -880,6 +1200,9 @@ impl Datapath {
     /// Detaches from an interface, which may be gone.
     pub fn detach(&mut self, index: u32) {
         self.detach_sent(index);
+        for kind in Kind::OF_PACKETS {
+            self.unpin(index, kind);
+        }
         if let Some((link, _)) = self.links.remove(&index) {
             // The link's file descriptor is closed either way, and that is what detaches; a filter goes with
             // its interface.
@@ -899,40 +1222,10 @@ impl Datapath {
         let map: PerCpuArray<&MapData, Plain<Counter>> =
             PerCpuArray::try_from(self.map("COUNTERS")).map_err(map_error("COUNTERS"))?;
         let cpus = map.get(&row, 0).map_err(map_error("COUNTERS"))?;
-        let mut sum = Counts {
-            forward: Tally::default(),
-            reply: Tally::default(),
-            last: Jiffies::default(),
-            to_stack: [0; ToStack::COUNT],
-            dropped: [0; Dropped::COUNT],
-            flows: 0,
-            crowded: 0,
-            answered: 0,
-        };
-        for Plain(counter) in cpus.iter() {
-            let Counter {
-                translated: [forward, reply],
-                last,
-                to_stack,
-                dropped,
-                flows,
-                crowded,
-                answered,
-            } = counter;
-            sum.flows += flows;
-            sum.crowded += crowded;
-            sum.forward.packets += forward.packets;
-            sum.forward.bytes += forward.bytes;
-            sum.reply.packets += reply.packets;
-            sum.reply.bytes += reply.bytes;
-            sum.last = sum.last.max(*last);
-            sum.answered += answered;
-            for (sum, count) in sum.to_stack.iter_mut().zip(to_stack) {
-                *sum += count;
-            }
-            for (sum, count) in sum.dropped.iter_mut().zip(dropped) {
-                *sum += count;
-            }
+        let mut sum = Counts::default();
+        cpus.iter().for_each(|Plain(counter)| sum.add(counter));
+        for before in &self.counted {
+            sum.add_words(before.words(), &before.row(row)?);
         }
         Ok(sum)
     }
@@ -949,6 +1242,14 @@ impl Datapath {
         for (reason, sum) in sums.iter_mut().enumerate() {
             let cpus = map.get(&(reason as u32), 0).map_err(map_error("PASSED"))?;
             *sum = cpus.iter().sum();
+        }
+        for before in &self.passed {
+            for (row, name) in before.words().iter().enumerate() {
+                let reason = Passed::ALL.iter().position(|reason| reason.name() == name);
+                if let (Some(reason), [count, ..]) = (reason, before.row(row as u32)?.as_slice()) {
+                    sums[reason] += *count;
+                }
+            }
         }
         Ok(sums)
     }
@@ -1009,17 +1310,19 @@ fn read_clock(clock: &Xdp) -> Result<(Jiffies, Instant), DatapathError> {
     Ok((Jiffies(u64::from_ne_bytes(first)), Instant::now()))
 }
 
-/// Attaches a program of XDP; the one of a link is replaced without a gap.
+/// Attaches a program of XDP; the one of a link is replaced without a gap, or given up.
 fn attach_xdp(
     xdp: &mut Xdp,
     before: Option<Attached>,
+    give_up: impl FnOnce() -> bool,
     port: Port<'_>,
     mode: Mode,
 ) -> Result<XdpLink, ProgramError> {
-    if let Some(Attached::Xdp(link)) = before
-        && let Ok(link) = xdp.attach_to_link(link).and_then(|id| xdp.take_link(id))
-    {
-        return Ok(link);
+    if let Some(Attached::Xdp(link)) = before {
+        if let Ok(link) = xdp.attach_to_link(link).and_then(|id| xdp.take_link(id)) {
+            return Ok(link);
+        }
+        give_up();
     }
     let mode = if mode == Mode::Generic { XdpMode::Skb } else { XdpMode::Driver };
     xdp.attach_to_if_index(port.index, mode).and_then(|id| xdp.take_link(id))
@@ -1030,13 +1333,15 @@ fn attach_xdp(
 fn attach_tc(
     tc: &mut SchedClassifier,
     before: Option<SchedClassifierLink>,
+    give_up: impl FnOnce() -> bool,
     port: Port<'_>,
     place: TcAttachType,
 ) -> Result<SchedClassifierLink, ProgramError> {
-    if let Some(link) = before
-        && let Ok(link) = tc.attach_to_link(link).and_then(|id| tc.take_link(id))
-    {
-        return Ok(link);
+    if let Some(link) = before {
+        if let Ok(link) = tc.attach_to_link(link).and_then(|id| tc.take_link(id)) {
+            return Ok(link);
+        }
+        give_up();
     }
     let order = match place {
         TcAttachType::Egress => LinkOrder::last(),
@@ -1063,6 +1368,13 @@ fn attach_tc(
         attached => attached,
     };
     attached.and_then(|id| tc.take_link(id))
+}
+
+/// Leaves a filter where it is; a link stays if it is pinned.
+fn leave_filter(link: SchedClassifierLink) {
+    if <&FdLink>::try_from(&link).is_err() {
+        std::mem::forget(link);
+    }
 }
 
 /// Whether programs of another portfwd are attached by TCX. Where the kernel does not tell there are none.

@@ -942,3 +942,11 @@ fn a_backend_that_is_the_box_has_flows() {
     assert!(plan.locate(&rules, &BTreeSet::new()));
     assert_eq!(plan.stateful, BTreeMap::new());
 }
+
+#[test]
+fn a_table_of_flows_tells_how_many_it_was_made_for() {
+    for flows in [1, 2, 3, 5, 1000, 16_384, 65_535, 65_536, 1 << 20] {
+        let flows = Flows(flows);
+        assert_eq!(Flows::with_entries(flows.entries()), flows);
+    }
+}

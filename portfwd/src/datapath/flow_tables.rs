@@ -2,14 +2,18 @@
 //! too; others are read in batches.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ffi::CString;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::{ControlFlow, Range};
-use std::os::fd::{AsFd as _, AsRawFd as _};
-use std::ptr::NonNull;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::ptr::{NonNull, null_mut};
 use std::time::{Duration, Instant};
 
-use aya::maps::{Map, MapData};
+use aya::maps::{Map, MapData, MapError};
+use portfwd_ebpf::flow::Added;
 use portfwd_ebpf::flow_table::{self, Slot, Slots, WINDOW};
 use portfwd_ebpf::table::{
     Address, Candidate, ClientKey, FlowHalf, FlowKey, Jiffies, Lines, Mapping, MappingKey, Port,
@@ -77,21 +81,33 @@ impl FlowTables {
     pub(super) fn new(
         clock: Clock,
         seed: u64,
-        mut take: impl FnMut(&'static str) -> Map,
+        mut take: impl FnMut(&'static str) -> Result<Map, DatapathError>,
     ) -> Result<Self, DatapathError> {
         Ok(Self {
             v4: Family {
-                flows: Places::new("FLOWS_V4", take("FLOWS_V4"), seed)?,
-                probation: Table::new("PROBATION_V4", take("PROBATION_V4"))?,
+                flows: Places::new("FLOWS_V4", take("FLOWS_V4")?, seed)?,
+                probation: Table::new("PROBATION_V4", take("PROBATION_V4")?)?,
             },
             v6: Family {
-                flows: Places::new("FLOWS_V6", take("FLOWS_V6"), seed)?,
-                probation: Table::new("PROBATION_V6", take("PROBATION_V6"))?,
+                flows: Places::new("FLOWS_V6", take("FLOWS_V6")?, seed)?,
+                probation: Table::new("PROBATION_V6", take("PROBATION_V6")?)?,
             },
-            mappings: Table::new("MAPPINGS", take("MAPPINGS"))?,
-            clients: Table::new("CLIENTS", take("CLIENTS"))?,
+            mappings: Table::new("MAPPINGS", take("MAPPINGS")?)?,
+            clients: Table::new("CLIENTS", take("CLIENTS")?)?,
             clock,
         })
+    }
+
+    /// Adds what `other` has and this has not. Returns how many flows had no room.
+    ///
+    /// # Errors
+    ///
+    /// A table cannot be read or written.
+    pub(super) fn copy(&self, other: &Self) -> Result<u64, DatapathError> {
+        let crowded = self.v4.copy(&other.v4)? + self.v6.copy(&other.v6)?;
+        self.mappings.copy(&other.mappings)?;
+        self.clients.copy(&other.clients)?;
+        Ok(crowded)
     }
 
     /// Whether it takes long to look at all places, whatever there is.
@@ -277,6 +293,21 @@ where
 }
 
 impl<const N: usize> Family<N> {
+    /// As [`FlowTables::copy`].
+    fn copy(&self, other: &Self) -> Result<u64, DatapathError> {
+        self.probation.copy(&other.probation)?;
+        if self.flows.id == other.flows.id {
+            return Ok(0);
+        }
+        let add = |half: &FlowHalf<N>| {
+            // Who adds one nearby is done in no time.
+            let tries = (0..1000).map(|_| flow_table::add(&self.flows, half));
+            tries.into_iter().find(|added| *added != Added::Busy)
+        };
+        let crowded = other.flows.halves().filter(|half| add(half) == Some(Added::Full));
+        Ok(crowded.count() as u64)
+    }
+
     /// Ends a flow, of which this is the forward half, and whose other half had its last packet then.
     ///
     /// The forward half goes first: a packet of the client's in between finds the reply's and makes it
@@ -418,6 +449,8 @@ struct Places<const N: usize> {
     slots: NonNull<Lines<FlowHalf<N>>>,
     count: u32,
     seed: u64,
+    /// The kernel's number of the map.
+    id: u32,
 }
 
 // SAFETY: memory that lives as long as this does; `Slot` is for many to use.
@@ -429,12 +462,13 @@ impl<const N: usize> Places<N> {
     fn new(name: &'static str, map: Map, seed: u64) -> Result<Self, DatapathError> {
         let failed = |message: String| DatapathError::Map { map: name, message };
         let Map::Array(map) = map else { return Err(failed("it is no array".to_owned())) };
-        let count = map.info().map_err(|error| failed(error.to_string()))?.max_entries();
+        let info = map.info().map_err(|error| failed(error.to_string()))?;
+        let (count, id) = (info.max_entries(), info.id());
         let fd = map.fd().as_fd();
         // SAFETY: a new mapping, of the size that the map was made with.
         let slots = unsafe {
             mmap(
-                std::ptr::null_mut(),
+                null_mut(),
                 Self::bytes(count),
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::SHARED,
@@ -445,7 +479,7 @@ impl<const N: usize> Places<N> {
         let slots = slots.map_err(|error| failed(error.to_string()))?;
         let slots =
             NonNull::new(slots.cast()).ok_or_else(|| failed("mapped nowhere".to_owned()))?;
-        Ok(Self { _map: map, slots, count, seed })
+        Ok(Self { _map: map, slots, count, seed, id })
     }
 
     fn bytes(count: u32) -> usize {
@@ -511,6 +545,8 @@ impl<const N: usize> Drop for Places<N> {
 struct Table<K, V> {
     name: &'static str,
     map: MapData,
+    /// The kernel's number of the map.
+    id: u32,
     types: std::marker::PhantomData<fn(K) -> V>,
 }
 
@@ -538,8 +574,14 @@ struct Batch {
     flags: u64,
 }
 
-// enum bpf_cmd (linux/bpf.h); batches since 5.6 (kernel 05799638dbb2).
+// enum bpf_cmd and flags (linux/bpf.h); batches since 5.6 (kernel 05799638dbb2).
+const LOOK_UP: libc::c_long = 1;
+const UPDATE: libc::c_long = 2;
 const DELETE: libc::c_long = 3;
+const NEXT_KEY: libc::c_long = 4;
+const GET: libc::c_long = 7;
+const ABOUT: libc::c_long = 15;
+const NO_EXIST: u64 = 1;
 const LOOKUP_BATCH: libc::c_long = 24;
 
 impl<K: Bytes, V: Bytes> Table<K, V> {
@@ -547,7 +589,9 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
         let (Map::HashMap(map) | Map::LruHashMap(map)) = map else {
             return Err(DatapathError::Map { map: name, message: "it is no hash map".to_owned() });
         };
-        Ok(Self { name, map, types: std::marker::PhantomData })
+        let failed = |error: MapError| DatapathError::Map { map: name, message: error.to_string() };
+        let id = map.info().map_err(failed)?.id();
+        Ok(Self { name, map, id, types: std::marker::PhantomData })
     }
 
     fn number(&self) -> u32 {
@@ -564,8 +608,36 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
             Element { map_fd: self.number(), key: &raw const *key as u64, ..Element::default() };
         // SAFETY: the key is of the map's size, and lives until the call returns.
         match unsafe { bpf(DELETE, &mut attr) } {
-            Ok(()) => Ok(true),
+            Ok(_) => Ok(true),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(self.failed(&error)),
+        }
+    }
+
+    /// Adds what `other` has and this has not, as far as there is room: what is missing is made anew by its
+    /// packets.
+    fn copy(&self, other: &Self) -> Result<(), DatapathError> {
+        if self.id == other.id {
+            return Ok(());
+        }
+        other.in_batches(|batch| batch.iter().try_for_each(|(key, value)| self.add(key, value)))
+    }
+
+    /// Adds an entry, if there is none with the key and there is room.
+    fn add(&self, key: &K, value: &V) -> Result<(), DatapathError> {
+        let mut attr = Element {
+            map_fd: self.number(),
+            key: &raw const *key as u64,
+            value: &raw const *value as u64,
+            flags: NO_EXIST,
+            ..Element::default()
+        };
+        // SAFETY: key and value are of the map's sizes, and live until the call returns.
+        match unsafe { bpf(UPDATE, &mut attr) } {
+            Ok(_) => Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EEXIST | libc::E2BIG)) => {
+                Ok(())
+            }
             Err(error) => Err(self.failed(&error)),
         }
     }
@@ -609,7 +681,7 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
             // of a bucket; all of it lives until the call returns. The kernel writes the count.
             let result = unsafe { bpf(LOOKUP_BATCH, &mut attr) };
             let ended = match result {
-                Ok(()) => false,
+                Ok(_) => false,
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
                 // A bucket has more than fit.
                 Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
@@ -633,13 +705,89 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
     }
 }
 
-/// The system call.
+/// The interface of a link that is pinned there: 0 where that is gone. None if it is no link.
+pub(super) fn index_of_link(path: &Path) -> Option<u32> {
+    #[repr(C)]
+    struct Get {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    #[repr(C)]
+    struct About {
+        fd: u32,
+        length: u32,
+        info: u64,
+    }
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut get = Get { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the path lives until the call returns.
+    let fd = unsafe { bpf(GET, &mut get) }.ok()?;
+    // SAFETY: the kernel has just given it to us.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // `struct bpf_link_info`: type, id, program, a gap, then what the type says; of XDP and TCX, the interface.
+    let mut info = [0u32; 16];
+    let mut about = About {
+        fd: fd.as_raw_fd() as u32,
+        length: size_of_val(&info) as u32,
+        info: info.as_mut_ptr() as u64,
+    };
+    // SAFETY: there is room for as much as is said; it lives until the call returns.
+    unsafe { bpf(ABOUT, &mut about) }.ok()?;
+    Some(info[4])
+}
+
+/// Whether anything was ever written to an array that can be mapped, whatever its rows are.
+pub(super) fn has_bytes(name: &'static str, map: &MapData) -> Result<bool, DatapathError> {
+    let failed = |message: String| DatapathError::Map { map: name, message };
+    let info = map.info().map_err(|error| failed(error.to_string()))?;
+    let bytes = info.max_entries() as usize * info.value_size().next_multiple_of(8) as usize;
+    // SAFETY: a new mapping, of the size that the map was made with.
+    let rows =
+        unsafe { mmap(null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED, map.fd().as_fd(), 0) };
+    let rows = rows.map_err(|error| failed(error.to_string()))?;
+    // SAFETY: that mapping, in words; others may write to it, which does no harm to who reads.
+    let found =
+        (0..bytes / 8).any(|word| unsafe { rows.cast::<u64>().add(word).read_volatile() } != 0);
+    // SAFETY: nobody has a reference into it any more.
+    let _: rustix::io::Result<()> = unsafe { munmap(rows, bytes) };
+    Ok(found)
+}
+
+/// Whether a hash map has entries, whatever they are.
+pub(super) fn has_keys(map: &MapData) -> bool {
+    let mut key = [0u8; LARGEST_KEY];
+    let mut attr = Element {
+        map_fd: map.fd().as_fd().as_raw_fd() as u32,
+        value: key.as_mut_ptr() as u64,
+        ..Element::default()
+    };
+    // SAFETY: without a key the first one is written, which has room.
+    unsafe { bpf(NEXT_KEY, &mut attr) }.is_ok()
+}
+
+/// Bytes; the key of a flow of IPv6 has 40.
+const LARGEST_KEY: usize = 512;
+
+/// Reads a row of a per-CPU array of numbers, with room for those of all CPUs.
+pub(super) fn look_up(map: RawFd, row: u32, numbers: &mut [u64]) -> io::Result<()> {
+    let mut attr = Element {
+        map_fd: map as u32,
+        key: &raw const row as u64,
+        value: numbers.as_mut_ptr() as u64,
+        ..Element::default()
+    };
+    // SAFETY: the key is a row's; the caller says that the value has room. Both live until the call returns.
+    unsafe { bpf(LOOK_UP, &mut attr) }.map(drop)
+}
+
+/// The system call: a file descriptor, or 0.
 ///
 /// # Safety
 ///
 /// As the command says of what the attributes point to.
-unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<()> {
+unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<RawFd> {
     // SAFETY: the attributes are of the size given; the rest is for the caller to see to.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<A>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as RawFd) }
 }

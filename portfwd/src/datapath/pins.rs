@@ -1,0 +1,401 @@
+//! What outlives the process: maps and links that are pinned in bpffs, in a folder for each instance.
+//!
+//! A *set* is what one load of the object uses: the maps that remember, which it may have from the set
+//! before, and the arrays of programs to jump to, which the kernel empties once nobody holds them. Links
+//! stand beside the sets: their programs are replaced from one set to the next.
+
+use std::ffi::CStr;
+use std::fs::{self, DirBuilder};
+use std::hash::{BuildHasher as _, RandomState};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Map, MapData};
+use aya::programs::TcAttachType;
+use aya::programs::tc::{SchedClassifierLink, TcHandle};
+use portfwd_ebpf::table::{Hook, KEPT};
+use rustix::mount::{MountFlags, mount};
+use serde::{Deserialize, Serialize};
+
+use super::counts::{CountMap, counter_words, passed_words};
+use super::flow_tables::{self, FlowTables};
+use super::{Clock, DatapathError, Programs, REMEMBER, wait_for_readers};
+use crate::compile::Capacity;
+
+/// Where the kernel's BPF filesystem belongs.
+const BPFFS: &str = "/sys/fs/bpf";
+/// `BPF_FS_MAGIC` (linux/magic.h).
+const MAGIC: u64 = 0xcafe_4a11;
+
+/// The folder of an instance, which has to be there only for what writes to it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Instance {
+    folder: PathBuf,
+}
+
+/// What a set leaves to the next, whatever version of portfwd loads that. It stands in a file.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Kept {
+    /// [`KEPT`](portfwd_ebpf::table::KEPT) of the set.
+    pub layout: u32,
+    /// The set's number.
+    pub set: u32,
+    /// Secrets: where flows stand in their tables, and which ports clients get.
+    pub flow_seed: u64,
+    pub masquerade_seed: u32,
+    /// What the maps of counters count, from the oldest to the one that counts now.
+    pub counters: Vec<Words>,
+    /// The same of packets that passed: a row is a reason.
+    pub passed: Vec<Words>,
+    /// Filters of TC, which have no link to pin.
+    pub filters: Vec<Filter>,
+}
+
+/// Names of numbers that stand side by side in a map.
+pub type Words = Vec<String>;
+
+/// A filter of the qdisc `clsact`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Filter {
+    pub index: u32,
+    /// At the egress, not the ingress.
+    pub egress: bool,
+    pub priority: u16,
+    pub handle: u32,
+}
+
+impl Filter {
+    /// What a link is, if it is none of the kernel's.
+    pub(super) fn of(index: u32, egress: bool, link: &SchedClassifierLink) -> Option<Self> {
+        let (priority, handle) = (link.priority().ok()?, link.handle().ok()?.into());
+        Some(Self { index, egress, priority, handle })
+    }
+
+    /// As aya has it. Dropped, it is detached.
+    pub(super) fn link(self, interface: &str) -> Option<SchedClassifierLink> {
+        let place = if self.egress { TcAttachType::Egress } else { TcAttachType::Ingress };
+        let handle = TcHandle::from(self.handle);
+        SchedClassifierLink::attached(interface, place, self.priority, handle, None).ok()
+    }
+
+    /// The same, if its interface is there.
+    pub(super) fn link_by_index(self) -> Option<SchedClassifierLink> {
+        let mut name = [0u8; libc::IF_NAMESIZE];
+        // SAFETY: there is room for a name.
+        let found = unsafe { libc::if_indextoname(self.index, name.as_mut_ptr().cast()) };
+        let name = CStr::from_bytes_until_nul(&name).ok().filter(|_| !found.is_null())?;
+        self.link(name.to_str().ok()?)
+    }
+}
+
+/// What holds a program at an interface.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Native,
+    Generic,
+    Tc,
+    /// At the egress.
+    Sent,
+    /// At the loopback interface.
+    Own,
+}
+
+impl Kind {
+    /// Of what comes by an interface: one at a time.
+    pub const OF_PACKETS: [Self; 3] = [Self::Native, Self::Generic, Self::Tc];
+    const ALL: [Self; 5] = [Self::Native, Self::Generic, Self::Tc, Self::Sent, Self::Own];
+
+    /// Of its program.
+    pub fn hook(self) -> Hook {
+        match self {
+            Self::Native | Self::Generic => Hook::Xdp,
+            Self::Tc | Self::Sent | Self::Own => Hook::Tc,
+        }
+    }
+
+    /// Where TC has it.
+    pub fn place(self) -> TcAttachType {
+        if self == Self::Sent { TcAttachType::Egress } else { TcAttachType::Ingress }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+            Self::Tc => "tc",
+            Self::Sent => "sent",
+            Self::Own => "own",
+        }
+    }
+}
+
+impl Instance {
+    /// The instance with this name, which has to be fit for a file.
+    pub fn new(name: &str) -> Self {
+        Self { folder: Path::new(BPFFS).join("portfwd").join(name) }
+    }
+
+    /// Makes its folders, and mounts bpffs where the system has not.
+    ///
+    /// # Errors
+    ///
+    /// There is no bpffs and it cannot be mounted, or it cannot be written.
+    pub fn create(&self) -> Result<(), DatapathError> {
+        let is_bpffs = || rustix::fs::statfs(BPFFS).is_ok_and(|fs| fs.f_type as u64 == MAGIC);
+        if !is_bpffs() {
+            mount("bpf", BPFFS, "bpf", MountFlags::empty(), Some(c"mode=0700"))
+                .map_err(|error| failed(Path::new(BPFFS), &error.into()))?;
+        }
+        for folder in [self.folder.join("sets"), self.links()] {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&folder)
+                .map_err(|error| failed(&folder, &error))?;
+        }
+        // In some bpffs everybody can make folders.
+        let all = self.folder.parent().unwrap_or(&self.folder);
+        for folder in [all, &self.folder] {
+            let there = fs::metadata(folder).map_err(|error| failed(folder, &error))?;
+            if there.uid() != 0 || there.mode() & 0o022 != 0 {
+                return Err(failed(folder, &io::Error::other("belongs to others; remove it")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether this set is there.
+    pub fn has(&self, kept: &Kept) -> bool {
+        self.set(kept.set).is_dir()
+    }
+
+    /// Whether something of it is there.
+    pub fn is_there(&self) -> bool {
+        self.sets().next().is_some() || self.pinned().next().is_some()
+    }
+
+    pub(super) fn set(&self, number: u32) -> PathBuf {
+        self.folder.join("sets").join(number.to_string())
+    }
+
+    fn links(&self) -> PathBuf {
+        self.folder.join("links")
+    }
+
+    pub(super) fn link(&self, index: u32, kind: Kind) -> PathBuf {
+        self.links().join(format!("{index}-{}", kind.name()))
+    }
+
+    /// The numbers of its sets.
+    pub(super) fn sets(&self) -> impl Iterator<Item = u32> + use<> {
+        names(&self.folder.join("sets")).filter_map(|name| name.parse().ok())
+    }
+
+    /// The links that are pinned: interface and kind.
+    pub(super) fn pinned(&self) -> impl Iterator<Item = (u32, Kind)> + use<> {
+        names(&self.links()).filter_map(|name| {
+            let (index, name) = name.split_once('-')?;
+            let kind = Kind::ALL.into_iter().find(|kind| kind.name() == name)?;
+            Some((index.parse().ok()?, kind))
+        })
+    }
+
+    /// Unpins a link. Its program is detached once nobody else holds it. Returns whether it was there.
+    pub(super) fn unpin(&self, index: u32, kind: Kind) -> bool {
+        fs::remove_file(self.link(index, kind)).is_ok()
+    }
+
+    /// Makes the folder of a new set: its number.
+    pub(super) fn add_set(&self) -> Result<u32, DatapathError> {
+        let number = self.sets().max().map_or(1, |last| last + 1);
+        let folder = self.set(number);
+        DirBuilder::new().mode(0o700).create(&folder).map_err(|error| failed(&folder, &error))?;
+        Ok(number)
+    }
+
+    /// Unpins all of a set. Maps that others use stay.
+    pub(super) fn remove_set(&self, number: u32) -> io::Result<()> {
+        // bpffs has no way to remove a tree at once.
+        fs::remove_dir_all(self.set(number))
+    }
+
+    /// Unpins everything: links, which detaches programs that no process holds, and sets.
+    ///
+    /// # Errors
+    ///
+    /// Something cannot be removed; what could be is.
+    pub fn remove(&self) -> io::Result<()> {
+        for (index, kind) in self.pinned() {
+            self.unpin(index, kind);
+        }
+        // Programs that still run jump to others of their set.
+        wait_for_readers();
+        match fs::remove_dir_all(&self.folder) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            removed => removed?,
+        }
+        // The last one; others may have theirs there.
+        if let Some(all) = self.folder.parent() {
+            let _: io::Result<()> = fs::remove_dir(all);
+        }
+        Ok(())
+    }
+}
+
+/// What a set has of the one before, pinned where the set is.
+pub(super) struct Taken {
+    /// Of the flows' places, and of masquerade's ports.
+    pub seeds: (u64, u32),
+    /// Maps, and where they are pinned or will be.
+    pub pins: Vec<(&'static str, PathBuf)>,
+    /// Maps that counted before.
+    pub counted: Vec<CountMap>,
+    pub passed: Vec<CountMap>,
+    /// The set whose flows have to be copied, as the tables have another size.
+    copies: Option<u32>,
+}
+
+impl Taken {
+    /// Pins what the set `before` remembers for a new one, as far as that is to be as large. The room for
+    /// counters becomes what there is.
+    pub fn new(
+        instance: &Instance,
+        set: u32,
+        capacity: &mut Capacity,
+        before: Option<&Kept>,
+    ) -> Result<Self, DatapathError> {
+        let folder = instance.set(set);
+        let mut pins: Vec<_> = REMEMBER.map(|name| (name, folder.join(name))).into();
+        for hook in [Hook::Xdp, Hook::Tc] {
+            let Programs { detour_map, part_map, .. } = Programs::of(hook);
+            pins.extend([*detour_map, *part_map].map(|name| (name, folder.join(name))));
+        }
+        let Some(before) = before else {
+            let seeds = (RandomState::new().hash_one(1), RandomState::new().hash_one(0) as u32);
+            pins.push((COUNTERS, folder.join(numbered(COUNTERS, 0))));
+            pins.push((PASSED, folder.join(numbered(PASSED, 0))));
+            return Ok(Self { seeds, pins, counted: Vec::new(), passed: Vec::new(), copies: None });
+        };
+        let old = instance.set(before.set);
+        let there = |name: &str| {
+            open(&old.join(name))?
+                .ok_or_else(|| failed(&old.join(name), &ErrorKind::NotFound.into()))
+        };
+        let mut copies = None;
+        if before.layout == KEPT {
+            for name in REMEMBER {
+                let map = there(name)?;
+                // A smaller one would have to refuse flows.
+                if capacity.make_room(name, entries(&map)?) {
+                    pin(&map, &folder.join(name))?;
+                } else {
+                    copies = Some(before.set);
+                }
+            }
+        } else if has_flows(&there)? {
+            return Err(DatapathError::OtherLayout { there: before.layout });
+        }
+        let mut count = |name, words: &[Words], own: &Words, rows: u32| {
+            let mut maps = Vec::new();
+            for (number, words) in words.iter().enumerate() {
+                let map = there(&numbered(name, number))?;
+                pin(&map, &folder.join(numbered(name, number)))?;
+                maps.push(CountMap::new(map, words.clone())?);
+            }
+            // The last goes on counting, if it counts what this one does and has room.
+            let goes_on = maps
+                .pop_if(|last| last.words() == own && last.entries() >= rows)
+                .map(|it| it.entries());
+            pins.push((name, folder.join(numbered(name, maps.len()))));
+            Ok((maps, goes_on))
+        };
+        let rows = capacity.counters;
+        let (counted, entries) = count(COUNTERS, &before.counters, &counter_words(), rows)?;
+        capacity.counters = entries.unwrap_or(rows);
+        let reasons = passed_words();
+        let (passed, _) = count(PASSED, &before.passed, &reasons, reasons.len() as u32)?;
+        let seeds = (before.flow_seed, before.masquerade_seed);
+        Ok(Self { seeds, pins, counted, passed, copies })
+    }
+
+    /// The flows of the set before, if they have to be copied.
+    pub fn old_flows(
+        &self,
+        instance: &Instance,
+        clock: Clock,
+    ) -> Result<Option<FlowTables>, DatapathError> {
+        let Some(set) = self.copies else { return Ok(None) };
+        let folder = instance.set(set);
+        let take = |name: &'static str| {
+            let path = folder.join(name);
+            open_map(&path)?.ok_or_else(|| failed(&path, &ErrorKind::NotFound.into()))
+        };
+        FlowTables::new(clock, self.seeds.0, take).map(Some)
+    }
+}
+
+const COUNTERS: &str = "COUNTERS";
+const PASSED: &str = "PASSED";
+
+fn numbered(map: &str, number: usize) -> String {
+    format!("{map}-{number}")
+}
+
+/// Whether there are, or were lately, flows of whatever layout.
+fn has_flows(
+    there: &impl Fn(&str) -> Result<MapData, DatapathError>,
+) -> Result<bool, DatapathError> {
+    for name in ["FLOWS_V4", "FLOWS_V6"] {
+        if flow_tables::has_bytes(name, &there(name)?)? {
+            return Ok(true);
+        }
+    }
+    for name in ["PROBATION_V4", "PROBATION_V6"] {
+        if flow_tables::has_keys(&there(name)?) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn names(folder: &Path) -> impl Iterator<Item = String> + use<> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+}
+
+fn failed(path: &Path, error: &io::Error) -> DatapathError {
+    DatapathError::Pins { path: path.to_owned(), message: error.to_string() }
+}
+
+/// A map that is pinned there, if one is.
+fn open(path: &Path) -> Result<Option<MapData>, DatapathError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let map = MapData::from_pin(path).map_err(|error| failed(path, &io::Error::other(error)))?;
+    Ok(Some(map))
+}
+
+/// The same, in the type that aya gives it.
+fn open_map(path: &Path) -> Result<Option<Map>, DatapathError> {
+    let map = open(path)?;
+    map.map(Map::from_map_data).transpose().map_err(|error| failed(path, &io::Error::other(error)))
+}
+
+/// How many entries a map has room for.
+fn entries(map: &MapData) -> Result<u32, DatapathError> {
+    let info = map.info().map_err(super::map_error("of a set"))?;
+    Ok(info.max_entries())
+}
+
+/// Pins a map at one more place.
+fn pin(map: &MapData, path: &Path) -> Result<(), DatapathError> {
+    map.pin(path).map_err(|error| failed(path, &io::Error::other(error)))
+}
+
+/// Whether an instance can have this name. Dots are not for names in bpffs.
+pub fn is_name(name: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    (1..=32).contains(&name.len()) && name.chars().all(fits)
+}
