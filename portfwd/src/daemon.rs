@@ -144,7 +144,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
 
     let keeper = Keeper::start(datapath.routes())?;
     let sweeper = Sweeper::start(datapath.flows(), living(&config, &plan, &compiler))?;
-    let reserved = before.as_ref().map(|before| before.world.reserved.clone()).unwrap_or_default();
+    let reserved = before.as_ref().map(|before| before.world.reserved()).unwrap_or_default();
     let mut daemon = Daemon {
         owned,
         keeper,
@@ -177,6 +177,15 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     // Whoever could not start, and has found nothing, leaves nothing.
     daemon.stop(keep || ended.is_err() && before.is_some());
     ended
+}
+
+/// Ends forwarding that goes on without a daemon. Returns whether there was some.
+///
+/// # Errors
+///
+/// A daemon runs, or something cannot be taken off.
+pub fn take_off(instance: &str) -> anyhow::Result<bool> {
+    Owned::take(instance)?.take_off()
 }
 
 /// What wakes the daemon.

@@ -1074,10 +1074,7 @@ impl Datapath {
             // What began there meanwhile.
             self.flows.copy(&old)?;
         }
-        for filter in std::mem::take(&mut home.filters) {
-            // Dropped, it is detached. It may be gone with its interface.
-            let _: Option<SchedClassifierLink> = filter.link_by_index();
-        }
+        std::mem::take(&mut home.filters).into_iter().for_each(Filter::take_off);
         for (index, kind) in home.instance.pinned() {
             let used = match kind {
                 Kind::Native | Kind::Generic | Kind::Tc => {

@@ -208,7 +208,7 @@ fn reserved_ports() -> Result<BTreeSet<u16>, SysctlError> {
 }
 
 /// Reads a list like `80,8000-8080`.
-fn parse_ports(list: &str) -> Option<BTreeSet<u16>> {
+pub fn parse_ports(list: &str) -> Option<BTreeSet<u16>> {
     let mut ports = BTreeSet::new();
     for part in list.split(',').map(str::trim).filter(|part| !part.is_empty()) {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -222,7 +222,7 @@ fn parse_ports(list: &str) -> Option<BTreeSet<u16>> {
 }
 
 /// Writes the list as the kernel does: ascending, neighbours joined to ranges.
-fn format_ports(ports: &BTreeSet<u16>) -> String {
+pub fn format_ports(ports: &BTreeSet<u16>) -> String {
     let mut ranges: Vec<(u16, u16)> = Vec::new();
     for &port in ports {
         match ranges.last_mut() {

@@ -13,8 +13,9 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::survey::Survey;
-use crate::datapath::{Instance, Kept};
+use crate::datapath::{Filter, Instance, Kept};
 use crate::network::Externals;
+use crate::sysctl;
 
 /// Where state files are. It is empty after a reboot, as bpffs is.
 pub const DIRECTORY: &str = "/run/portfwd";
@@ -42,8 +43,8 @@ pub struct World {
     pub v6: Vec<Ipv6Addr>,
     /// Interfaces that led to backends.
     pub internal: BTreeSet<String>,
-    /// Ports that were reserved, and were not before.
-    pub reserved: BTreeSet<u16>,
+    /// Ports that were reserved, and were not before, as the kernel writes them.
+    reserved: String,
 }
 
 impl World {
@@ -53,8 +54,13 @@ impl World {
             v4: survey.externals.v4.clone(),
             v6: survey.externals.v6.clone(),
             internal: internal.map(|(name, _)| name.clone()).collect(),
-            reserved: reserved.clone(),
+            reserved: sysctl::format_ports(reserved),
         }
+    }
+
+    /// Ports that were reserved, and were not before.
+    pub fn reserved(&self) -> BTreeSet<u16> {
+        sysctl::parse_ports(&self.reserved).unwrap_or_default()
     }
 
     /// What a survey may begin with.
@@ -218,6 +224,36 @@ impl Owned {
         }
         self.written = Some(now);
         Ok(())
+    }
+
+    /// Takes off all that is left of the instance, whatever version left it. Returns whether something was.
+    ///
+    /// # Errors
+    ///
+    /// Something cannot be taken off.
+    pub fn take_off(self) -> anyhow::Result<bool> {
+        let state = fs::read(&self.path).unwrap_or_default();
+        let state: serde_json::Value = serde_json::from_slice(&state).unwrap_or_default();
+        let here = |name: &str, own: anyhow::Result<serde_json::Value>| {
+            own.is_ok_and(|own| state.get(name) == Some(&own))
+        };
+        let found = self.instance.is_there();
+        if here("boot", boot_id().map(Into::into)) && here("network", network_id().map(Into::into))
+        {
+            let filters = state.pointer("/kept/filters").cloned().unwrap_or_default();
+            let filters: Vec<Filter> = serde_json::from_value(filters).unwrap_or_default();
+            filters.into_iter().for_each(Filter::take_off);
+            let reserved = state.pointer("/world/reserved").and_then(|it| it.as_str());
+            let reserved = reserved.and_then(sysctl::parse_ports).unwrap_or_default();
+            if !reserved.is_empty()
+                && let Some(change) = sysctl::release_ports(&reserved)?
+            {
+                tracing::info!("{change}");
+            }
+        }
+        self.instance.remove().context("cannot unpin all of it")?;
+        self.remove()?;
+        Ok(found)
     }
 
     /// Removes the file: nothing is left of the instance.

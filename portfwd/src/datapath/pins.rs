@@ -79,13 +79,14 @@ impl Filter {
         SchedClassifierLink::attached(interface, place, self.priority, handle, None).ok()
     }
 
-    /// The same, if its interface is there.
-    pub(super) fn link_by_index(self) -> Option<SchedClassifierLink> {
+    /// Detaches it, if it and its interface are there.
+    pub fn take_off(self) {
         let mut name = [0u8; libc::IF_NAMESIZE];
         // SAFETY: there is room for a name.
         let found = unsafe { libc::if_indextoname(self.index, name.as_mut_ptr().cast()) };
-        let name = CStr::from_bytes_until_nul(&name).ok().filter(|_| !found.is_null())?;
-        self.link(name.to_str().ok()?)
+        let name = CStr::from_bytes_until_nul(&name).ok().filter(|_| !found.is_null());
+        // What is dropped is detached.
+        drop(name.and_then(|name| self.link(name.to_str().ok()?)));
     }
 }
 
