@@ -661,6 +661,14 @@ fn check_of_a_good_file() {
     let ways = "\n\nlan0: native (as configured)\n\
                 wan0: tc (veth: packets of this machine stay whole there)\n";
     assert!(check("--explain").ends_with(ways), "{}", check("--explain"));
+    fs::write(&file, &rules).unwrap();
+
+    // The box itself as backend; anybody can know.
+    let own = fs::read_to_string(&file).unwrap().replace("10:8080", "1:8080");
+    fs::write(&file, own).unwrap();
+    let stateful = "\n  stateful: the backend is this box, ";
+    assert!(check("--explain").contains(stateful), "{}", check("--explain"));
+    assert!(check("--json").contains("\"stateful\":true"), "{}", check("--json"));
     fs::write(&file, rules).unwrap();
 
     let verified = check("-v");
