@@ -52,6 +52,7 @@ fn what_will_lose_packets_is_told_at_start() {
     assert!(status.success(), "{said}");
     for line in [
         "br0 gets packets of local machines and containers by port0, ",
+        "port1 is a veth: ",
         "port1 is a port of br1, which holds the addresses: name br1 as external\n",
         "rule \"22/tcp\": this box itself listens on tcp 22; from outside that port now leads to \
          10.0.0.5\n",

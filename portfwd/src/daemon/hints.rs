@@ -10,7 +10,6 @@ use tracing::{info, warn};
 
 use super::Daemon;
 use crate::compile::{BoxPorts, Leg};
-use crate::datapath::Mode;
 use crate::network::{Externals, Snapshot};
 use crate::rule::{Ports, Rule, Source};
 
@@ -35,13 +34,6 @@ impl Daemon {
     pub fn warn_of_pitfalls(&self, snapshot: &Snapshot) {
         for (index, attachment) in &self.attached {
             let Some(link) = snapshot.link_by_index(*index) else { continue };
-            if link.driver.as_deref() == Some("veth") && attachment.mode != Mode::Tc {
-                info!(
-                    "{} is a veth: its peer must fill in checksums itself, and take XDP frames; there, \
-                     ethtool -K IFACE tx off gro on",
-                    link.name
-                );
-            }
             for pitfall in links::pitfalls(snapshot, link, attachment.role, attachment.mode) {
                 warn!("{pitfall}");
             }
