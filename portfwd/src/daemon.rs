@@ -97,8 +97,8 @@ pub async fn run(options: Options) -> Result<(), Failure> {
 
     let (network, changes) = Network::open()?;
     let snapshot = network.snapshot().await?;
-    check_interfaces(&config, &snapshot)?;
     let survey = Survey::take(&network, &snapshot, &config, &plan, &Survey::default()).await?;
+    check_interfaces(&config, &snapshot, &survey)?;
     none(&survey.problems)?;
     plan.locate(&config.rules, &survey.local);
     let ports =

@@ -36,7 +36,11 @@ fn what_will_lose_packets_is_told_at_start() {
 
     let directory = TempDir::new().unwrap();
     let file = directory.path().join("generic.toml");
-    std::fs::write(&file, "[interfaces]\nattach = \"generic\"\n").unwrap();
+    std::fs::write(
+        &file,
+        "[interfaces]\nattach = \"generic\"\n[interfaces.port0]\nattach = \"tc\"\n",
+    )
+    .unwrap();
     let mut arguments = vec!["-c", file.to_str().unwrap(), "-i", "br0", "-i", "port1"];
     for spec in [
         "22:10.0.0.5",
@@ -53,6 +57,7 @@ fn what_will_lose_packets_is_told_at_start() {
     for line in [
         "br0 gets packets of local machines and containers by port0, ",
         "port1 is a veth: ",
+        "generic.toml:3: [interfaces.port0] is of no use: ",
         "port1 is a port of br1, which holds the addresses: name br1 as external\n",
         "rule \"22/tcp\": this box itself listens on tcp 22; from outside that port now leads to \
          10.0.0.5\n",

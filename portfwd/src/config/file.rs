@@ -12,7 +12,9 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{Attach, Config, ConfigError, Errors, Interface, check_interface, masquerade_ports};
+use super::{
+    Config, ConfigError, Errors, Interface, Way, check_interface, did_you_mean, masquerade_ports,
+};
 use crate::flows::{FlowSettings, Timeouts};
 use crate::rule::{
     Invalid, Listen, Mistake, Mss, Place, Protocol, Rule, Source, Target, invalid, twice,
@@ -230,8 +232,8 @@ impl Reader {
         if let Some(section) = self.section(&file, "interfaces", &INTERFACES) {
             config.external = self.interfaces(&section, "external");
             config.internal = self.interfaces(&section, "internal");
-            config.attach = self.parsed(&section, "attach").unwrap_or(config.attach);
-            config.attach_to = self.attach_to(&section);
+            config.attach = self.way(&section).unwrap_or(config.attach);
+            config.attach_to = self.attach_to(&section, &config);
         }
         if let Some(section) = self.section(&file, "metrics", &METRICS) {
             config.metrics = self.metrics(&section);
@@ -350,7 +352,7 @@ impl Reader {
     }
 
     /// Tables of `[interfaces]` are named as interfaces.
-    fn attach_to(&mut self, section: &Section<'_>) -> Vec<(Interface, Attach)> {
+    fn attach_to(&mut self, section: &Section<'_>, config: &Config) -> Vec<(Interface, Way)> {
         let mut attach_to = Vec::new();
         for (key, value) in section.table {
             let name = key.get_ref().as_ref();
@@ -363,14 +365,26 @@ impl Reader {
             let own = Section { shape: &INTERFACE, table, line, rule: None, interface };
             self.unknown_keys(&own);
             let checked = check_interface(name);
-            if self.or_blame(section, name, value, checked).is_some()
-                && let Some(attach) = self.parsed(&own, "attach")
-            {
+            if self.or_blame(section, name, value, checked).is_none() {
+                continue;
+            }
+            // Of the rest, flags and routes can make one.
+            let all_named = !config.external.is_empty() && !config.internal.is_empty();
+            if all_named && !config.named().any(|named| named.name == name) {
+                self.error(line, None, &section.path(name), &config.unnamed(name));
+            }
+            if let Some(way) = self.way(&own) {
                 let place = Place::File { path: self.path.clone(), line };
-                attach_to.push((Interface { name: name.to_owned(), place }, attach));
+                attach_to.push((Interface { name: name.to_owned(), place }, way));
             }
         }
         attach_to
+    }
+
+    fn way(&mut self, section: &Section<'_>) -> Option<Way> {
+        let attach = self.parsed(section, "attach")?;
+        let line = self.line(section.get("attach")?.span().start);
+        Some(Way { attach, place: Some(Place::File { path: self.path.clone(), line }) })
     }
 
     fn metrics(&mut self, section: &Section<'_>) -> Option<SocketAddr> {
@@ -477,13 +491,7 @@ impl Reader {
             if keys.contains(&name) || is_interface {
                 continue;
             }
-            let meant = keys.iter().map(|known| (edit_distance(name, known), known)).min();
-            let hint = match meant {
-                Some((changes @ ..=2, known)) if changes < known.len() => {
-                    format!("did you mean {known}? ")
-                }
-                _ => String::new(),
-            };
+            let hint = did_you_mean(name, keys.iter().copied());
             let message = format!("no such key; {hint}{title} has {}", keys.join(", "));
             let line = self.line(key.span().start);
             self.error(line, section.rule, &section.path(name), &message);
@@ -549,19 +557,4 @@ fn integer(value: &Value<'_>) -> Option<i64> {
 fn wrong_type(value: &DeValue<'_>, expected: &str) -> String {
     let article = if value.is_integer() || value.is_array() { "an" } else { "a" };
     format!("this is {article} {}; write {expected}", value.type_str())
-}
-
-/// How many letters must be put in, left out or exchanged to make one word of the other.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, to) in b.chars().enumerate() {
-            let exchanged = diagonal + usize::from(from != to);
-            diagonal = row[j + 1];
-            row[j + 1] = exchanged.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.chars().count()]
 }

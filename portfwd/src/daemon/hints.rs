@@ -10,6 +10,7 @@ use tracing::{info, warn};
 
 use super::Daemon;
 use crate::compile::{BoxPorts, Leg};
+use crate::config::Interface;
 use crate::network::{Externals, Snapshot};
 use crate::rule::{Ports, Rule, Source};
 
@@ -36,6 +37,14 @@ impl Daemon {
             let Some(link) = snapshot.link_by_index(*index) else { continue };
             for pitfall in links::pitfalls(snapshot, link, attachment.role, attachment.mode) {
                 warn!("{pitfall}");
+            }
+        }
+        for (Interface { name, place }, _) in &self.config.attach_to {
+            if !self.survey.roles.contains_key(name) {
+                warn!(
+                    "{place}: [interfaces.{name}] is of no use: {name} is not external, and no backend is \
+                     reached by it"
+                );
             }
         }
         let Externals { v4, v6 } = &self.survey.externals;
