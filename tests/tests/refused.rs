@@ -374,7 +374,7 @@ fn flags() {
         (
             "run -i lo -p 80:192.168.77.10",
             &[
-                "-i lo: lo is an interface of a kind that cannot be forwarded from (*); name another",
+                "-i lo: lo is the loopback interface: programs on this box reach the rules without it; name one where others arrive",
             ],
             2,
         ),

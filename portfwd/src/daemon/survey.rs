@@ -50,6 +50,10 @@ fn unusable(link: &Link) -> Option<String> {
     let kind = driver.as_deref().unwrap_or("kind unknown");
     match link.layer {
         Layer::Ethernet | Layer::Bare => None,
+        Layer::Other if link.is_loopback() => Some(format!(
+            "{name} is the loopback interface: programs on this box reach the rules without it; \
+             name one where others arrive"
+        )),
         Layer::Other => Some(format!(
             "{name} is an interface of a kind that cannot be forwarded from ({kind}); name another"
         )),
