@@ -127,11 +127,16 @@ fn beginnings(text: &str, size: usize) -> Vec<usize> {
     beginnings
 }
 
+/// So the TOML crate calls what follows a list that is not closed.
+const NO_COMMA: &str = "missing comma between array elements";
+
 /// The TOML crate's words with what to do.
 fn syntax_message(words: &str) -> String {
     let unquoted = ["string values must be quoted", "invalid date", "invalid float", "invalid int"];
     let remedy = if words == "duplicate key" {
         "keep one of them; several rules are several [[rule]]"
+    } else if words.starts_with(NO_COMMA) {
+        "put it there, or close the list before this with `]`"
     } else if unquoted.iter().any(|start| words.starts_with(start)) {
         "put text in quotes, as in listen = \"8000-8099\""
     } else {
@@ -186,13 +191,21 @@ impl Reader {
     }
 
     fn not_toml(mut self, syntax: &[toml::de::Error]) -> Errors {
+        let mut unclosed = Vec::new();
         for error in syntax {
             let line = self.line(error.span().map_or(0, |span| span.start));
+            if error.message().starts_with("unclosed") || error.message().starts_with(NO_COMMA) {
+                unclosed.push(line);
+            }
             self.error(line, None, "", &syntax_message(error.message()));
         }
-        // What could be made of the rest is guesswork, and so are further errors on a line.
+        // What could be made of the rest is guesswork, and so are further errors on a line, and all
+        // behind a bracket that is not closed.
         self.errors.sort_by_key(|(line, _)| *line);
         self.errors.dedup_by_key(|(line, _)| *line);
+        if let Some(line) = unclosed.into_iter().min() {
+            self.errors.retain(|(other, _)| *other <= line);
+        }
         self.into_errors()
     }
 

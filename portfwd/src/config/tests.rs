@@ -250,6 +250,18 @@ fn bad_files_are_refused() {
             "\n[[rule]\n".into(),
             &["portfwd.toml:2: this is not TOML: unclosed array table, expected `]`; correct it here"],
         ),
+        // What comes behind a list that is not closed is taken for a part of it.
+        (
+            "[interfaces]\nexternal = [\"wan0\"\n[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:3: this is not TOML: missing comma between array elements, expected `,`; put it there, or close the list before this with `]`"],
+        ),
+        (
+            "metrics = x\n[[rule]]\nlisten = 80\nto = [\"10.0.0.1\"\n[[rule]]\nlisten = 81\nto = [\"10.0.0.1\"]\n".into(),
+            &[
+                "portfwd.toml:1: this is not TOML: string values must be quoted, expected literal string; put text in quotes, as in listen = \"8000-8099\"",
+                "portfwd.toml:5: this is not TOML: missing comma between array elements, expected `,`; put it there, or close the list before this with `]`",
+            ],
+        ),
         // Types.
         (
             "interfaces = 1\nmetrics = []\n".into(),
