@@ -540,6 +540,12 @@ fn what_is_in_the_way() {
         &["/proc/portfwd: cannot make it; run as root, or name another with --socket: *"],
         1,
     );
+    place.refused(
+        "a socket with a long path in a directory that has to be made",
+        &mut place.command(&format!("{run} --socket DIR/new/{}", "x".repeat(120))),
+        &["DIR/new/xxx*: *; name another with --socket"],
+        1,
+    );
     let long = format!("DIR/{}", "x".repeat(120));
     place.refused(
         "a socket with a long path",
