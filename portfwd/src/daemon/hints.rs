@@ -97,7 +97,7 @@ impl Daemon {
         if self.config.rules.len() > HINTED_RULES {
             return;
         }
-        for rule in &self.config.rules {
+        for (number, rule) in self.config.rules.iter().enumerate() {
             let counts =
                 self.compiler.counter(&rule.name).and_then(|row| self.datapath.counts(row).ok());
             let Some(counts) = counts else { continue };
@@ -112,7 +112,16 @@ impl Daemon {
                 && since.elapsed() >= SILENCE
             {
                 *silence = Silence::Told;
+                let elsewhere = self.plan.remote().any(|leg| leg.rule == number);
                 let why = match rule.source {
+                    _ if !elsewhere && rule.protocol.udp() => {
+                        "this box itself should answer; a UDP service that is bound to all addresses \
+                         does so from another of them: bind it to the one in `to`, or have `to` name \
+                         the one that clients use"
+                    }
+                    _ if !elsewhere => {
+                        "this box itself should answer; does its firewall let in the port in `to`?"
+                    }
                     Source::Preserve => {
                         "does it answer, and does its default route lead through this box?"
                     }
