@@ -257,6 +257,31 @@ pub fn reply<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench
     true
 }
 
+/// Whether the flow that has the ends of the packet on the bench, by which a service of this box accepts a
+/// connection, was closing. A connection of the flow would have made it new, so this one is the service's
+/// own, and the flow ends.
+#[inline(never)]
+pub fn is_over<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) -> bool {
+    let Bench { packet: Packet { key, .. }, reply: other, .. } = bench;
+    let closing = |candidate: &mut Candidate<N>| candidate.flags & CLOSING != 0;
+    if kernel.candidate(key, closing) == Some(true) {
+        kernel.remove_candidate(key);
+        return true;
+    }
+    let closing = |half: &mut FlowHalf<N>| u32::from(half.flags) & CLOSING != 0;
+    let own = kernel.flow(key, |half| {
+        *other = half.becomes().reversed();
+        closing(half)
+    });
+    let Some(closes) = own else { return false };
+    let over = closes || kernel.flow(other, closing) == Some(true);
+    if over {
+        kernel.remove_flow(other);
+        kernel.remove_flow(key);
+    }
+    over
+}
+
 /// Has the forward half of the flow of the packet on the bench counted for the rule that claims it now.
 #[inline(never)]
 fn take_over<const N: usize, K: Kernel + Flows<N>>(kernel: &K, bench: &mut Bench<N>) {
@@ -697,6 +722,9 @@ impl<const N: usize> Candidate<N> {
 
     #[inline(always)]
     fn seen(&mut self, direction: Direction, packet: &Packet<N>) {
+        if packet.segment == Segment::Opens && self.flags & CLOSING != 0 {
+            self.flags &= flow_flags::HAIRPIN;
+        }
         self.flags |= packet.flags;
         self.last = packet.now;
         self.tallies[direction as usize].add(packet.size);

@@ -5,6 +5,7 @@
 //! `main.rs` beside this file gives it the kernel's maps and helpers; the host's tests give it plain
 //! tables. Addresses and ports are network-order bytes everywhere, in types of their own.
 #![no_std]
+#![cfg_attr(feature = "strict", deny(warnings))]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod answer;

@@ -1,6 +1,7 @@
 //! The entry points, at each hook: the kernel's maps and helpers for the path in the library. Glue only.
 #![no_std]
 #![no_main]
+#![cfg_attr(feature = "strict", deny(warnings))]
 
 mod hook;
 

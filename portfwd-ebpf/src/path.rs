@@ -971,6 +971,12 @@ fn reply_flow<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
     packet: &mut Packet<'_, I>,
 ) -> Option<Result<Verdict, Passed>> {
     packet.of_flow(kernel, Direction::Reply, &mut bench.packet);
+    if kernel.is_sent()
+        && bench.packet.segment == flow::Segment::Accepts
+        && flow::is_over(kernel, bench)
+    {
+        return None;
+    }
     flow::reply(kernel, bench).then(|| send_flow::<false, N, I, K>(kernel, bench, packet))
 }
 

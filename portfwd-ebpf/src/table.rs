@@ -1269,7 +1269,8 @@ reasons! {
         Prohibited = "prohibited",
         /// The route to the backend does not leave by an internal interface.
         NotInternal = "not_internal",
-        /// Merged from several packets, whose checksums are lost: turn GRO off below the interface.
+        /// Merged from several packets, whose checksums are lost: turn GRO off below the interface; with
+        /// a veth, `ethtool -K IFACE tx off gro on` at its other end.
         Merged = "merged",
         /// Forwarding is off on the interface it came by (sysctl).
         ForwardingOff = "forwarding_off",

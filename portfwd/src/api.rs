@@ -145,11 +145,37 @@ pub enum Request {
     Flows(oneshot::Sender<LiveFlows>),
 }
 
-/// The daemon's side of the control socket. The socket file goes when this is dropped.
+/// The daemon's side of the control socket. The socket file goes when this is dropped, and what was
+/// made for it.
 #[derive(Debug)]
 pub struct Socket {
     listener: Option<UnixListener>,
     path: PathBuf,
+    _directories: Directories,
+}
+
+/// Directories that were made, deepest first. Those that are empty go when this is dropped.
+#[derive(Debug)]
+struct Directories(Vec<PathBuf>);
+
+impl Directories {
+    fn make(directory: &Path) -> anyhow::Result<Self> {
+        let missing = |it: &&Path| !it.as_os_str().is_empty() && !it.exists();
+        let made = Self(directory.ancestors().take_while(missing).map(Path::to_owned).collect());
+        std::fs::create_dir_all(directory).with_context(|| {
+            let directory = directory.display();
+            format!("{directory}: cannot make it; run as root, or name another with --socket")
+        })?;
+        Ok(made)
+    }
+}
+
+impl Drop for Directories {
+    fn drop(&mut self) {
+        for directory in &self.0 {
+            let _: io::Result<()> = std::fs::remove_dir(directory);
+        }
+    }
 }
 
 impl Socket {
@@ -160,13 +186,7 @@ impl Socket {
     /// A daemon answers there, something else than a socket is there, or the directory cannot be
     /// written.
     pub async fn bind(path: &Path) -> anyhow::Result<Self> {
-        if let Some(directory) = path.parent().filter(|directory| !directory.as_os_str().is_empty())
-        {
-            std::fs::create_dir_all(directory).with_context(|| {
-                let directory = directory.display();
-                format!("{directory}: cannot make it; run as root, or name another with --socket")
-            })?;
-        }
+        let directories = Directories::make(path.parent().unwrap_or(Path::new("")))?;
         match UnixStream::connect(path).await {
             Ok(_) => bail!(
                 "{}: a portfwd is running on this socket; stop it, or name another with --socket",
@@ -192,7 +212,7 @@ impl Socket {
         let listener = bound.with_context(|| {
             format!("{}: cannot bind; run as root, or name another with --socket", path.display())
         })?;
-        Ok(Self { listener: Some(listener), path: path.to_owned() })
+        Ok(Self { listener: Some(listener), path: path.to_owned(), _directories: directories })
     }
 
     /// Serves until the task that runs this is dropped. Requests go to `requests`.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IsTerminal as _, Write as _};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use crate::config::{self, Config};
 use crate::daemon::{self, Failure, Options, modes, resolve_all};
 use crate::datapath::{Datapath, DatapathError, Hook, Verified};
 use crate::flows::{self, Filter};
-use crate::network::{Layer, Network};
+use crate::network::{Layer, Network, Route};
 use crate::report;
 use crate::rule::Invalid;
 
@@ -314,8 +315,13 @@ impl Check {
         let config = config::read(&self.file)
             .map_err(|errors| Failure::Configuration(errors.to_string()))?;
         let resolved = resolve_all(&config.rules).await?;
-        let plan = plan(&config.rules, &resolved)
+        let mut plan = plan(&config.rules, &resolved)
             .map_err(|refused| Failure::Configuration(refused.to_string()))?;
+        // A file for another box can be checked too, and by anybody.
+        let network = Network::open().ok().map(|(network, _)| network);
+        if let Some(network) = &network {
+            locate(network, &config, &mut plan).await;
+        }
         let programs = if verbose { try_programs(&config, &plan)? } else { Vec::new() };
         let lacks = [
             (config.rules.is_empty(), "no rule: `portfwd run` needs -p SPEC beside it"),
@@ -327,7 +333,10 @@ impl Check {
         let lacks = lacks.into_iter().filter_map(|(lacks, what)| lacks.then_some(what)).collect();
         let explanations = if self.explain { explain(&config.rules, &plan) } else { Vec::new() };
         let mut explanations = explanations.into_iter();
-        let interfaces = if self.explain { foresee(&config).await } else { Vec::new() };
+        let interfaces = match network.filter(|_| self.explain) {
+            Some(network) => foresee(&network, &config).await,
+            None => Vec::new(),
+        };
         let size = config.flows.size;
         let checked = Checked {
             file: self.file.clone(),
@@ -357,10 +366,18 @@ impl Check {
     }
 }
 
+/// Notes which backends are this box, if the kernel says.
+async fn locate(network: &Network, config: &Config, plan: &mut Plan) {
+    let backends: BTreeSet<IpAddr> = plan.legs.iter().map(|leg| leg.backend).collect();
+    let backends: Vec<IpAddr> = backends.into_iter().collect();
+    let Ok(routes) = network.routes(&backends).await else { return };
+    let routes = backends.into_iter().zip(routes);
+    let local = routes.filter(|(_, route)| *route == Route::Local).map(|(backend, _)| backend);
+    plan.locate(&config.rules, &local.collect());
+}
+
 /// How programs would be attached to the interfaces that are named and here.
-async fn foresee(config: &Config) -> Vec<CheckedInterface> {
-    // A file for another box can be checked too, and by anybody.
-    let Ok((network, _)) = Network::open() else { return Vec::new() };
+async fn foresee(network: &Network, config: &Config) -> Vec<CheckedInterface> {
     let Ok(snapshot) = network.snapshot().await else { return Vec::new() };
     let names: BTreeSet<&str> =
         config.external.iter().chain(&config.internal).map(|it| it.name.as_str()).collect();

@@ -27,9 +27,9 @@ pub struct Config {
     pub external: Vec<Interface>,
     /// Interfaces where backends are; none is "find them by the routes".
     pub internal: Vec<Interface>,
-    pub attach: Attach,
+    pub attach: Way,
     /// The interfaces for which that is otherwise.
-    pub attach_to: Vec<(Interface, Attach)>,
+    pub attach_to: Vec<(Interface, Way)>,
     /// Where Prometheus asks, if anywhere.
     pub metrics: Option<SocketAddr>,
     /// How often host names are resolved again.
@@ -54,7 +54,7 @@ impl Default for Config {
         Config {
             external: Vec::new(),
             internal: Vec::new(),
-            attach: Attach::Auto,
+            attach: Way { attach: Attach::Auto, place: None },
             attach_to: Vec::new(),
             metrics: None,
             refresh: Duration::from_secs(30),
@@ -68,9 +68,36 @@ impl Default for Config {
 impl Config {
     /// How a program is attached to an interface.
     pub fn attach_to(&self, interface: &str) -> Attach {
-        let own = self.attach_to.iter().find(|(named, _)| named.name == interface);
-        own.map_or(self.attach, |(_, attach)| *attach)
+        self.way_to(interface).attach
     }
+
+    /// The same, with its place.
+    pub fn way_to(&self, interface: &str) -> &Way {
+        let own = self.attach_to.iter().find(|(named, _)| named.name == interface);
+        own.map_or(&self.attach, |(_, way)| way)
+    }
+
+    /// The interfaces that are named, external ones first.
+    pub fn named(&self) -> impl Iterator<Item = &Interface> {
+        self.external.iter().chain(&self.internal)
+    }
+
+    /// Why an interface that neither list has should not have a table of its own.
+    pub fn unnamed(&self, interface: &str) -> String {
+        let named = self.named().map(|it| it.name.as_str());
+        let meant = did_you_mean(interface, named);
+        format!(
+            "it is neither external nor internal; {meant}name it in one of the two, or leave this \
+             table out"
+        )
+    }
+}
+
+/// How a program is attached, and where that is asked for, if it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Way {
+    pub attach: Attach,
+    pub place: Option<Place>,
 }
 
 /// How the programs are attached.
@@ -281,6 +308,29 @@ fn check_rules(rules: &[Rule]) -> Vec<(usize, ConfigError)> {
         }
     }
     found
+}
+
+/// The beginning of a remedy: which of those that there are may be meant.
+fn did_you_mean<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+    match known.map(|known| (edit_distance(name, known), known)).min() {
+        Some((changes @ ..=2, known)) if changes < known.len() => format!("did you mean {known}? "),
+        _ => String::new(),
+    }
+}
+
+/// How many letters must be put in, left out or exchanged to make one word of the other.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
+    for (i, from) in a.chars().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, to) in b.chars().enumerate() {
+            let exchanged = diagonal + usize::from(from != to);
+            diagonal = row[j + 1];
+            row[j + 1] = exchanged.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.chars().count()]
 }
 
 fn check_interface(name: &str) -> Result<(), Invalid> {

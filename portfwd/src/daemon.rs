@@ -113,7 +113,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let survey = Survey::take(&network, &snapshot, &config, &plan, &known).await?;
     if before.is_none() {
         // Later they are waited for.
-        check_interfaces(&config, &snapshot)?;
+        check_interfaces(&config, &snapshot, &survey)?;
         none(&survey.problems)?;
     }
     plan.locate(&config.rules, &survey.local);

@@ -179,9 +179,16 @@ impl Rule {
         let (from, to) = (family(&listen), family(backend));
         match self.source {
             Source::Preserve if from != to => {
+                let masquerade = match self.place {
+                    Place::Flag(_) => {
+                        "write the rule into a configuration file, which can say source = \
+                         \"masquerade\""
+                    }
+                    Place::File { .. } => "set source = \"masquerade\"",
+                };
                 return invalid!(
                     "{backend} is {to} and the rule listens on {from}: the backend cannot see such \
-                     clients; set source = \"masquerade\", or name an {from} backend"
+                     clients; {masquerade}, or name an {from} backend"
                 );
             }
             Source::Preserve => return Ok(()),

@@ -2,6 +2,8 @@
 
 use std::net::{TcpListener, UdpSocket};
 use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use portfwd_tests::{Namespace, Portfwd, TempDir, is_root};
 
@@ -36,7 +38,11 @@ fn what_will_lose_packets_is_told_at_start() {
 
     let directory = TempDir::new().unwrap();
     let file = directory.path().join("generic.toml");
-    std::fs::write(&file, "[interfaces]\nattach = \"generic\"\n").unwrap();
+    std::fs::write(
+        &file,
+        "[interfaces]\nattach = \"generic\"\n[interfaces.port0]\nattach = \"tc\"\n",
+    )
+    .unwrap();
     let mut arguments = vec!["-c", file.to_str().unwrap(), "-i", "br0", "-i", "port1"];
     for spec in [
         "22:10.0.0.5",
@@ -52,6 +58,8 @@ fn what_will_lose_packets_is_told_at_start() {
     assert!(status.success(), "{said}");
     for line in [
         "br0 gets packets of local machines and containers by port0, ",
+        "port1 is a veth: ",
+        "generic.toml:3: [interfaces.port0] is of no use: ",
         "port1 is a port of br1, which holds the addresses: name br1 as external\n",
         "rule \"22/tcp\": this box itself listens on tcp 22; from outside that port now leads to \
          10.0.0.5\n",
@@ -62,4 +70,38 @@ fn what_will_lose_packets_is_told_at_start() {
         assert!(said.contains(line), "{line}: {said}");
     }
     assert_eq!(said.matches("this box itself listens").count(), 2, "{said}");
+}
+
+#[test]
+fn why_the_box_itself_may_be_silent_is_told() {
+    if !is_root() {
+        return;
+    }
+    let binary = PathBuf::from(std::env::var_os("PORTFWD_BIN").expect("PORTFWD_BIN is set"));
+    let [router, client] = ["router", "client"].map(|role| Namespace::new(role).unwrap());
+    router.ip(&format!("link add wan0 type veth peer name wan0 netns {}", client.name())).unwrap();
+    for (namespace, host) in [(&router, 1), (&client, 2)] {
+        namespace.ip(&format!("address add 198.51.100.{host}/24 dev wan0")).unwrap();
+        namespace.ip("link set wan0 up").unwrap();
+    }
+    router.ip("address add 10.0.0.1/32 dev wan0").unwrap();
+    let _service = router.enter(|| UdpSocket::bind("0.0.0.0:8001").unwrap());
+
+    let directory = TempDir::new().unwrap();
+    let arguments = ["-i", "wan0", "-p", "8000:10.0.0.1:8001/udp"];
+    let portfwd = Portfwd::start(&router, &binary, &arguments, directory.path()).unwrap();
+    client.enter(|| {
+        let socket = UdpSocket::bind("198.51.100.2:0").unwrap();
+        socket.send_to(b"anybody?", "198.51.100.1:8000").unwrap();
+    });
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !portfwd.stderr().contains("none come back: ") {
+        assert!(Instant::now() < deadline, "{}", portfwd.stderr());
+        thread::sleep(Duration::from_millis(100));
+    }
+    let (status, said) = portfwd.stop().unwrap();
+    assert!(status.success(), "{said}");
+    let why = "none come back: this box itself should answer; a UDP service that is bound to all \
+               addresses does so from another of them: ";
+    assert!(said.contains(why), "{said}");
 }

@@ -133,7 +133,15 @@ fn configurations() {
         return;
     }
     let place = Place::new();
-    place.rig.router.ip("tuntap add tun0 mode tun").unwrap();
+    let router = &place.rig.router;
+    for command in [
+        "tuntap add tun0 mode tun",
+        "tuntap add tun1 mode tun",
+        "link set tun1 up",
+        "address add 10.7.7.1/24 dev tun1",
+    ] {
+        router.ip(command).unwrap();
+    }
     const WAN0: &str = "[interfaces]\nexternal = ['wan0']\n";
     // What is wrong; the file; what is said of it. Status 2.
     let files: &[(&str, &str, &[&str])] = &[
@@ -225,6 +233,13 @@ fn configurations() {
             ],
         ),
         (
+            "an interface that is not named, with a way of its own",
+            "internal = 'lan0'\n[interfaces.lan1]\nattach = 'tc'\n[[rule]]\nlisten = 80\nto = '192.168.77.10'\n",
+            &[
+                "DIR/portfwd.toml:4: interfaces.lan1: it is neither external nor internal; did you mean lan0? name it in one of the two, or leave this table out",
+            ],
+        ),
+        (
             "TOML that is none",
             "[[rule]\nlisten = 80\n",
             &[
@@ -278,6 +293,21 @@ fn configurations() {
             &[
                 "DIR/portfwd.toml:2: there is no interface wan7; this box has *lan0*",
                 "DIR/portfwd.toml:3: there is no interface lan7; this box has *wan0*",
+            ],
+            2,
+        ),
+        (
+            "a table of an interface that does not exist",
+            "[interfaces]\nexternal = ['wan0']\n[interfaces.lan7]\nattach = 'tc'\n[[rule]]\nlisten = 80\nto = '192.168.77.10'\n",
+            &["DIR/portfwd.toml:3: there is no interface lan7; this box has *lan0*"],
+            2,
+        ),
+        (
+            "no Ethernet, outside and by the routes",
+            "[interfaces]\nattach = 'generic'\nexternal = ['tun0', 'wan0']\n[interfaces.tun1]\nattach = 'native'\n[[rule]]\nlisten = 80\nto = '10.7.7.7'\n",
+            &[
+                "DIR/portfwd.toml:2: tun0 has no Ethernet header (tun), which XDP needs; set attach = \"tc\" in [interfaces.tun0]",
+                "DIR/portfwd.toml:5: tun1 has no Ethernet header (tun), which XDP needs; set attach = \"tc\" in [interfaces.tun1]",
             ],
             2,
         ),
@@ -344,14 +374,21 @@ fn flags() {
         (
             "run -i lo -p 80:192.168.77.10",
             &[
-                "-i lo: lo is an interface of a kind that cannot be forwarded from (*); name another",
+                "-i lo: lo is the loopback interface: programs on this box reach the rules without it; name one where others arrive",
             ],
             2,
         ),
         (
             "run -c DIR/native.toml -i tun0 -p 80:192.168.77.10",
             &[
-                "-i tun0: tun0 has no Ethernet header (tun), which XDP needs; set attach = \"tc\" in [interfaces.tun0]",
+                "DIR/native.toml:2: tun0 has no Ethernet header (tun), which XDP needs; set attach = \"tc\" in [interfaces.tun0]",
+            ],
+            2,
+        ),
+        (
+            "run -i wan0 -p 198.51.100.1:80:[fd77::10]",
+            &[
+                "-p 198.51.100.1:80:[fd77::10]: fd77::10 is IPv6 and *; write the rule into a configuration file, which can say source = \"masquerade\", or name an IPv4 backend",
             ],
             2,
         ),
@@ -501,6 +538,12 @@ fn what_is_in_the_way() {
         "a socket in a directory that cannot be made",
         &mut place.command(&format!("{run} --socket /proc/portfwd/portfwd.sock")),
         &["/proc/portfwd: cannot make it; run as root, or name another with --socket: *"],
+        1,
+    );
+    place.refused(
+        "a socket with a long path in a directory that has to be made",
+        &mut place.command(&format!("{run} --socket DIR/new/{}", "x".repeat(120))),
+        &["DIR/new/xxx*: *; name another with --socket"],
         1,
     );
     let long = format!("DIR/{}", "x".repeat(120));
@@ -661,6 +704,14 @@ fn check_of_a_good_file() {
     let ways = "\n\nlan0: native (as configured)\n\
                 wan0: tc (veth: packets of this machine stay whole there)\n";
     assert!(check("--explain").ends_with(ways), "{}", check("--explain"));
+    fs::write(&file, &rules).unwrap();
+
+    // The box itself as backend; anybody can know.
+    let own = fs::read_to_string(&file).unwrap().replace("10:8080", "1:8080");
+    fs::write(&file, own).unwrap();
+    let stateful = "\n  stateful: the backend is this box, ";
+    assert!(check("--explain").contains(stateful), "{}", check("--explain"));
+    assert!(check("--json").contains("\"stateful\":true"), "{}", check("--json"));
     fs::write(&file, rules).unwrap();
 
     let verified = check("-v");

@@ -7,6 +7,9 @@ use aya_build::{Package, Toolchain};
 
 use crate::toolchain;
 
+/// Where this is set, warnings are errors: with another compiler than ours there may be others.
+const STRICT: &str = "PORTFWD_DENY_WARNINGS";
+
 /// Leaves the object of the package in `directory` in OUT_DIR, by the name of its binary.
 /// `directory` is given from the package that is built.
 pub fn build(name: &str, directory: &str) -> anyhow::Result<()> {
@@ -16,6 +19,7 @@ pub fn build(name: &str, directory: &str) -> anyhow::Result<()> {
         );
         return Ok(());
     };
+    println!("cargo::rerun-if-env-changed={STRICT}");
     let variables = [
         ("PATH", Some(toolchain::path())),
         // A stable compiler's unstable flags (build-std).
@@ -41,6 +45,8 @@ pub fn build(name: &str, directory: &str) -> anyhow::Result<()> {
     for file in ["Cargo.toml", "Cargo.lock"] {
         println!("cargo::rerun-if-changed=../{file}");
     }
-    let package = Package { name, root_dir: directory, ..Package::default() };
+    // A feature, as aya-build leaves no other way to tell the compiler.
+    let features: &[&str] = if env::var_os(STRICT).is_some() { &["strict"] } else { &[] };
+    let package = Package { name, root_dir: directory, features, ..Package::default() };
     aya_build::build_ebpf([package], Toolchain::Custom(&chain))
 }

@@ -1,6 +1,7 @@
 //! What the bench tells its eBPF programs, and what they tell it. Rows of maps and read-only data:
 //! `repr(C)`, integers only, without padding. Addresses and ports are numbers in host order.
 #![no_std]
+#![cfg_attr(feature = "strict", deny(warnings))]
 
 /// Ports that a service address has before the next address begins.
 pub const PORTS: u32 = 8192;

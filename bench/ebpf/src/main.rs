@@ -1,6 +1,7 @@
 //! The bench's XDP programs: the limit to which forwarding is compared, and traffic.
 #![no_std]
 #![no_main]
+#![cfg_attr(feature = "strict", deny(warnings))]
 
 mod probe;
 

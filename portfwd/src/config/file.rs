@@ -12,7 +12,9 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::{Attach, Config, ConfigError, Errors, Interface, check_interface, masquerade_ports};
+use super::{
+    Config, ConfigError, Errors, Interface, Way, check_interface, did_you_mean, masquerade_ports,
+};
 use crate::flows::{FlowSettings, Timeouts};
 use crate::rule::{
     Invalid, Listen, Mistake, Mss, Place, Protocol, Rule, Source, Target, invalid, twice,
@@ -125,11 +127,16 @@ fn beginnings(text: &str, size: usize) -> Vec<usize> {
     beginnings
 }
 
+/// So the TOML crate calls what follows a list that is not closed.
+const NO_COMMA: &str = "missing comma between array elements";
+
 /// The TOML crate's words with what to do.
 fn syntax_message(words: &str) -> String {
     let unquoted = ["string values must be quoted", "invalid date", "invalid float", "invalid int"];
     let remedy = if words == "duplicate key" {
         "keep one of them; several rules are several [[rule]]"
+    } else if words.starts_with(NO_COMMA) {
+        "put it there, or close the list before this with `]`"
     } else if unquoted.iter().any(|start| words.starts_with(start)) {
         "put text in quotes, as in listen = \"8000-8099\""
     } else {
@@ -184,13 +191,21 @@ impl Reader {
     }
 
     fn not_toml(mut self, syntax: &[toml::de::Error]) -> Errors {
+        let mut unclosed = Vec::new();
         for error in syntax {
             let line = self.line(error.span().map_or(0, |span| span.start));
+            if error.message().starts_with("unclosed") || error.message().starts_with(NO_COMMA) {
+                unclosed.push(line);
+            }
             self.error(line, None, "", &syntax_message(error.message()));
         }
-        // What could be made of the rest is guesswork, and so are further errors on a line.
+        // What could be made of the rest is guesswork, and so are further errors on a line, and all
+        // behind a bracket that is not closed.
         self.errors.sort_by_key(|(line, _)| *line);
         self.errors.dedup_by_key(|(line, _)| *line);
+        if let Some(line) = unclosed.into_iter().min() {
+            self.errors.retain(|(other, _)| *other <= line);
+        }
         self.into_errors()
     }
 
@@ -230,8 +245,8 @@ impl Reader {
         if let Some(section) = self.section(&file, "interfaces", &INTERFACES) {
             config.external = self.interfaces(&section, "external");
             config.internal = self.interfaces(&section, "internal");
-            config.attach = self.parsed(&section, "attach").unwrap_or(config.attach);
-            config.attach_to = self.attach_to(&section);
+            config.attach = self.way(&section).unwrap_or(config.attach);
+            config.attach_to = self.attach_to(&section, &config);
         }
         if let Some(section) = self.section(&file, "metrics", &METRICS) {
             config.metrics = self.metrics(&section);
@@ -350,7 +365,7 @@ impl Reader {
     }
 
     /// Tables of `[interfaces]` are named as interfaces.
-    fn attach_to(&mut self, section: &Section<'_>) -> Vec<(Interface, Attach)> {
+    fn attach_to(&mut self, section: &Section<'_>, config: &Config) -> Vec<(Interface, Way)> {
         let mut attach_to = Vec::new();
         for (key, value) in section.table {
             let name = key.get_ref().as_ref();
@@ -363,14 +378,26 @@ impl Reader {
             let own = Section { shape: &INTERFACE, table, line, rule: None, interface };
             self.unknown_keys(&own);
             let checked = check_interface(name);
-            if self.or_blame(section, name, value, checked).is_some()
-                && let Some(attach) = self.parsed(&own, "attach")
-            {
+            if self.or_blame(section, name, value, checked).is_none() {
+                continue;
+            }
+            // Of the rest, flags and routes can make one.
+            let all_named = !config.external.is_empty() && !config.internal.is_empty();
+            if all_named && !config.named().any(|named| named.name == name) {
+                self.error(line, None, &section.path(name), &config.unnamed(name));
+            }
+            if let Some(way) = self.way(&own) {
                 let place = Place::File { path: self.path.clone(), line };
-                attach_to.push((Interface { name: name.to_owned(), place }, attach));
+                attach_to.push((Interface { name: name.to_owned(), place }, way));
             }
         }
         attach_to
+    }
+
+    fn way(&mut self, section: &Section<'_>) -> Option<Way> {
+        let attach = self.parsed(section, "attach")?;
+        let line = self.line(section.get("attach")?.span().start);
+        Some(Way { attach, place: Some(Place::File { path: self.path.clone(), line }) })
     }
 
     fn metrics(&mut self, section: &Section<'_>) -> Option<SocketAddr> {
@@ -477,13 +504,7 @@ impl Reader {
             if keys.contains(&name) || is_interface {
                 continue;
             }
-            let meant = keys.iter().map(|known| (edit_distance(name, known), known)).min();
-            let hint = match meant {
-                Some((changes @ ..=2, known)) if changes < known.len() => {
-                    format!("did you mean {known}? ")
-                }
-                _ => String::new(),
-            };
+            let hint = did_you_mean(name, keys.iter().copied());
             let message = format!("no such key; {hint}{title} has {}", keys.join(", "));
             let line = self.line(key.span().start);
             self.error(line, section.rule, &section.path(name), &message);
@@ -549,19 +570,4 @@ fn integer(value: &Value<'_>) -> Option<i64> {
 fn wrong_type(value: &DeValue<'_>, expected: &str) -> String {
     let article = if value.is_integer() || value.is_array() { "an" } else { "a" };
     format!("this is {article} {}; write {expected}", value.type_str())
-}
-
-/// How many letters must be put in, left out or exchanged to make one word of the other.
-fn edit_distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, to) in b.chars().enumerate() {
-            let exchanged = diagonal + usize::from(from != to);
-            diagonal = row[j + 1];
-            row[j + 1] = exchanged.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.chars().count()]
 }

@@ -96,7 +96,7 @@ source   = "masquerade"
         Config {
             external: vec![interface("eth0", 3), interface("ppp0", 3)],
             internal: vec![interface("eth1", 4)],
-            attach: Attach::Generic,
+            attach: Way { attach: Attach::Generic, place: Some(interface("", 5).place) },
             attach_to: Vec::new(),
             metrics: Some("127.0.0.1:9464".parse().unwrap()),
             refresh: Duration::from_secs(60),
@@ -124,7 +124,31 @@ fn an_interface_may_be_attached_to_in_its_own_way() {
     let config = good("[interfaces]\nattach = \"native\"\n[interfaces.wg0]\nattach = \"tc\"\n");
     assert_eq!(config.attach_to("wg0"), Attach::Tc);
     assert_eq!(config.attach_to("eth0"), Attach::Native);
+    let place = |interface| config.way_to(interface).place.as_ref().map(ToString::to_string);
+    assert_eq!(place("wg0").as_deref(), Some("portfwd.toml:4"));
+    assert_eq!(place("eth0").as_deref(), Some("portfwd.toml:2"));
     assert_eq!(good("[interfaces.wg0]\n"), Config::default());
+}
+
+#[test]
+fn an_interface_with_its_own_way_must_be_one_of_those_that_are_named() {
+    let table = "[interfaces.eht1]\nattach = \"tc\"\n";
+    let file = |lists: &str| format!("[interfaces]\n{lists}\n{table}");
+    assert_eq!(
+        bad(&file("external = [\"eth0\"]\ninternal = [\"eth1\"]")),
+        "portfwd.toml:4: interfaces.eht1: it is neither external nor internal; did you mean eth1? \
+         name it in one of the two, or leave this table out"
+    );
+    assert_eq!(
+        bad(&file("external = \"wan0\"\ninternal = \"wan0\"")),
+        "portfwd.toml:4: interfaces.eht1: it is neither external nor internal; name it in one of the \
+         two, or leave this table out"
+    );
+    // Routes and flags may name it.
+    for lists in ["external = \"eth0\"", "internal = \"eth0\"", "internal = \"eht1\"", ""] {
+        good(&file(lists));
+    }
+    good(&file("external = \"eht1\"\ninternal = \"eth1\""));
 }
 
 #[test]
@@ -132,7 +156,7 @@ fn an_empty_file_has_the_defaults() {
     assert_eq!(good(""), Config::default());
     assert_eq!(good("\u{feff}# nothing\r\n[names]\r\nrefresh = \"30s\"\r\n"), Config::default());
     assert_eq!(Config::default().refresh, Duration::from_secs(30));
-    assert_eq!(Config::default().attach, Attach::Auto);
+    assert_eq!(Config::default().attach_to("eth0"), Attach::Auto);
     assert_eq!(Config::default().flows.size, 65_536);
     assert_eq!(Config::default().masquerade, 40000..=60999);
     assert_eq!(good("[flows]\nudp = \"5m\"\n[masquerade]\n"), Config::default());
@@ -225,6 +249,18 @@ fn bad_files_are_refused() {
         (
             "\n[[rule]\n".into(),
             &["portfwd.toml:2: this is not TOML: unclosed array table, expected `]`; correct it here"],
+        ),
+        // What comes behind a list that is not closed is taken for a part of it.
+        (
+            "[interfaces]\nexternal = [\"wan0\"\n[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:3: this is not TOML: missing comma between array elements, expected `,`; put it there, or close the list before this with `]`"],
+        ),
+        (
+            "metrics = x\n[[rule]]\nlisten = 80\nto = [\"10.0.0.1\"\n[[rule]]\nlisten = 81\nto = [\"10.0.0.1\"]\n".into(),
+            &[
+                "portfwd.toml:1: this is not TOML: string values must be quoted, expected literal string; put text in quotes, as in listen = \"8000-8099\"",
+                "portfwd.toml:5: this is not TOML: missing comma between array elements, expected `,`; put it there, or close the list before this with `]`",
+            ],
         ),
         // Types.
         (

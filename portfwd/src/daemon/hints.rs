@@ -10,7 +10,7 @@ use tracing::{info, warn};
 
 use super::Daemon;
 use crate::compile::{BoxPorts, Leg};
-use crate::datapath::Mode;
+use crate::config::Interface;
 use crate::network::{Externals, Snapshot};
 use crate::rule::{Ports, Rule, Source};
 
@@ -35,15 +35,16 @@ impl Daemon {
     pub fn warn_of_pitfalls(&self, snapshot: &Snapshot) {
         for (index, attachment) in &self.attached {
             let Some(link) = snapshot.link_by_index(*index) else { continue };
-            if link.driver.as_deref() == Some("veth") && attachment.mode != Mode::Tc {
-                info!(
-                    "{} is a veth: its peer must fill in checksums itself, and take XDP frames; there, \
-                     ethtool -K IFACE tx off gro on",
-                    link.name
-                );
-            }
             for pitfall in links::pitfalls(snapshot, link, attachment.role, attachment.mode) {
                 warn!("{pitfall}");
+            }
+        }
+        for (Interface { name, place }, _) in &self.config.attach_to {
+            if !self.survey.roles.contains_key(name) {
+                warn!(
+                    "{place}: [interfaces.{name}] is of no use: {name} is not external, and no backend is \
+                     reached by it"
+                );
             }
         }
         let Externals { v4, v6 } = &self.survey.externals;
@@ -96,7 +97,7 @@ impl Daemon {
         if self.config.rules.len() > HINTED_RULES {
             return;
         }
-        for rule in &self.config.rules {
+        for (number, rule) in self.config.rules.iter().enumerate() {
             let counts =
                 self.compiler.counter(&rule.name).and_then(|row| self.datapath.counts(row).ok());
             let Some(counts) = counts else { continue };
@@ -111,7 +112,16 @@ impl Daemon {
                 && since.elapsed() >= SILENCE
             {
                 *silence = Silence::Told;
+                let elsewhere = self.plan.remote().any(|leg| leg.rule == number);
                 let why = match rule.source {
+                    _ if !elsewhere && rule.protocol.udp() => {
+                        "this box itself should answer; a UDP service that is bound to all addresses \
+                         does so from another of them: bind it to the one in `to`, or have `to` name \
+                         the one that clients use"
+                    }
+                    _ if !elsewhere => {
+                        "this box itself should answer; does its firewall let in the port in `to`?"
+                    }
                     Source::Preserve => {
                         "does it answer, and does its default route lead through this box?"
                     }

@@ -7,50 +7,70 @@ use portfwd_ebpf::path::Role;
 
 use super::{Failure, protocols};
 use crate::compile::Plan;
-use crate::config::{Attach, Config, Interface};
+use crate::config::{Attach, Config, Interface, Way};
 use crate::network::{Externals, Layer, Link, Network, NetworkError, NextHop, Route, Snapshot};
 use crate::rule::Rule;
 
 /// Interfaces that are named and do not exist, or cannot serve, are mistakes at start; later they are
-/// waited for.
-pub fn check_interfaces(config: &Config, snapshot: &Snapshot) -> Result<(), Failure> {
+/// waited for. So is a way to attach that is asked for one that is none of portfwd's, or does not have
+/// it.
+pub fn check_interfaces(
+    config: &Config,
+    snapshot: &Snapshot,
+    survey: &Survey,
+) -> Result<(), Failure> {
+    let missing = |name: &str| {
+        let here = snapshot.links.iter().filter(|link| link.layer != Layer::Other);
+        let here: Vec<&str> = here.map(|link| link.name.as_str()).collect();
+        format!("there is no interface {name}; this box has {}", here.join(", "))
+    };
     let mut mistakes = Vec::new();
-    for Interface { name, place } in config.external.iter().chain(&config.internal) {
+    for Interface { name, place } in config.named() {
         match snapshot.link(name) {
-            Some(link) => {
-                let attach = config.attach_to(name);
-                mistakes.extend(unfit(link, attach).map(|why| format!("{place}: {why}")));
-            }
-            None => {
-                let here: Vec<&str> = snapshot
-                    .links
-                    .iter()
-                    .filter(|link| link.layer != Layer::Other)
-                    .map(|link| link.name.as_str())
-                    .collect();
-                mistakes.push(format!(
-                    "{place}: there is no interface {name}; this box has {}",
-                    here.join(", ")
-                ));
-            }
+            Some(link) => mistakes.extend(unusable(link).map(|why| format!("{place}: {why}"))),
+            None => mistakes.push(format!("{place}: {}", missing(name))),
         }
     }
+    let unnamed = |(it, _): &&(Interface, Way)| !config.named().any(|named| named.name == it.name);
+    for (Interface { name, place }, _) in config.attach_to.iter().filter(unnamed) {
+        if !config.internal.is_empty() {
+            mistakes.push(format!("{place}: interfaces.{name}: {}", config.unnamed(name)));
+        } else if snapshot.link(name).is_none() {
+            mistakes.push(format!("{place}: {}", missing(name)));
+        }
+    }
+    let links = survey.roles.keys().filter_map(|name| snapshot.link(name));
+    mistakes.extend(links.filter_map(|link| without_xdp(link, config)));
     if mistakes.is_empty() { Ok(()) } else { Err(Failure::Configuration(mistakes.join("\n"))) }
 }
 
-/// Why nothing can be attached to a link in this way.
-fn unfit(link: &Link, attach: Attach) -> Option<String> {
+/// Why nothing can be attached to a link.
+fn unusable(link: &Link) -> Option<String> {
     let Link { name, driver, .. } = link;
     let kind = driver.as_deref().unwrap_or("kind unknown");
-    match (link.layer, attach) {
-        (Layer::Ethernet, _) | (Layer::Bare, Attach::Auto | Attach::Tc) => None,
-        (Layer::Bare, Attach::Native | Attach::Generic) => Some(format!(
-            "{name} has no Ethernet header ({kind}), which XDP needs; set attach = \"tc\" in \
-             [interfaces.{name}]"
+    match link.layer {
+        Layer::Ethernet | Layer::Bare => None,
+        Layer::Other if link.is_loopback() => Some(format!(
+            "{name} is the loopback interface: programs on this box reach the rules without it; \
+             name one where others arrive"
         )),
-        (Layer::Other, _) => Some(format!(
+        Layer::Other => Some(format!(
             "{name} is an interface of a kind that cannot be forwarded from ({kind}); name another"
         )),
+    }
+}
+
+/// Why nothing can be attached to a link in the way that is asked for, and where that is.
+fn without_xdp(link: &Link, config: &Config) -> Option<String> {
+    let Link { name, driver, .. } = link;
+    let Way { attach, place } = config.way_to(name);
+    let kind = driver.as_deref().unwrap_or("kind unknown");
+    match (link.layer, attach, place) {
+        (Layer::Bare, Attach::Native | Attach::Generic, Some(place)) => Some(format!(
+            "{place}: {name} has no Ethernet header ({kind}), which XDP needs; set attach = \"tc\" \
+             in [interfaces.{name}]"
+        )),
+        _ => None,
     }
 }
 
@@ -182,7 +202,9 @@ impl Survey {
                 None => {
                     problems.push(format!("{name}: there is no such interface now; waiting for it"))
                 }
-                Some(link) => problems.extend(unfit(link, config.attach_to(name))),
+                Some(link) => {
+                    problems.extend(unusable(link).or_else(|| without_xdp(link, config)));
+                }
             }
         }
         let mut externals = snapshot.external_addresses(&external);

@@ -110,6 +110,15 @@ impl Externals {
     }
 }
 
+impl Link {
+    /// Whether the box speaks to itself by it.
+    pub fn is_loopback(&self) -> bool {
+        /// `LOOPBACK_IFINDEX`.
+        const INDEX: u32 = 1;
+        self.index == INDEX
+    }
+}
+
 impl Snapshot {
     pub fn link(&self, name: &str) -> Option<&Link> {
         self.links.iter().find(|link| link.name == name)
@@ -121,9 +130,7 @@ impl Snapshot {
 
     /// By which the box speaks to itself, if that is up.
     pub fn loopback(&self) -> Option<&Link> {
-        /// `LOOPBACK_IFINDEX`.
-        const INDEX: u32 = 1;
-        self.link_by_index(INDEX).filter(|link| link.up)
+        self.links.iter().find(|link| link.is_loopback() && link.up)
     }
 
     /// The links to which the frames of this one come first: the ports of a bridge or a bond, the

@@ -319,11 +319,11 @@ fn impossible_rules_are_refused() {
         ),
         (
             "203.0.113.7:80:[fd00::1]",
-            "fd00::1 is IPv6 and the rule listens on IPv4: the backend cannot see such clients; set source = \"masquerade\", or name an IPv4 backend",
+            "fd00::1 is IPv6 and the rule listens on IPv4: the backend cannot see such clients; write the rule into a configuration file, which can say source = \"masquerade\", or name an IPv4 backend",
         ),
         (
             "[2001:db8::1]:80:10.0.0.1",
-            "10.0.0.1 is IPv4 and the rule listens on IPv6: the backend cannot see such clients; set source = \"masquerade\", or name an IPv6 backend",
+            "10.0.0.1 is IPv4 and the rule listens on IPv6: the backend cannot see such clients; write the rule into a configuration file, which can say source = \"masquerade\", or name an IPv6 backend",
         ),
     ] {
         assert_eq!(refused(spec), message, "for {spec}");
@@ -381,7 +381,7 @@ fn each_of_several_backends_must_fit() {
             &["10.0.0.1", "fd00::1", "web.example"],
             &[(
                 1,
-                "fd00::1 is IPv6 and the rule listens on IPv4: the backend cannot see such clients; set source = \"masquerade\", or name an IPv4 backend",
+                "fd00::1 is IPv6 and the rule listens on IPv4: the backend cannot see such clients; write the rule into a configuration file, which can say source = \"masquerade\", or name an IPv4 backend",
             )],
         ),
         (

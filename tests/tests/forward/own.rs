@@ -1,7 +1,7 @@
 //! The box itself at one end: as the backend, and as a client of its own external address.
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use portfwd_tests::peers::{self, Answer, Server};
 use portfwd_tests::rig::{self, Rig};
 use portfwd_tests::wire::Direction;
 use portfwd_tests::{attach, is_root};
+use tokio::net::TcpSocket;
 
 use crate::running::*;
 
@@ -95,6 +96,91 @@ fn the_box_itself_can_be_the_backend() {
     }
     let stats = Stats(running.portfwd.stats().unwrap());
     assert_eq!(total(&stats.0["verdicts"]["dropped"]), 0, "{}", stats.0);
+    running.finish();
+}
+
+/// What becomes of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum End {
+    Closed,
+    Reset,
+    Refused,
+}
+
+/// Connects from a port of the client's, has something echoed, and ends that so. `Refused` expects
+/// nobody there.
+fn from_port(client: &Namespace, port: u16, server: SocketAddr, end: End) {
+    let connect = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (socket, any) = match server.ip() {
+                IpAddr::V4(_) => (TcpSocket::new_v4(), IpAddr::from([0; 4])),
+                IpAddr::V6(_) => (TcpSocket::new_v6(), IpAddr::from([0; 16])),
+            };
+            let socket = socket.unwrap();
+            socket.set_reuseaddr(true).unwrap();
+            if end == End::Reset {
+                socket.set_zero_linger().unwrap();
+            }
+            socket.bind((any, port).into()).unwrap();
+            let connecting = tokio::time::timeout(Duration::from_secs(5), socket.connect(server));
+            connecting
+                .await
+                .map_err(|_| ErrorKind::TimedOut)?
+                .map_err(|error| error.kind())?
+                .into_std()
+                .map_err(|error| error.kind())
+        })
+    };
+    let connected = client.enter(connect);
+    if end == End::Refused {
+        assert_eq!(connected.map(drop), Err(ErrorKind::ConnectionRefused), "{server}");
+        return;
+    }
+    let mut stream = connected.unwrap_or_else(|error| panic!("{server} from {port}: {error}"));
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream.write_all(b"hello").unwrap();
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).unwrap_or_else(|error| panic!("{server} from {port}: {error}"));
+    assert_eq!(&answer, b"hello");
+    if end == End::Closed {
+        // The other end has closed, too.
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(stream.read(&mut answer).unwrap(), 0);
+    }
+}
+
+#[test]
+fn one_port_of_a_client_uses_the_rule_and_the_service_in_turn() {
+    if !is_root() {
+        return;
+    }
+    let rule = |(wan, _)| Rule {
+        address: Some(wan),
+        ..Rule::new(&format!("to {wan}"), "tcp", 9000..=9000, at(wan, 27015))
+    };
+    let rules = own().map(rule).to_vec();
+    let interfaces = "external = [\"wan0\"]\ninternal = [\"lan0\"]";
+    let running = Running::with(Rig::new().unwrap(), rules, interfaces, &[]);
+    let Rig { client, router, .. } = &running.rig;
+    for (wan, _) in own() {
+        let (by_rule, direct) = (at(wan, 9000), at(wan, 27015));
+        let echo = services(router, direct, Answer::Echo);
+        for (port, end) in [(5000, End::Closed), (5001, End::Reset)] {
+            from_port(client, port, by_rule, end);
+            from_port(client, port, direct, End::Reset);
+        }
+        drop(echo);
+        from_port(client, 5002, by_rule, End::Refused);
+        let _echo = services(router, direct, Answer::Echo);
+        from_port(client, 5002, direct, End::Reset);
+        for port in [5001, 5002] {
+            from_port(client, port, by_rule, End::Reset);
+            from_port(client, port, by_rule, End::Reset);
+            from_port(client, port, direct, End::Reset);
+        }
+    }
     running.finish();
 }
 

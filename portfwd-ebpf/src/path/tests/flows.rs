@@ -349,6 +349,20 @@ fn the_end_of_a_connection_is_noted_and_a_new_one_begins_afresh() {
 }
 
 #[test]
+fn a_connection_that_was_refused_may_be_tried_again() {
+    let mut router = router(STATEFUL);
+    segment(&mut router, (SYN, 100, 0)).unwrap();
+    answer(&mut router, (RST | ACK, 0, 101)).unwrap();
+    segment(&mut router, (SYN, 500, 0)).unwrap();
+    // Of nothing that it was answered.
+    segment(&mut router, (ACK, 501, 901)).unwrap();
+    assert_eq!(established(&router), 0);
+    answer(&mut router, (SYN | ACK, 900, 501)).unwrap();
+    segment(&mut router, (ACK, 501, 901)).unwrap();
+    assert_eq!(established(&router), 1);
+}
+
+#[test]
 fn a_reset_begins_no_flow() {
     let mut router = router(MASQUERADE);
     assert_eq!(segment(&mut router, (RST, 1, 0)), Err(Verdict::Pass(Passed::NoFlow)));

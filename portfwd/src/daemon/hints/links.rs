@@ -31,6 +31,13 @@ pub fn pitfalls(snapshot: &Snapshot, link: &Link, role: Role, mode: Mode) -> Vec
             names(&local)
         ));
     }
+    if is(link, &["veth"]) && mode != Mode::Tc {
+        found.push(format!(
+            "{name} is a veth: what its other end sends without checksums is forwarded broken, what it \
+             sends merged is dropped, and XDP frames may not get there; there run: ethtool -K IFACE tx \
+             off gro on"
+        ));
+    }
     if is(link, &["tun"]) && mode != Mode::Tc {
         found.push(format!(
             "{name} is a tap: what its machine sends without checksums, or merged, is forwarded \
@@ -104,11 +111,11 @@ mod tests {
 
     #[test]
     fn a_bare_interface_has_none() {
-        for driver in ["virtio_net", "veth"] {
-            for mode in [Mode::Native, Mode::Generic] {
-                let links = [link(2, "eth0", driver), link(3, "eth1", driver)];
-                assert_eq!(said(&links, Role::Both, mode), [""; 0]);
-            }
+        for (driver, mode) in
+            [("virtio_net", Mode::Native), ("virtio_net", Mode::Generic), ("veth", Mode::Tc)]
+        {
+            let links = [link(2, "eth0", driver), link(3, "eth1", driver)];
+            assert_eq!(said(&links, Role::Both, mode), [""; 0]);
         }
     }
 
@@ -151,6 +158,11 @@ mod tests {
         }
         let tap = said(&[link(2, "tap0", "tun")], Role::Internal, Mode::Native);
         assert!(matches!(&tap[..], [line] if line.starts_with("tap0 is a tap: ")), "{tap:?}");
+        for mode in [Mode::Native, Mode::Generic] {
+            let veth = said(&[link(2, "veth0", "veth")], Role::External, mode).join("\n");
+            assert!(veth.starts_with("veth0 is a veth: "), "{veth}");
+            assert!(veth.ends_with("ethtool -K IFACE tx off gro on"), "{veth}");
+        }
     }
 
     #[test]
