@@ -5,6 +5,7 @@
 //! stays in namespaces that end with the value that made them.
 
 pub mod interrupt;
+pub mod load;
 pub mod netns;
 pub mod oracle;
 pub mod packet;

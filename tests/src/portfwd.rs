@@ -31,6 +31,18 @@ impl Portfwd {
         arguments: &[A],
         directory: &Path,
     ) -> Result<Self> {
+        let mut portfwd = Self::launch(namespace, binary, arguments, directory)?;
+        portfwd.wait_until_ready()?;
+        Ok(portfwd)
+    }
+
+    /// The same, without waiting.
+    pub fn launch<A: AsRef<std::ffi::OsStr>>(
+        namespace: &Namespace,
+        binary: &Path,
+        arguments: &[A],
+        directory: &Path,
+    ) -> Result<Self> {
         let socket = directory.join("portfwd.sock");
         let stderr = directory.join("portfwd.stderr");
         let output = File::create(&stderr).with_context(|| stderr.display().to_string())?;
@@ -44,12 +56,11 @@ impl Portfwd {
                 .stdout(output.try_clone()?)
                 .stderr(output),
         )?;
-        let mut portfwd = Self { process, binary: binary.to_owned(), socket, stderr };
-        portfwd.wait_until_ready()?;
-        Ok(portfwd)
+        Ok(Self { process, binary: binary.to_owned(), socket, stderr })
     }
 
-    fn wait_until_ready(&mut self) -> Result<()> {
+    /// Waits until it takes commands. An error has what it printed.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(180);
         while !self.answers() {
             if let Some(status) = self.process.exited()? {
@@ -107,8 +118,13 @@ impl Portfwd {
     }
 
     /// Ends it by SIGINT; returns its status and what it printed.
-    pub fn stop(mut self) -> Result<(ExitStatus, String)> {
-        self.process.signal(libc::SIGINT)?;
+    pub fn stop(self) -> Result<(ExitStatus, String)> {
+        self.end(libc::SIGINT)
+    }
+
+    /// Ends it by a signal; returns its status and what it printed.
+    pub fn end(mut self, signal: i32) -> Result<(ExitStatus, String)> {
+        self.process.signal(signal)?;
         let status = self
             .process
             .wait(Duration::from_secs(30))

@@ -8,13 +8,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 ///
 /// `SEED` is no number.
 pub fn seed() -> u64 {
-    let now = || {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH);
-        since.map_or(0, |since| since.as_nanos() as u64)
-    };
     let seed = std::env::var("SEED").map_or_else(|_| now(), |seed| seed.parse().unwrap());
     println!("SEED={seed}");
     seed
+}
+
+/// A number that is another one each time.
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_nanos() as u64)
 }
 
 /// SplitMix64.

@@ -46,6 +46,47 @@ pub fn set_receive_timeout(socket: BorrowedFd<'_>, timeout: std::time::Duration)
     set_option(socket, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &value)
 }
 
+/// Waits until there is something to read on sockets, or for a time; gives which of them have it.
+pub fn wait_readable(
+    sockets: &[BorrowedFd<'_>],
+    timeout: std::time::Duration,
+) -> Result<Vec<usize>> {
+    let poll = |socket: &BorrowedFd<'_>| libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut polls: Vec<_> = sockets.iter().map(poll).collect();
+    // SAFETY: the kernel reads and writes as many entries as there are.
+    let status = unsafe {
+        libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout.as_millis() as c_int)
+    };
+    match check(status) {
+        Err(error) if error.kind() == std::io::ErrorKind::Interrupted => Ok(Vec::new()),
+        Err(error) => Err(error),
+        Ok(_) => Ok((0..polls.len()).filter(|i| polls[*i].revents != 0).collect()),
+    }
+}
+
+/// How many packets came to a socket that had no room for them.
+pub fn dropped(socket: BorrowedFd<'_>) -> Result<u32> {
+    /// Where the number stands in what SO_MEMINFO gives.
+    const DROPS: usize = 8;
+    let mut numbers = [0_u32; DROPS + 1];
+    let mut length = size_of_val(&numbers) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            numbers.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    })?;
+    Ok(numbers[DROPS])
+}
+
 /// `ethtool -K`: one of the features that have a command of their own.
 #[derive(Clone, Copy)]
 pub enum Offload {
@@ -133,6 +174,38 @@ pub fn attach_pass(interface: u32) -> Result<[OwnedFd; 2]> {
     Ok([program, link])
 }
 
+/// How many TCX programs there are at an interface of the calling thread's namespace, both ways; 0 where the kernel
+/// has no TCX.
+pub fn tcx_programs(interface: u32) -> u32 {
+    const PROG_QUERY: c_int = 16;
+    const WAYS: [u32; 2] = [46, 47];
+
+    #[repr(C)]
+    struct Query {
+        interface: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        programs: u64,
+        count: u32,
+        padding: u32,
+    }
+    let count = |attach_type| {
+        let mut query = Query {
+            interface,
+            attach_type,
+            query_flags: 0,
+            attach_flags: 0,
+            programs: 0,
+            count: 0,
+            padding: 0,
+        };
+        // The kernel writes the count into it.
+        bpf_mut(PROG_QUERY, &mut query).map_or(0, |_| query.count)
+    };
+    WAYS.into_iter().map(count).sum()
+}
+
 /// bpf(2) with the leading part of `union bpf_attr`; the rest counts as zero.
 pub fn bpf<T>(command: c_int, attributes: &T) -> Result<c_int> {
     // SAFETY: the kernel reads the given size; pointers inside are valid for the call.
@@ -141,7 +214,15 @@ pub fn bpf<T>(command: c_int, attributes: &T) -> Result<c_int> {
     check(status as c_int)
 }
 
-/// The same for commands that make a descriptor.
+/// The same for commands that answer in it.
+fn bpf_mut<T>(command: c_int, attributes: &mut T) -> Result<c_int> {
+    // SAFETY: the kernel reads and writes at most the given size.
+    let status =
+        unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<T>()) };
+    check(status as c_int)
+}
+
+/// [`bpf`] for commands that make a descriptor.
 pub fn bpf_fd<T>(command: c_int, attributes: &T) -> Result<OwnedFd> {
     let fd = bpf(command, attributes)?;
     // SAFETY: the kernel has just made this descriptor for us alone.

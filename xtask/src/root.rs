@@ -11,7 +11,15 @@ use anyhow::{Context, Result, bail};
 use crate::toolchain;
 
 /// What a command of ours as root keeps of the user's environment; sudo drops the rest.
-const KEPT: [&str; 4] = ["CI", "NO_COLOR", "RUST_BACKTRACE", "RUST_LOG"];
+const KEPT: [&str; 7] = [
+    "CI",
+    "NO_COLOR",
+    "PORTFWD_OTHER_BIN",
+    "PORTFWD_TEST_LONG",
+    "RUST_BACKTRACE",
+    "RUST_LOG",
+    "SEED",
+];
 
 /// Are we root?
 pub fn is_root() -> bool {

@@ -101,6 +101,7 @@ fn attached_by(target: &str) -> &'static [&'static str] {
     match target {
         "program" => &["native", "tc"],
         "forward" | "flows" => &["native", "generic", "tc"],
+        "faults" => &["native", "tc"],
         _ => &["native"],
     }
 }
@@ -110,8 +111,9 @@ fn on_cards(target: &str) -> &'static [&'static str] {
     if target == "forward" { &["native on cards"] } else { &[] }
 }
 
-/// How tests say that they skip for a sort of interface that the kernel was built without.
-const LACKS: &str = "this kernel has no ";
+/// How tests say that they skip for a sort of interface that the kernel was built without, or for want of another
+/// build of portfwd.
+const LACKS: [&str; 2] = ["this kernel has no ", "PORTFWD_OTHER_BIN names no "];
 
 /// Runs what the options ask for. Fails if a test failed, if none ran, or, as root in CI, if one
 /// was skipped, but for what the kernel lacks.
@@ -177,7 +179,7 @@ fn on_kernels(options: &Options) -> Result<()> {
     let limit = if options.quick { QUICK_LIMIT } else { LIMIT };
     let workspace = Path::new(cargo::WORKSPACE).join("tests").canonicalize()?;
     let mut task = format!(
-        "cd {}\nexport PORTFWD_BIN={} PORTFWD_TEST_CARDS='{}'\nset --",
+        "cd {}\nexport PORTFWD_BIN={} PORTFWD_TEST_CARDS='{}' PORTFWD_TEST_LOAD=200\nset --",
         quoted(workspace.as_os_str()),
         quoted(portfwd.as_os_str()),
         kernels::CARDS,
@@ -294,7 +296,7 @@ impl Report {
             {
                 // Taking the name: a test skips once.
                 self.pending += 1;
-                self.lacking += usize::from(reason.starts_with(LACKS));
+                self.lacking += usize::from(LACKS.iter().any(|it| reason.starts_with(it)));
                 self.skips.push(format!("{}: {reason}", take(&mut self.test)));
             }
         }
