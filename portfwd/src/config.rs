@@ -16,7 +16,10 @@ use crate::rule::{self, Invalid, Place, Ports, Rule, Source, invalid, twice};
 
 pub use self::file::parse;
 
+pub mod diff;
+pub mod edit;
 mod file;
+pub mod overlay;
 #[cfg(test)]
 mod tests;
 
@@ -76,6 +79,12 @@ impl Config {
     pub fn attach_to(&self, interface: &str) -> Attach {
         let own = self.attach_to.iter().find(|(named, _)| named.name == interface);
         own.map_or(self.attach, |(_, attach)| *attach)
+    }
+
+    /// Each rule, and whether it is enabled.
+    pub fn all(&self) -> impl Iterator<Item = (&Rule, bool)> {
+        let enabled = self.rules.iter().map(|rule| (rule, true));
+        enabled.chain(self.disabled.iter().map(|rule| (rule, false)))
     }
 }
 
@@ -271,9 +280,7 @@ impl Config {
 
     /// Rules, disabled ones among them, that have one name. The later one is to blame.
     fn check_names(&self) -> Vec<(&Place, ConfigError)> {
-        let enabled = self.rules.iter().map(|rule| (rule, true));
-        let mut all: Vec<_> =
-            enabled.chain(self.disabled.iter().map(|rule| (rule, false))).collect();
+        let mut all: Vec<_> = self.all().collect();
         all.sort_by_key(|(rule, _)| match rule.place {
             Place::File { line, .. } => line,
             Place::Flag(_) => usize::MAX,
@@ -323,6 +330,35 @@ impl Config {
             })
             .collect()
     }
+}
+
+/// That there is no rule of a name; which ones are called alike.
+fn no_rule<'a>(
+    place: impl fmt::Display,
+    name: &str,
+    rules: impl Iterator<Item = &'a Rule>,
+) -> Errors {
+    const MOST: usize = 3;
+    let (low, letters) = (name.to_lowercase(), name.chars().count());
+    let near = |rule: &'a Rule| {
+        let known = rule.name.to_lowercase();
+        let part = !low.is_empty() && known.contains(&low);
+        // A word with as many other letters is another word. Most names are too long or too short.
+        let most = (letters / 3).clamp(1, 3);
+        let close = known.chars().count().abs_diff(letters) <= most;
+        let changes = if close { file::edit_distance(&low, &known) } else { usize::MAX };
+        (changes <= most || part).then_some((changes, &rule.name))
+    };
+    let mut near: Vec<_> = rules.filter_map(near).collect();
+    near.sort();
+    let near: Vec<String> = near.iter().take(MOST).map(|(_, name)| format!("{name:?}")).collect();
+    let meant = if near.is_empty() {
+        String::new()
+    } else {
+        format!("did you mean {}? ", near.join(" or "))
+    };
+    let message = format!("there is no rule {name:?}; {meant}`portfwd list` has all names");
+    Errors(vec![ConfigError::new(place, None, "", &message)])
 }
 
 fn check_interface(name: &str) -> Result<(), Invalid> {
