@@ -1,6 +1,6 @@
 //! The configuration: TOML text and flags to a [`Config`], with the place of every mistake.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -16,7 +16,10 @@ use crate::rule::{self, Invalid, Place, Ports, Rule, Source, invalid, twice};
 
 pub use self::file::parse;
 
+pub mod diff;
+pub mod edit;
 mod file;
+pub mod overlay;
 #[cfg(test)]
 mod tests;
 
@@ -37,9 +40,13 @@ pub struct Config {
     pub flows: FlowSettings,
     /// The ports from which this box speaks to backends for clients that it hides.
     pub masquerade: RangeInclusive<u16>,
-    /// Each is possible by itself, names differ, and no two claim the same packets equally. Where one
-    /// masquerades, none claims one of its ports by number.
+    /// Those that forward. Each is possible by itself, names differ, and no two claim the same packets
+    /// equally. Where one masquerades, none claims one of its ports by number.
     pub rules: Vec<Rule>,
+    /// Those that do not. Each is possible by itself, and no rule has its name.
+    pub disabled: Vec<Rule>,
+    /// The names of rules that were changed since this was read.
+    pub unsaved: BTreeSet<String>,
 }
 
 /// An interface that is named.
@@ -61,6 +68,8 @@ impl Default for Config {
             flows: FlowSettings::default(),
             masquerade: 40000..=60999,
             rules: Vec::new(),
+            disabled: Vec::new(),
+            unsaved: BTreeSet::new(),
         }
     }
 }
@@ -91,6 +100,12 @@ impl Config {
              table out"
         )
     }
+
+    /// Each rule, and whether it is enabled.
+    pub fn all(&self) -> impl Iterator<Item = (&Rule, bool)> {
+        let enabled = self.rules.iter().map(|rule| (rule, true));
+        enabled.chain(self.disabled.iter().map(|rule| (rule, false)))
+    }
 }
 
 /// How a program is attached, and where that is asked for, if it is.
@@ -109,6 +124,17 @@ pub enum Attach {
     Native,
     Generic,
     Tc,
+}
+
+impl fmt::Display for Attach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Attach::Auto => "auto",
+            Attach::Native => "native",
+            Attach::Generic => "generic",
+            Attach::Tc => "tc",
+        })
+    }
 }
 
 impl FromStr for Attach {
@@ -196,7 +222,8 @@ pub fn read(path: &Path) -> Result<Config, Errors> {
 impl Config {
     /// Adds what `-i` and `-p` say: interfaces to the external ones, and rules.
     ///
-    /// A rule with the listen and protocol of one of the file replaces it and keeps its name.
+    /// A rule with the listen and protocol of one of the file, which may be disabled, replaces it and
+    /// keeps its name.
     /// On an error nothing has changed.
     pub fn add_flags(&mut self, interfaces: &[String], specs: &[String]) -> Result<(), Errors> {
         if interfaces.is_empty() && specs.is_empty() {
@@ -226,16 +253,18 @@ impl Config {
                     errors.push(ConfigError::new(format!("-p {spec}"), None, "", &message));
                 }
                 Ok(rule) => {
-                    let same = next.rules.iter_mut().find(|of_file| {
+                    let same = |of_file: &Rule| {
                         matches!(of_file.place, Place::File { .. })
                             && (of_file.listen, of_file.protocol) == (rule.listen, rule.protocol)
                             && of_file.shares_family(&rule)
-                    });
-                    match same {
-                        Some(of_file) => {
-                            *of_file = Rule { name: std::mem::take(&mut of_file.name), ..rule };
-                        }
-                        None => next.rules.push(rule),
+                    };
+                    if let Some(of_file) = next.rules.iter_mut().find(|it| same(it)) {
+                        *of_file = Rule { name: std::mem::take(&mut of_file.name), ..rule };
+                    } else if let Some(place) = next.disabled.iter().position(same) {
+                        let Rule { name, .. } = next.disabled.remove(place);
+                        next.rules.push(Rule { name, ..rule });
+                    } else {
+                        next.rules.push(rule);
                     }
                 }
             }
@@ -248,66 +277,115 @@ impl Config {
         Ok(())
     }
 
-    /// What makes the rules impossible together, each with the index of the rule to blame.
-    fn check(&self) -> Vec<(usize, ConfigError)> {
-        let mut found = check_rules(&self.rules);
+    /// What makes the rules impossible together, each with the place of the rule to blame.
+    fn check(&self) -> Vec<(&Place, ConfigError)> {
+        let mut found = self.check_overlaps();
+        found.extend(self.check_names());
         found.extend(self.check_masquerade());
         found
     }
 
+    /// Rules that claim the same packets. The later one is to blame.
+    fn check_overlaps(&self) -> Vec<(&Place, ConfigError)> {
+        let overlaps = rule::overlaps(&self.rules).into_iter();
+        overlaps
+            .map(|(first, second)| {
+                let (a, b) = (&self.rules[first], &self.rules[second]);
+                let message = format!(
+                    "rule {:?} ({}) and rule {:?} ({}) both listen on {}; change one of them, or \
+                     remove it",
+                    a.name,
+                    a.place,
+                    b.name,
+                    b.place,
+                    rule::shared_claim(a, b).unwrap_or_default(),
+                );
+                (&b.place, ConfigError::new(&b.place, None, "listen", &message))
+            })
+            .collect()
+    }
+
+    /// Rules, disabled ones among them, that have one name. The later one is to blame.
+    fn check_names(&self) -> Vec<(&Place, ConfigError)> {
+        let mut all: Vec<_> = self.all().collect();
+        all.sort_by_key(|(rule, _)| match rule.place {
+            Place::File { line, .. } => line,
+            Place::Flag(_) => usize::MAX,
+        });
+        let mut names = HashMap::with_capacity(all.len());
+        let mut found = Vec::new();
+        for (index, (rule, enabled)) in all.iter().enumerate() {
+            let first = *names.entry(rule.name.as_str()).or_insert(index);
+            if first == index {
+                continue;
+            }
+            let (other, other_enabled) = all[first];
+            // Two rules without a name have the same one only where they overlap, told above.
+            let told = *enabled
+                && other_enabled
+                && rule.name == Rule::default_name(rule.listen, rule.protocol, &rule.to)
+                && (rule.listen, rule.protocol) == (other.listen, other.protocol);
+            if !told {
+                let message =
+                    format!("the rule at {} has this name already; give each its own", other.place);
+                let error = ConfigError::new(&rule.place, Some(&rule.name), "name", &message);
+                found.push((&rule.place, error));
+            }
+        }
+        found
+    }
+
     /// Rules that take ports from those that masquerade. `*` gives way to the box's own traffic.
-    fn check_masquerade(&self) -> Vec<(usize, ConfigError)> {
+    fn check_masquerade(&self) -> Vec<(&Place, ConfigError)> {
         let masquerades = |rule: &&Rule| rule.source == Source::Masquerade;
         let Some(other) = self.rules.iter().find(masquerades) else { return Vec::new() };
         let (first, last) = (self.masquerade.start(), self.masquerade.end());
         let takes =
             |ports: Ports| ports != Ports::All && ports.first() <= *last && *first <= ports.last();
-        let rules = self.rules.iter().enumerate();
+        let rules = self.rules.iter();
         rules
-            .filter(|(_, rule)| takes(rule.listen.ports))
-            .map(|(index, rule)| {
+            .filter(|rule| takes(rule.listen.ports))
+            .map(|rule| {
                 let (ports, name, place) = (rule.listen.ports, &other.name, &other.place);
                 let takes = if ports.width() == 1 { "is among" } else { "has some of" };
                 let message = format!(
                     "{ports} {takes} the ports {first}-{last}, by which rule {name:?} ({place}) \
                      masquerades; listen on others, or set [masquerade] ports"
                 );
-                (index, ConfigError::new(&rule.place, Some(&rule.name), "listen", &message))
+                let error = ConfigError::new(&rule.place, Some(&rule.name), "listen", &message);
+                (&rule.place, error)
             })
             .collect()
     }
 }
 
-/// What rules do to each other, with the index of the later one: names and overlaps.
-fn check_rules(rules: &[Rule]) -> Vec<(usize, ConfigError)> {
-    let mut found = Vec::new();
-    for (first, second) in rule::overlaps(rules) {
-        let (a, b) = (&rules[first], &rules[second]);
-        let message = format!(
-            "rule {:?} ({}) and rule {:?} ({}) both listen on {}; change one of them, or remove it",
-            a.name,
-            a.place,
-            b.name,
-            b.place,
-            rule::shared_claim(a, b).unwrap_or_default(),
-        );
-        found.push((second, ConfigError::new(&b.place, None, "listen", &message)));
-    }
-    let mut names = HashMap::new();
-    for (index, rule) in rules.iter().enumerate() {
-        let first = *names.entry(rule.name.as_str()).or_insert(index);
-        // Two rules without a name have the same one only where they overlap, told above.
-        let unnamed = rule.name == Rule::default_name(rule.listen, rule.protocol, &rule.to)
-            && (rule.listen, rule.protocol) == (rules[first].listen, rules[first].protocol);
-        if first != index && !unnamed {
-            let message = format!(
-                "the rule at {} has this name already; give each its own",
-                rules[first].place
-            );
-            found.push((index, ConfigError::new(&rule.place, Some(&rule.name), "name", &message)));
-        }
-    }
-    found
+/// That there is no rule of a name; which ones are called alike.
+fn no_rule<'a>(
+    place: impl fmt::Display,
+    name: &str,
+    rules: impl Iterator<Item = &'a Rule>,
+) -> Errors {
+    const MOST: usize = 3;
+    let (low, letters) = (name.to_lowercase(), name.chars().count());
+    let near = |rule: &'a Rule| {
+        let known = rule.name.to_lowercase();
+        let part = !low.is_empty() && known.contains(&low);
+        // A word with as many other letters is another word. Most names are too long or too short.
+        let most = (letters / 3).clamp(1, 3);
+        let close = known.chars().count().abs_diff(letters) <= most;
+        let changes = if close { edit_distance(&low, &known) } else { usize::MAX };
+        (changes <= most || part).then_some((changes, &rule.name))
+    };
+    let mut near: Vec<_> = rules.filter_map(near).collect();
+    near.sort();
+    let near: Vec<String> = near.iter().take(MOST).map(|(_, name)| format!("{name:?}")).collect();
+    let meant = if near.is_empty() {
+        String::new()
+    } else {
+        format!("did you mean {}? ", near.join(" or "))
+    };
+    let message = format!("there is no rule {name:?}; {meant}`portfwd list` has all names");
+    Errors(vec![ConfigError::new(place, None, "", &message)])
 }
 
 /// The beginning of a remedy: which of those that there are may be meant.

@@ -87,6 +87,13 @@ impl Rule {
         format!("{listen}/{protocol}{suffix}")
     }
 
+    /// Whether another says the same, wherever it is written.
+    pub fn same(&self, other: &Rule) -> bool {
+        let Rule { name, protocol, listen, to, source, mss, place: _ } = other;
+        (&self.name, self.protocol, self.listen, &self.to) == (name, *protocol, *listen, to)
+            && (self.source, self.mss) == (*source, *mss)
+    }
+
     /// Whether this rule and another claim packets of one address family. Without an address to
     /// listen on, the backends' families count; a name may have both.
     pub(crate) fn shares_family(&self, other: &Rule) -> bool {

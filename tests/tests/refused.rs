@@ -149,7 +149,7 @@ fn configurations() {
             "an unknown key",
             "[[rule]]\nlisten = 80\nto = '192.168.77.10'\nprotcol = 'udp'\n",
             &[
-                "DIR/portfwd.toml:6: protcol: no such key; did you mean protocol? [[rule]] has name, protocol, listen, to, source, mss",
+                "DIR/portfwd.toml:6: protcol: no such key; did you mean protocol? [[rule]] has name, protocol, listen, to, source, mss, enabled",
             ],
         ),
         (

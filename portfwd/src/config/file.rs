@@ -50,7 +50,7 @@ const MASQUERADE: Shape = Shape { title: "[masquerade]", prefix: "masquerade.", 
 const RULE: Shape = Shape {
     title: "[[rule]]",
     prefix: "",
-    keys: &["name", "protocol", "listen", "to", "source", "mss"],
+    keys: &["name", "protocol", "listen", "to", "source", "mss", "enabled"],
 };
 
 const DAY: u64 = 86_400;
@@ -106,9 +106,9 @@ pub(super) fn parse_by(path: &Path, text: &str, size: usize) -> Result<Config, E
             reader.config(document.get_ref())
         }
     };
-    for (index, error) in config.check() {
-        if let Place::File { line, .. } = config.rules[index].place {
-            reader.errors.push((line, error));
+    for (place, error) in config.check() {
+        if let Place::File { line, .. } = place {
+            reader.errors.push((*line, error));
         }
     }
     if reader.errors.is_empty() { Ok(config) } else { Err(reader.into_errors()) }
@@ -231,6 +231,7 @@ impl Reader {
                 config = piece;
             } else {
                 config.rules.extend(piece.rules);
+                config.disabled.extend(piece.disabled);
             }
         }
         config.rules.shrink_to_fit();
@@ -263,7 +264,11 @@ impl Reader {
         if let Some(rules) = file.get("rule") {
             match rules.get_ref() {
                 DeValue::Array(rules) => {
-                    config.rules = rules.iter().filter_map(|rule| self.rule(&file, rule)).collect();
+                    for (rule, enabled) in rules.iter().filter_map(|rule| self.rule(&file, rule)) {
+                        let list = if enabled { &mut config.rules } else { &mut config.disabled };
+                        list.push(rule);
+                    }
+                    config.rules.shrink_to_fit();
                 }
                 _ => self.blame_key(&file, "rule", "rules are a list; write it as [[rule]]"),
             }
@@ -271,7 +276,8 @@ impl Reader {
         config
     }
 
-    fn rule(&mut self, file: &Section<'_>, value: &Value<'_>) -> Option<Rule> {
+    /// A rule, and whether it is enabled.
+    fn rule(&mut self, file: &Section<'_>, value: &Value<'_>) -> Option<(Rule, bool)> {
         let DeValue::Table(table) = value.get_ref() else {
             let message = "a rule is a table; write [[rule]] and its keys in lines below";
             self.blame(file, "rule", value, message);
@@ -286,6 +292,7 @@ impl Reader {
         let protocol = self.parsed(&section, "protocol").unwrap_or(Protocol::Tcp);
         let source = self.parsed(&section, "source").unwrap_or(Source::Preserve);
         let mss = self.mss(&section).unwrap_or_default();
+        let enabled = self.boolean(&section, "enabled").unwrap_or(true);
         let listen = self.listen(&section);
         let to = self.targets(&section);
         // The rule as a whole is looked at only where its parts are good.
@@ -306,7 +313,7 @@ impl Reader {
                 None => self.blame_key(&section, key, &message),
             }
         }
-        Some(rule)
+        Some((rule, enabled))
     }
 
     fn listen(&mut self, section: &Section<'_>) -> Option<Listen> {
@@ -518,6 +525,15 @@ impl Reader {
             return Some(text);
         }
         self.blame(section, key, value, &wrong_type(value.get_ref(), "text in quotes"));
+        None
+    }
+
+    fn boolean(&mut self, section: &Section<'_>, key: &str) -> Option<bool> {
+        let value = section.get(key)?;
+        if let DeValue::Boolean(boolean) = value.get_ref() {
+            return Some(*boolean);
+        }
+        self.blame(section, key, value, &wrong_type(value.get_ref(), "true or false"));
         None
     }
 

@@ -111,6 +111,7 @@ source   = "masquerade"
             },
             masquerade: 10000..=20000,
             rules,
+            ..Config::default()
         }
     );
 }
@@ -215,15 +216,32 @@ fn bad_files_are_refused() {
         ),
         (
             with("backend = 1\n"),
-            &["portfwd.toml:5: rule \"web\": backend: no such key; [[rule]] has name, protocol, listen, to, source, mss"],
+            &["portfwd.toml:5: rule \"web\": backend: no such key; [[rule]] has name, protocol, listen, to, source, mss, enabled"],
+        ),
+        (
+            with("enabled = \"no\"\n"),
+            &["portfwd.toml:5: rule \"web\": enabled: this is a string; write true or false"],
+        ),
+        // Disabled rules are checked, and have names of their own.
+        (
+            "[[rule]]\nname = \"x\"\nenabled = false\nlisten = 0\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:4: rule \"x\": listen: there is no port 0; write a number from 1 to 65535"],
+        ),
+        (
+            with("[[rule]]\nname = \"web\"\nlisten = 81\nto = \"10.0.0.1\"\nenabled = false\n"),
+            &["portfwd.toml:5: rule \"web\": name: the rule at portfwd.toml:1 has this name already; give each its own"],
+        ),
+        (
+            "[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\nenabled = false\n[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\n".into(),
+            &["portfwd.toml:5: rule \"80/tcp\": name: the rule at portfwd.toml:1 has this name already; give each its own"],
         ),
         (
             with("weight = 1\n"),
-            &["portfwd.toml:5: rule \"web\": weight: no such key; [[rule]] has name, protocol, listen, to, source, mss"],
+            &["portfwd.toml:5: rule \"web\": weight: no such key; [[rule]] has name, protocol, listen, to, source, mss, enabled"],
         ),
         (
             with("\"a\\nb\" = 1\n"),
-            &["portfwd.toml:5: rule \"web\": a\\nb: no such key; [[rule]] has name, protocol, listen, to, source, mss"],
+            &["portfwd.toml:5: rule \"web\": a\\nb: no such key; [[rule]] has name, protocol, listen, to, source, mss, enabled"],
         ),
         (
             "[metrics]\nport = 1\n".into(),
@@ -487,7 +505,7 @@ fn bad_files_are_refused() {
             "[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\n[[rule]]\nlisten = 80\nto = \"10.0.0.1\"\nto_port = 1\n[interfaces]\nattach = \"\"\n".into(),
             &[
                 "portfwd.toml:4: listen: rule \"80/tcp\" (portfwd.toml:1) and rule \"80/tcp\" (portfwd.toml:4) both listen on tcp 80; change one of them, or remove it",
-                "portfwd.toml:7: to_port: no such key; [[rule]] has name, protocol, listen, to, source, mss",
+                "portfwd.toml:7: to_port: no such key; [[rule]] has name, protocol, listen, to, source, mss, enabled",
                 "portfwd.toml:9: interfaces.attach: \"\" is no way to attach; write auto, native, generic or tc",
             ],
         ),
@@ -495,6 +513,30 @@ fn bad_files_are_refused() {
     for (text, lines) in table {
         assert_eq!(bad(text), lines.join("\n"), "for {text}");
     }
+}
+
+#[test]
+fn rules_may_be_disabled() {
+    let rule = |name: &str, more: &str| {
+        format!("[[rule]]\nname = '{name}'\nlisten = 50000\nto = '10.0.0.1'\n{more}\n")
+    };
+    let masquerades = "enabled = false\nsource = 'masquerade'";
+    let text =
+        rule("a", "enabled = false") + &rule("b", "enabled = true") + &rule("c", masquerades);
+    // They may claim what others do, and take no port from those that masquerade.
+    let mut config = good(&text);
+    let names = |rules: &[Rule]| rules.iter().map(|rule| rule.name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&config.rules), ["b"]);
+    assert_eq!(names(&config.disabled), ["a", "c"]);
+    assert_eq!(config, super::file::parse_by(Path::new("portfwd.toml"), &text, 1).unwrap());
+
+    // A flag replaces the one that forwards, else one that does not, which then does.
+    flags(&mut config, &[], &["50000:10.0.0.2"]).unwrap();
+    assert_eq!((names(&config.rules), config.disabled.len()), (vec!["b".to_owned()], 2));
+    let mut config = good(&rule("a", "enabled = false"));
+    flags(&mut config, &[], &["50000:10.0.0.2"]).unwrap();
+    assert_eq!((names(&config.rules), config.disabled.len()), (vec!["a".to_owned()], 0));
+    assert_eq!(config.rules[0].to_string(), "50000:10.0.0.2/tcp");
 }
 
 #[test]
@@ -645,7 +687,7 @@ proptest! {
                 "name = \"a\\nb\"", "name = 'é'", "refresh = 1e9", "protocol = 'any'", "source = 'masquerade'",
                 "[flows]", "[masquerade]", "udp = '5m'", "udp = ''", "tcp = -1", "size = 1024", "size = 'é'",
                 "ports = '40000-60999'", "ports = '*'", "ports = 1", "to = ['a', 'a']", "listen = '1-65535'",
-                "rule.a.b = 1", "rule = [{}, 1]", "]", "\"\"\"", "é = 'é'", "\u{1}", "",
+                "rule.a.b = 1", "rule = [{}, 1]", "enabled = false", "enabled = 0", "]", "\"\"\"", "é = 'é'", "\u{1}", "",
             ]),
             0..20,
         ),
@@ -681,7 +723,7 @@ proptest! {
                     "[interfaces]\nexternal = ['eth0']", "[metrics]", "[names]\nrefresh = 5", "[[rule]]",
                     "[masquerade]\nports = '2000-4000'", "[flows]\nudp = 1", "source = 'masquerade'",
                     "rule = []", "rule = [", "]", "[rule]", "[rule.sub]", "[[rule.sub]]", "  [[rule]]",
-                    "listen = 80", "nothing = 1", "name = \"\"\"", "\"\"\"", "'''", "# [[rule]]",
+                    "listen = 80", "enabled = false", "nothing = 1", "name = \"\"\"", "\"\"\"", "'''", "# [[rule]]",
                     "# \"\"\"", "\u{feff}", "x = '", "",
                 ])
                 .prop_map(str::to_owned),
