@@ -36,6 +36,7 @@ mod hints;
 pub(crate) mod modes;
 mod protocols;
 mod routes;
+pub mod service;
 mod survey;
 mod sweep;
 
@@ -324,6 +325,7 @@ impl Daemon {
         give_back_memory();
         let rules = self.config.rules.len();
         info!("forwarding {rules} rule{}; stop with Ctrl-C", if rules == 1 { "" } else { "s" });
+        service::ready();
         // Once more, into the other generation, so that the first change finds only itself to write.
         if let Some(problem) = self.load() {
             warn!("{problem}");
@@ -335,10 +337,14 @@ impl Daemon {
         let mut neighbours = every(network::REFRESH);
         let mut refresh_names = every(self.config.refresh);
         let (answers, mut answered) = mpsc::channel(1);
+        let mut status = service::Status::default();
+        let mut watchdog = service::Watchdog::find();
         let ended = loop {
+            status.show(self.config.rules.len(), self.attached.len(), self.told.len());
             tokio::select! {
                 _ = interrupt.recv() => break Ok(()),
                 _ = terminate.recv() => break Ok(()),
+                () = watchdog.due() => service::alive(),
                 Some(request) = inbox.recv() => self.answer(request),
                 changed = changes.next(), if told_of_changes => {
                     if let Err(error) = changed {
@@ -381,6 +387,7 @@ impl Daemon {
                 }
             }
         };
+        service::stopping();
         if !server.is_finished() {
             server.abort();
             // The task owns the socket; its file is gone once the task is.
