@@ -30,7 +30,7 @@ use crate::network::{
 };
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
-use crate::{metrics, names, report};
+use crate::{metrics, names, privileges, report};
 
 mod hints;
 pub(crate) mod modes;
@@ -147,6 +147,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         ports,
     };
     none(&daemon.settle(&snapshot))?;
+    privileges::give_up();
     // Whoever was refused so far finds the box's settings as they were.
     let inputs = Inputs { interrupt, terminate, changes, inbox };
     let server = tokio::spawn(socket.serve(requests));

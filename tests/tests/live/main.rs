@@ -160,6 +160,15 @@ fn restore_lan0(rig: &Rig) {
     }
 }
 
+/// Likewise the way to the client.
+fn restore_wan0(rig: &Rig) {
+    rig.client
+        .ip(&format!("link add eth0 type veth peer name wan0 netns {}", rig.router.name()))
+        .unwrap();
+    set_up(&rig.client, "eth0", rig::CLIENT);
+    set_up(&rig.router, "wan0", rig::WAN);
+}
+
 #[test]
 fn rules_follow_the_external_addresses() {
     if !is_root() {
@@ -251,11 +260,7 @@ fn interfaces_go_and_come_back() {
 
         rig.router.ip("link delete wan0").unwrap();
         told(&portfwd, "wan0: there is no such interface now; waiting for it");
-        rig.client
-            .ip(&format!("link add eth0 type veth peer name wan0 netns {}", rig.router.name()))
-            .unwrap();
-        set_up(&rig.client, "eth0", rig::CLIENT);
-        set_up(&rig.router, "wan0", rig::WAN);
+        restore_wan0(&rig);
         both_reached(&rig.client);
         until("all is well again, twice", 5, || {
             portfwd.stderr().matches("all is well again").count() == 2
