@@ -18,8 +18,8 @@ use crate::daemon::{self, Failure, Options, modes, resolve_all};
 use crate::datapath::{Datapath, DatapathError, Hook, Verified};
 use crate::flows::{self, Filter};
 use crate::network::{Layer, Network, Route};
-use crate::report;
 use crate::rule::Invalid;
+use crate::{privileges, report};
 
 /// Where the configuration is unless told otherwise.
 const DEFAULT_CONFIG: &str = "/etc/portfwd/portfwd.toml";
@@ -98,7 +98,10 @@ struct Flows {
 
 /// Runs a command to its exit status: 0 done, 1 failed, 2 wrong usage or configuration.
 pub fn main(arguments: Arguments) -> ExitCode {
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    // Those that block on files, names and slow readers need no privileges.
+    runtime.on_thread_start(privileges::give_up_here);
+    let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&Failure::System(error.into())),
     };

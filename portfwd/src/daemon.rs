@@ -30,12 +30,13 @@ use crate::network::{
 };
 use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
-use crate::{metrics, names, report};
+use crate::{metrics, names, privileges, report};
 
 mod hints;
 pub(crate) mod modes;
 mod protocols;
 mod routes;
+pub mod service;
 mod state;
 mod survey;
 mod sweep;
@@ -358,6 +359,7 @@ impl Daemon {
         if before.is_some() {
             info!("went on from what an earlier daemon left: flows and counters are as they were");
         }
+        privileges::give_up();
         // Whoever was refused so far finds the box's settings as they were.
         let server = tokio::spawn(socket.serve(requests));
         self.serve(snapshot, inputs, server, log_packets).await
@@ -391,6 +393,7 @@ impl Daemon {
         give_back_memory();
         let rules = self.config.rules.len();
         info!("forwarding {rules} rule{}; stop with Ctrl-C", if rules == 1 { "" } else { "s" });
+        service::ready();
         // Once more, into the other generation, so that the first change finds only itself to write.
         if let Some(problem) = self.load() {
             warn!("{problem}");
@@ -402,10 +405,14 @@ impl Daemon {
         let mut neighbours = every(network::REFRESH);
         let mut refresh_names = every(self.config.refresh);
         let (answers, mut answered) = mpsc::channel(1);
+        let mut status = service::Status::default();
+        let mut watchdog = service::Watchdog::find();
         let ended = loop {
+            status.show(self.config.rules.len(), self.attached.len(), self.told.len());
             tokio::select! {
                 _ = interrupt.recv() => break Ok(()),
                 _ = terminate.recv() => break Ok(()),
+                () = watchdog.due() => service::alive(),
                 Some(request) = inbox.recv() => self.answer(request),
                 changed = changes.next(), if told_of_changes => {
                     if let Err(error) = changed {
@@ -448,6 +455,7 @@ impl Daemon {
                 }
             }
         };
+        service::stopping();
         if !server.is_finished() {
             server.abort();
             // The task owns the socket; its file is gone once the task is.

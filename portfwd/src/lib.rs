@@ -10,6 +10,7 @@ pub mod flows;
 pub mod metrics;
 pub mod names;
 pub mod network;
+mod privileges;
 pub mod report;
 pub mod rule;
 pub mod sysctl;

@@ -15,6 +15,7 @@ use tracing::{info, warn};
 
 use crate::datapath::{DatapathError, Routes};
 use crate::network::{Dependence, NetworkError, Watch};
+use crate::privileges;
 use crate::sysctl::{self, Families};
 
 /// How often what is remembered is voided even if nothing was told: path MTUs that were learned, for
@@ -49,6 +50,7 @@ impl Keeper {
         }
         let interfaces = keeper.clone();
         let run = move || {
+            privileges::give_up_here();
             let mut told = false;
             loop {
                 let Err(error) = interfaces.keep(&routes);

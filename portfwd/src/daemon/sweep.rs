@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, warn};
 
 use crate::datapath::{FlowTables, Living};
+use crate::privileges;
 
 /// How often all flows are looked at.
 const ROUND: Duration = Duration::from_secs(10);
@@ -69,6 +70,7 @@ impl Sweeper {
     }
 
     fn sweep(&self, tables: &FlowTables) {
+        privileges::give_up_here();
         let mut wait = Duration::ZERO;
         let mut told = false;
         loop {

@@ -1,6 +1,7 @@
 //! The network changes underneath a running portfwd, and how it starts and ends.
 
 mod routes;
+mod service;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -147,6 +148,27 @@ fn set_up(namespace: &Namespace, interface: &str, addresses: Addresses) {
     netns::run(namespace.command("ethtool").args(["-K", interface]).args(features)).unwrap();
 }
 
+/// Makes the router's way to the server anew after `ip link delete lan0`.
+fn restore_lan0(rig: &Rig) {
+    rig.server
+        .ip(&format!("link add eth0 type veth peer name lan0 netns {}", rig.router.name()))
+        .unwrap();
+    set_up(&rig.server, "eth0", rig::SERVER);
+    set_up(&rig.router, "lan0", rig::LAN);
+    for address in rig::LAN.both() {
+        rig.server.ip(&format!("route add default via {address}")).unwrap();
+    }
+}
+
+/// Likewise the way to the client.
+fn restore_wan0(rig: &Rig) {
+    rig.client
+        .ip(&format!("link add eth0 type veth peer name wan0 netns {}", rig.router.name()))
+        .unwrap();
+    set_up(&rig.client, "eth0", rig::CLIENT);
+    set_up(&rig.router, "wan0", rig::WAN);
+}
+
 #[test]
 fn rules_follow_the_external_addresses() {
     if !is_root() {
@@ -234,24 +256,13 @@ fn interfaces_go_and_come_back() {
         for address in rig::WAN.both() {
             assert!(!answers(&rig.client, listen(&address.to_string())));
         }
-        rig.server
-            .ip(&format!("link add eth0 type veth peer name lan0 netns {}", rig.router.name()))
-            .unwrap();
-        set_up(&rig.server, "eth0", rig::SERVER);
-        set_up(&rig.router, "lan0", rig::LAN);
-        for address in rig::LAN.both() {
-            rig.server.ip(&format!("route add default via {address}")).unwrap();
-        }
+        restore_lan0(&rig);
         both_reached(&rig.client);
         told(&portfwd, "all is well again");
 
         rig.router.ip("link delete wan0").unwrap();
         told(&portfwd, "wan0: there is no such interface now; waiting for it");
-        rig.client
-            .ip(&format!("link add eth0 type veth peer name wan0 netns {}", rig.router.name()))
-            .unwrap();
-        set_up(&rig.client, "eth0", rig::CLIENT);
-        set_up(&rig.router, "wan0", rig::WAN);
+        restore_wan0(&rig);
         both_reached(&rig.client);
         until("all is well again, twice", 5, || {
             portfwd.stderr().matches("all is well again").count() == 2
