@@ -22,9 +22,10 @@ use tracing::{debug, info, warn};
 
 use crate::api::{self, Request, Socket};
 use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
-use crate::config::Config;
+use crate::config::{Config, Origin};
 use crate::datapath::{Datapath, Hook, Living, Mode, Port};
 use crate::flows::FlowRow;
+use crate::instance::Instance;
 use crate::network::{
     self, Changes, Externals, Layer, Link, Network, NetworkError, NextHop, Snapshot,
 };
@@ -63,7 +64,12 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 #[derive(Clone, Debug)]
 pub struct Options {
     pub config: Config,
+    /// Where that is from.
+    pub origin: Origin,
+    pub instance: Instance,
     pub socket: PathBuf,
+    /// Forwarding goes on when it ends.
+    pub keep: bool,
     /// Show what becomes of each packet that a rule claims.
     pub log_packets: bool,
 }
@@ -78,7 +84,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     keep_large_tables_apart();
     let interrupt = signal(SignalKind::interrupt())?;
     let terminate = signal(SignalKind::terminate())?;
-    let Options { config, socket, log_packets } = options;
+    let Options { config, socket, log_packets, .. } = options;
     if config.rules.is_empty() {
         return Err(Failure::Configuration(
             "there is no rule; add a [[rule]] to the configuration, or -p SPEC".to_owned(),
