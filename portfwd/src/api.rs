@@ -10,11 +10,11 @@ use anyhow::{Context as _, bail};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{RawQuery, State};
-use axum::http::{StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::response::IntoResponse;
-use axum::routing::get;
+use axum::routing::{get, post};
 use futures_util::stream;
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::TokioIo;
 use rustix::fs::Mode;
@@ -23,12 +23,12 @@ use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::config::diff::Diff;
+use crate::config::overlay::Change;
+use crate::daemon::{self, Order};
 use crate::flows::{self, Filter};
 use crate::report::{Figures, Listed, LiveFlows};
 use crate::rule::{Invalid, Mss};
-
-/// Where the daemon listens unless told otherwise.
-pub const DEFAULT_SOCKET: &str = "/run/portfwd/portfwd.sock";
 
 /// An answer larger than this is not the daemon's: 100,000 rules are some 60 MB.
 const LARGEST_ANSWER: usize = 256 << 20;
@@ -46,6 +46,16 @@ pub struct RuleInfo {
     pub source: String,
     pub mss: Mss,
     pub stateful: bool,
+    /// Whether it forwards.
+    #[serde(default = "yes")]
+    pub enabled: bool,
+    /// Whether the file, or a flag, has it as it is.
+    #[serde(default = "yes")]
+    pub saved: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// `portfwd list --json`.
@@ -137,12 +147,28 @@ pub struct Stats {
     pub interfaces: Vec<InterfaceInfo>,
 }
 
+/// `POST /v1/change`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeRequest {
+    pub change: Change,
+    /// In the file too.
+    #[serde(default)]
+    pub save: bool,
+}
+
+/// What was done, a line for each.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    pub messages: Vec<String>,
+}
+
 /// What the daemon is asked; the answer goes back through the sender.
 #[derive(Debug)]
 pub enum Request {
     List(oneshot::Sender<Listed>),
     Stats(oneshot::Sender<anyhow::Result<Figures>>),
     Flows(oneshot::Sender<LiveFlows>),
+    Diff(oneshot::Sender<Result<Diff, daemon::Failure>>),
 }
 
 /// The daemon's side of the control socket. The socket file goes when this is dropped, and what was
@@ -216,13 +242,24 @@ impl Socket {
     }
 
     /// Serves until the task that runs this is dropped. Requests go to `requests`.
-    pub async fn serve(mut self, requests: mpsc::Sender<Request>) -> io::Result<()> {
+    pub async fn serve(
+        mut self,
+        requests: mpsc::Sender<Request>,
+        orders: mpsc::Sender<Order>,
+    ) -> io::Result<()> {
         let Some(listener) = self.listener.take() else { return Ok(()) };
+        let orders = Router::new()
+            .route("/v1/reload", post(reload))
+            .route("/v1/change", post(change))
+            .route("/v1/detach", post(detach))
+            .with_state(orders);
         let router = Router::new()
             .route("/v1/rules", get(list))
             .route("/v1/stats", get(stats))
             .route("/v1/flows", get(flows))
-            .with_state(requests);
+            .route("/v1/diff", get(differs))
+            .with_state(requests)
+            .merge(orders);
         axum::serve(listener, router).await
     }
 }
@@ -234,7 +271,16 @@ impl Drop for Socket {
     }
 }
 
+/// An HTTP status, and a line for each thing that is wrong.
 type Failure = (StatusCode, String);
+
+/// How a request is refused that cannot be done.
+pub fn refusal(failure: daemon::Failure) -> (StatusCode, String) {
+    match failure {
+        daemon::Failure::Configuration(lines) => (StatusCode::UNPROCESSABLE_ENTITY, lines),
+        daemon::Failure::System(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")),
+    }
+}
 
 const STOPPING: &str = "the daemon is stopping";
 
@@ -256,6 +302,36 @@ async fn list(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
 
 async fn stats(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
     figures(&requests).await.map(json)
+}
+
+async fn differs(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
+    ask(&requests, Request::Diff).await?.map(json).map_err(refusal)
+}
+
+type Orders = State<mpsc::Sender<Order>>;
+
+async fn order(
+    orders: mpsc::Sender<Order>,
+    order: impl FnOnce(oneshot::Sender<Result<Changed, daemon::Failure>>) -> Order,
+) -> Result<impl IntoResponse, Failure> {
+    let (sender, receiver) = oneshot::channel();
+    let stopping = || (StatusCode::SERVICE_UNAVAILABLE, STOPPING.to_owned());
+    orders.send(order(sender)).await.map_err(|_| stopping())?;
+    receiver.await.map_err(|_| stopping())?.map(json).map_err(refusal)
+}
+
+async fn reload(State(orders): Orders) -> Result<impl IntoResponse, Failure> {
+    order(orders, Order::Reload).await
+}
+
+async fn detach(State(orders): Orders) -> Result<impl IntoResponse, Failure> {
+    order(orders, Order::Detach).await
+}
+
+async fn change(State(orders): Orders, body: Bytes) -> Result<impl IntoResponse, Failure> {
+    let asked: ChangeRequest = serde_json::from_slice(&body)
+        .map_err(|error| (StatusCode::BAD_REQUEST, format!("not a change: {error}")))?;
+    order(orders, |sender| Order::Change(asked, sender)).await
 }
 
 /// A line for each flow.
@@ -321,8 +397,32 @@ impl io::Write for Pieces {
 ///
 /// No daemon there, no permission, or an answer that is none.
 pub async fn get_json<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
-    let answer = whole(socket, request(socket, path).await?).await?;
+    let answer = whole(socket, request(socket, Method::GET, path, Bytes::new()).await?).await?;
     read(socket, &answer)
+}
+
+/// Sends `body` to `path` of the daemon on `socket`.
+///
+/// # Errors
+///
+/// As [`get_json`].
+pub async fn post_json<T: DeserializeOwned>(
+    socket: &Path,
+    path: &str,
+    body: &impl Serialize,
+) -> anyhow::Result<T> {
+    let body = serde_json::to_vec(body)?.into();
+    read(socket, &whole(socket, request(socket, Method::POST, path, body).await?).await?)
+}
+
+/// Has the daemon on `socket` do what `path` says.
+///
+/// # Errors
+///
+/// As [`get_json`].
+pub async fn order_json<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
+    let answer = request(socket, Method::POST, path, Bytes::new()).await?;
+    read(socket, &whole(socket, answer).await?)
 }
 
 /// Asks the daemon on `socket` for `path`, and takes each line of the answer as it comes.
@@ -335,7 +435,7 @@ pub async fn get_lines<T: DeserializeOwned>(
     path: &str,
     mut each: impl FnMut(T) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let mut body = request(socket, path).await?.into_body();
+    let mut body = request(socket, Method::GET, path, Bytes::new()).await?.into_body();
     let shown = socket.display();
     let mut begun = Vec::new();
     while let Some(frame) = body.frame().await {
@@ -369,8 +469,33 @@ async fn whole(socket: &Path, answer: hyper::Response<Incoming>) -> anyhow::Resu
         .map_err(|error| anyhow::anyhow!("{}: {error}", socket.display()))
 }
 
+/// That the daemon does not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {said}", socket.display())]
+pub struct Refused {
+    socket: PathBuf,
+    status: StatusCode,
+    /// Why, a line for each reason.
+    pub said: String,
+}
+
+impl Refused {
+    /// Whether the request is wrong, and nothing else.
+    pub fn is_wrong_input(&self) -> bool {
+        matches!(
+            self.status,
+            StatusCode::BAD_REQUEST | StatusCode::CONFLICT | StatusCode::UNPROCESSABLE_ENTITY
+        )
+    }
+}
+
 /// Asks the daemon on `socket` for `path`, which it does not refuse.
-async fn request(socket: &Path, path: &str) -> anyhow::Result<hyper::Response<Incoming>> {
+async fn request(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: Bytes,
+) -> anyhow::Result<hyper::Response<Incoming>> {
     let shown = socket.display();
     let is_file = || std::fs::metadata(socket).is_ok_and(|file| !file.file_type().is_socket());
     let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
@@ -388,15 +513,19 @@ async fn request(socket: &Path, path: &str) -> anyhow::Result<hyper::Response<In
         .with_context(|| format!("{shown}: does not speak HTTP"))?;
     // It ends with the answer.
     tokio::spawn(connection);
-    let request = hyper::Request::get(path)
-        .header(hyper::header::HOST, "portfwd")
-        .body(Empty::<Bytes>::new())?;
+    let mut request =
+        hyper::Request::builder().method(method).uri(path).header(header::HOST, "portfwd");
+    if !body.is_empty() {
+        request = request.header(header::CONTENT_TYPE, "application/json");
+    }
+    let request = request.body(Full::new(body))?;
     let answer = sender.send_request(request).await.with_context(|| format!("{shown}"))?;
-    if !answer.status().is_success() {
+    let status = answer.status();
+    if !status.is_success() {
         let said = whole(socket, answer).await?;
         let said =
             if said.is_empty() { OTHER_VERSION.into() } else { String::from_utf8_lossy(&said) };
-        bail!("{shown}: {said}");
+        bail!(Refused { socket: socket.to_owned(), status, said: said.into_owned() });
     }
     Ok(answer)
 }
@@ -405,13 +534,14 @@ async fn request(socket: &Path, path: &str) -> anyhow::Result<hyper::Response<In
 mod tests {
     use super::*;
     use crate::report::tests::live_flows;
+    use axum::Json;
 
     /// A daemon with this many flows, and its socket.
     async fn daemon(directory: &Path, count: u32) -> PathBuf {
         let path = directory.join("portfwd.sock");
         let socket = Socket::bind(&path).await.expect("the socket binds");
         let (requests, mut inbox) = mpsc::channel(1);
-        tokio::spawn(socket.serve(requests));
+        tokio::spawn(socket.serve(requests, mpsc::channel(1).0));
         tokio::spawn(async move {
             while let Some(request) = inbox.recv().await {
                 let Request::Flows(sender) = request else { continue };
@@ -449,6 +579,40 @@ mod tests {
         assert_eq!(refused("?rule=nosuch").await, format!("{shown}: {no_rule}"));
         assert!(refused("?client=10").await.contains("\"10\" is neither an address nor"));
         assert!(refused("x").await.ends_with(OTHER_VERSION));
+    }
+
+    #[tokio::test]
+    async fn changes_are_posted() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("portfwd.sock");
+        // What a daemon answers is its own business.
+        let router = Router::new()
+            .route("/change", post(async |body: String| Json(Changed { messages: vec![body] })))
+            .route("/conflict", post(async || (StatusCode::CONFLICT, "one\ntwo")))
+            .route("/broken", post(async || (StatusCode::INTERNAL_SERVER_ERROR, "three")));
+        let listener = UnixListener::bind(&socket).expect("the socket binds");
+        tokio::spawn(async move { axum::serve(listener, router).await });
+
+        let change = Change::Remove { name: "web".to_owned() };
+        let asked = ChangeRequest { change, save: true };
+        let done: Changed = post_json(&socket, "/change", &asked).await.expect("an answer");
+        assert_eq!(done.messages, ["{\"change\":{\"remove\":{\"name\":\"web\"}},\"save\":true}"]);
+        let text = "{\"change\":{\"remove\":{\"name\":\"web\"}}}";
+        assert!(!serde_json::from_str::<ChangeRequest>(text).expect("a change").save);
+        let done: Changed = order_json(&socket, "/change").await.expect("an answer");
+        assert_eq!(done.messages, [""]);
+
+        let shown = socket.display();
+        for (path, wrong_input, said) in [
+            ("/conflict", true, "one\ntwo"),
+            ("/broken", false, "three"),
+            ("/nosuch", false, OTHER_VERSION),
+        ] {
+            let error = order_json::<Changed>(&socket, path).await.expect_err(path);
+            let refused: &Refused = error.downcast_ref().expect("a refusal");
+            assert_eq!((refused.is_wrong_input(), refused.said.as_str()), (wrong_input, said));
+            assert_eq!(error.to_string(), format!("{shown}: {said}"));
+        }
     }
 
     #[tokio::test]

@@ -11,12 +11,17 @@ use clap::{Args, Parser, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
-use crate::api::{self, Count, FlowInfo, List, RuleStats, Stats};
+use crate::api::{
+    self, ChangeRequest, Changed, Count, FlowInfo, List, Refused, RuleInfo, RuleStats, Stats,
+};
 use crate::compile::{BoxPorts, Capacity, Plan, explain, plan};
-use crate::config::{self, Config};
+use crate::config::diff::Diff;
+use crate::config::overlay::Change;
+use crate::config::{self, Config, Origin};
 use crate::daemon::{self, Failure, Options, modes, resolve_all};
 use crate::datapath::{Datapath, DatapathError, Hook, Verified};
 use crate::flows::{self, Filter};
+use crate::instance::Instance;
 use crate::network::{Layer, Network, Route};
 use crate::rule::Invalid;
 use crate::{privileges, report};
@@ -30,12 +35,12 @@ const DEFAULT_CONFIG: &str = "/etc/portfwd/portfwd.toml";
 pub struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// The daemon's control socket
-    #[arg(long, global = true, value_name = "PATH", default_value = api::DEFAULT_SOCKET)]
-    socket: PathBuf,
-    /// The name under which forwarding outlives the daemon
-    #[arg(long, global = true, value_name = "NAME", default_value = daemon::DEFAULT_INSTANCE)]
-    instance: String,
+    /// Which daemon, where several run: a name. Without one, the socket tells
+    #[arg(long, global = true, value_name = "NAME")]
+    instance: Option<Instance>,
+    /// The daemon's control socket; without it, /run/portfwd/INSTANCE.sock
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
     /// Say more; with `run`, what becomes of each packet that a rule claims
     #[arg(short, long, global = true)]
     verbose: bool,
@@ -57,6 +62,22 @@ enum Command {
     Stats,
     /// The flows of stateful rules, as they are now
     Flows(Flows),
+    /// Read the configuration again; what was changed since then and not saved is gone. One with
+    /// mistakes changes nothing
+    Reload,
+    /// Add a rule
+    Add(Add),
+    /// Remove a rule
+    Remove(Named),
+    /// Have a rule forward again
+    Enable(Named),
+    /// Have a rule forward nothing, and keep it
+    Disable(Named),
+    /// What differs between the configuration and what runs: - is only in the configuration, + runs,
+    /// ~ is other. Exit status 1 if anything does
+    Diff,
+    /// Stop forwarding, and take everything off, also what `run --keep` or a killed daemon left
+    Detach,
 }
 
 #[derive(Debug, Args)]
@@ -71,9 +92,31 @@ struct Run {
     /// (default), udp, tcp+udp or any. Replaces the configuration's rule on the same port
     #[arg(short = 'p', long = "publish", value_name = "SPEC")]
     rules: Vec<String>,
-    /// Go on forwarding when the daemon ends
+    /// Forward on when this ends, until `portfwd detach` or the next start
     #[arg(long)]
     keep: bool,
+}
+
+#[derive(Debug, Args)]
+struct Add {
+    /// The rule, as `run` takes it
+    #[arg(short = 'p', long = "publish", value_name = "SPEC")]
+    rule: String,
+    /// Its name; without one, listen and protocol: 8080/tcp
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Write it to the configuration too
+    #[arg(long)]
+    save: bool,
+}
+
+#[derive(Debug, Args)]
+struct Named {
+    /// The rule; `portfwd list` has all names
+    name: String,
+    /// Change the configuration too; its comments and order stay
+    #[arg(long)]
+    save: bool,
 }
 
 #[derive(Debug, Args)]
@@ -109,7 +152,7 @@ pub fn main(arguments: Arguments) -> ExitCode {
     // A name lookup may still block a thread; nobody waits for it.
     runtime.shutdown_background();
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(Failure::System(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(failure) => fail(&failure),
     }
@@ -135,14 +178,30 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
-async fn dispatch(arguments: Arguments) -> Result<(), Failure> {
-    let Arguments { command, socket, instance, verbose, json } = arguments;
-    match command {
+async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
+    let Arguments { command, instance, socket, verbose, json } = arguments;
+    let (instance, socket) = match (instance, socket) {
+        (Some(instance), Some(socket)) => (instance, socket),
+        (instance, None) => {
+            let instance = instance.unwrap_or_default();
+            let socket = instance.socket();
+            (instance, socket)
+        }
+        (None, Some(socket)) => (Instance::of_socket(&socket), socket),
+    };
+    let change = async |change, save| {
+        let asked = ChangeRequest { change, save };
+        let answer = api::post_json(&socket, "/v1/change", &asked).await;
+        print_changed(json, answer)
+    };
+    let done = match command {
         Command::Run(run) => {
             start_log(verbose);
-            let config = run.config()?;
-            let Run { keep, .. } = run;
-            daemon::run(Options { config, socket, instance, keep, log_packets: verbose }).await
+            let keep = run.keep;
+            let origin = run.origin();
+            let config = origin.read().map_err(wrong)?;
+            let log_packets = verbose;
+            daemon::run(Options { config, origin, instance, socket, keep, log_packets }).await
         }
         Command::Check(check) => check.run(verbose, json).await,
         Command::List => {
@@ -152,7 +211,8 @@ async fn dispatch(arguments: Arguments) -> Result<(), Failure> {
         Command::Stats => {
             let stats: Stats = api::get_json(&socket, "/v1/stats").await?;
             if json {
-                return print(true, &stats, String::new);
+                print(true, &stats, String::new)?;
+                return Ok(ExitCode::SUCCESS);
             }
             // A rate needs two looks.
             let start = Instant::now();
@@ -161,8 +221,74 @@ async fn dispatch(arguments: Arguments) -> Result<(), Failure> {
             print(false, &later, || stats_table(&later, &stats, start.elapsed()))
         }
         Command::Flows(flows) => flows.run(&socket, json).await,
+        Command::Reload => print_changed(json, api::order_json(&socket, "/v1/reload").await),
+        Command::Detach => {
+            start_log(verbose);
+            let messages = vec![detach(&instance, &socket).await?.to_owned()];
+            print_changed(json, Ok(Changed { messages }))
+        }
+        Command::Add(Add { rule, name, save }) => {
+            change(Change::Add { spec: rule, name }, save).await
+        }
+        Command::Remove(Named { name, save }) => change(Change::Remove { name }, save).await,
+        Command::Enable(Named { name, save }) => change(Change::Enable { name }, save).await,
+        Command::Disable(Named { name, save }) => change(Change::Disable { name }, save).await,
+        Command::Diff => {
+            let diff: Diff = api::get_json(&socket, "/v1/diff").await.map_err(refused)?;
+            let same = diff.is_empty();
+            let text = || if same { "no difference".to_owned() } else { diff.to_string() };
+            print(json, &diff, text)?;
+            return Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+fn wrong(errors: config::Errors) -> Failure {
+    Failure::Configuration(errors.to_string())
+}
+
+/// Tells what the daemon found wrong with a request from what went wrong.
+fn refused(error: anyhow::Error) -> Failure {
+    match error.downcast_ref::<Refused>() {
+        Some(refused) if refused.is_wrong_input() => Failure::Configuration(refused.said.clone()),
+        _ => Failure::System(error),
     }
 }
+
+fn print_changed(json: bool, answer: anyhow::Result<Changed>) -> Result<(), Failure> {
+    let changed = answer.map_err(refused)?;
+    if !json && changed.messages.is_empty() {
+        return Ok(());
+    }
+    print(json, &changed, || changed.messages.join("\n"))
+}
+
+/// Ends forwarding, with the daemon if there is one. Returns what was there.
+async fn detach(instance: &Instance, socket: &Path) -> Result<&'static str, Failure> {
+    let running = match daemon::take_off(instance) {
+        Ok(true) => return Ok("nothing is forwarded any more"),
+        Ok(false) => return Ok("there was nothing to take off"),
+        Err(error) => error,
+    };
+    if !running.is::<daemon::Running>() {
+        return Err(running.into());
+    }
+    let _: Changed = api::order_json(socket, "/v1/detach").await.map_err(refused)?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match daemon::take_off(instance) {
+            Ok(_) => return Ok("nothing is forwarded any more, and the daemon has ended"),
+            Err(error) if !error.is::<daemon::Running>() || Instant::now() > deadline => {
+                return Err(error.into());
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+/// How long a daemon may take to end.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Over how long `stats` measures rates.
 const RATE_WINDOW: Duration = Duration::from_millis(500);
@@ -187,18 +313,11 @@ fn start_log(verbose: bool) {
 }
 
 impl Run {
-    /// The configuration with what the flags add.
-    fn config(&self) -> Result<Config, Failure> {
-        let wrong = |errors: config::Errors| Failure::Configuration(errors.to_string());
-        let mut config = match &self.config {
-            Some(path) => config::read(path).map_err(wrong)?,
-            None if self.rules.is_empty() => {
-                config::read(Path::new(DEFAULT_CONFIG)).map_err(wrong)?
-            }
-            None => Config::default(),
-        };
-        config.add_flags(&self.interfaces, &self.rules).map_err(wrong)?;
-        Ok(config)
+    /// The file, and what the flags add.
+    fn origin(self) -> Origin {
+        let Self { config, interfaces, rules, .. } = self;
+        let default = || rules.is_empty().then(|| DEFAULT_CONFIG.into());
+        Origin { file: config.or_else(default), interfaces, rules }
     }
 }
 
@@ -315,8 +434,7 @@ struct CheckedProgram {
 
 impl Check {
     async fn run(&self, verbose: bool, json: bool) -> Result<(), Failure> {
-        let config = config::read(&self.file)
-            .map_err(|errors| Failure::Configuration(errors.to_string()))?;
+        let config = config::read(&self.file).map_err(wrong)?;
         let resolved = resolve_all(&config.rules).await?;
         let mut plan = plan(&config.rules, &resolved)
             .map_err(|refused| Failure::Configuration(refused.to_string()))?;
@@ -335,7 +453,9 @@ impl Check {
         ];
         let lacks = lacks.into_iter().filter_map(|(lacks, what)| lacks.then_some(what)).collect();
         let explanations = if self.explain { explain(&config.rules, &plan) } else { Vec::new() };
-        let mut explanations = explanations.into_iter();
+        let off = "off (enabled = false): it claims no packets".to_owned();
+        let off = config.disabled.iter().filter(|_| self.explain).map(|_| off.clone());
+        let mut explanations = explanations.into_iter().chain(off);
         let interfaces = match network.filter(|_| self.explain) {
             Some(network) => foresee(&network, &config).await,
             None => Vec::new(),
@@ -346,11 +466,10 @@ impl Check {
             flows: CheckedFlows { size, memory: flows::memory(size) },
             lacks,
             rules: config
-                .rules
-                .iter()
+                .all()
                 .enumerate()
-                .map(|(place, rule)| CheckedRule {
-                    rule: report::rule(rule, plan.stateful.contains_key(&place)),
+                .map(|(place, (rule, enabled))| CheckedRule {
+                    rule: report::rule(rule, plan.stateful.contains_key(&place), enabled, true),
                     explanation: explanations.next(),
                 })
                 .collect(),
@@ -409,7 +528,9 @@ impl Checked {
     fn text(&self) -> String {
         let count = self.rules.len();
         let plural = if count == 1 { "" } else { "s" };
-        let mut text = format!("{}: {count} rule{plural}, no mistakes", self.file.display());
+        let off = self.rules.iter().filter(|checked| !checked.rule.enabled).count();
+        let off = if off == 0 { String::new() } else { format!(" ({off} off)") };
+        let mut text = format!("{}: {count} rule{plural}{off}, no mistakes", self.file.display());
         for lack in &self.lacks {
             text.push_str(&format!("\n{lack}"));
         }
@@ -483,10 +604,26 @@ fn rules_table(list: &List) -> String {
             &rule.listen,
             &rule.to.join(", "),
             &rule.source,
-            if rule.stateful { "stateful" } else { "stateless" },
+            &match (rule.enabled, state(rule)) {
+                (true, state) if state.is_empty() => keeps_flows(rule).to_owned(),
+                (true, state) => format!("{}, {state}", keeps_flows(rule)),
+                (false, state) => state,
+            },
         ]);
     }
     format!("{rules}\n{}", interfaces_line(&list.interfaces))
+}
+
+fn keeps_flows(rule: &RuleInfo) -> &'static str {
+    if rule.stateful { "stateful" } else { "stateless" }
+}
+
+/// What is out of the ordinary.
+fn state(rule: &RuleInfo) -> String {
+    let said = [(rule.enabled, "off"), (rule.saved, "not saved")];
+    let said: Vec<&str> =
+        said.into_iter().filter_map(|(usual, said)| (!usual).then_some(said)).collect();
+    said.join(", ")
 }
 
 fn interfaces_line(interfaces: &[api::InterfaceInfo]) -> String {
@@ -502,9 +639,14 @@ fn interfaces_line(interfaces: &[api::InterfaceInfo]) -> String {
 }
 
 fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
-    let mut rules = table(&[
+    let mut header = vec![
         "rule", "listen", "to", "forward", "bytes", "per s", "reply", "bytes", "per s", "dropped",
-    ]);
+    ];
+    let has_states = stats.rules.iter().any(|rule| !state(&rule.rule).is_empty());
+    if has_states {
+        header.push("state");
+    }
+    let mut rules = table(&header);
     right(&mut rules, 3..10);
     let before: BTreeMap<&str, &RuleStats> =
         before.rules.iter().map(|rule| (rule.rule.name.as_str(), rule)).collect();
@@ -514,7 +656,7 @@ fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
             let packets = now.packets.saturating_sub(then.unwrap_or(now).packets);
             format!("{:.0}", packets as f64 / elapsed.as_secs_f64())
         };
-        rules.add_row([
+        let mut row = vec![
             rule.rule.name.clone(),
             format!("{} {}", rule.rule.protocol, rule.rule.listen),
             rule.rule.to.join(", "),
@@ -525,7 +667,11 @@ fn stats_table(stats: &Stats, before: &Stats, elapsed: Duration) -> String {
             rule.reply.bytes.to_string(),
             rate(rule.reply, earlier.map(|rule| rule.reply)),
             rule.dropped.values().sum::<u64>().to_string(),
-        ]);
+        ];
+        if has_states {
+            row.push(state(&rule.rule));
+        }
+        rules.add_row(row);
     }
     let list = |title: &str, counts: &BTreeMap<String, u64>| {
         let each: Vec<String> = counts
@@ -579,7 +725,131 @@ fn flows_table(flows: &[FlowInfo]) -> Table {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
+    use clap::CommandFactory as _;
+
     use super::*;
+
+    #[test]
+    fn arguments_are_what_was_typed() {
+        Arguments::command().debug_assert();
+        let parsed = |line: &str| Arguments::try_parse_from(line.split(' '));
+        for (line, told) in [
+            ("portfwd list", "portfwd None List"),
+            ("portfwd reload --instance game", "game None Reload"),
+            (
+                "portfwd add -p 80:10.0.0.1 --name web --save",
+                "portfwd None Add(Add { rule: \"80:10.0.0.1\", name: Some(\"web\"), save: true })",
+            ),
+            (
+                "portfwd --socket /s remove 80/tcp",
+                "portfwd Some(\"/s\") Remove(Named { name: \"80/tcp\", save: false })",
+            ),
+            (
+                "portfwd enable web --save",
+                "portfwd None Enable(Named { name: \"web\", save: true })",
+            ),
+            ("portfwd disable web", "portfwd None Disable(Named { name: \"web\", save: false })"),
+            ("portfwd diff --json", "portfwd None Diff"),
+            ("portfwd detach", "- None Detach"),
+            (
+                "portfwd run --keep -i eth0",
+                "portfwd None Run(Run { config: None, interfaces: [\"eth0\"], rules: [], keep: true })",
+            ),
+        ] {
+            let Arguments { command, instance, socket, .. } = parsed(line).expect(line);
+            let instance = instance.map_or("-".to_owned(), |it| it.to_string());
+            assert_eq!(format!("{instance} {socket:?} {command:?}"), told);
+        }
+        for line in [
+            "portfwd add",
+            "portfwd add web",
+            "portfwd remove",
+            "portfwd remove a b",
+            "portfwd diff --instance a/b",
+        ] {
+            assert_eq!(parsed(line).expect_err(line).exit_code(), 2);
+        }
+    }
+
+    #[test]
+    fn the_file_is_the_default_one_where_nothing_is_named() {
+        let origin = |config: Option<&str>, rules: &[&str]| {
+            let rules = rules.iter().map(|rule| (*rule).to_owned()).collect();
+            let config = config.map(Into::into);
+            Run { config, interfaces: Vec::new(), rules, keep: false }.origin().file
+        };
+        assert_eq!(origin(None, &[]), Some(DEFAULT_CONFIG.into()));
+        assert_eq!(origin(Some("a"), &["80:10.0.0.1"]), Some("a".into()));
+        assert_eq!(origin(None, &["80:10.0.0.1"]), None);
+        let origin = Origin { rules: vec!["80:10.0.0.1".to_owned()], ..Origin::default() };
+        assert_eq!(origin.read().expect("a rule").rules.len(), 1);
+        assert_eq!(
+            origin.save(&Change::Remove { name: "a".to_owned() }).expect_err("no file").to_string(),
+            "remove a: there is no file to save it in: portfwd runs by flags alone; leave --save out, or \
+             run it with --config FILE"
+        );
+    }
+
+    /// Rules that are on and off, saved and not.
+    fn infos() -> Vec<RuleInfo> {
+        let states = [(true, true), (true, false), (false, true), (false, false)];
+        let info = |(enabled, saved)| {
+            report::rule(&"80:192.0.2.1".parse().expect("a rule"), saved, enabled, saved)
+        };
+        states.map(info).into()
+    }
+
+    /// The last column of a table.
+    fn last_cells(table: &str) -> String {
+        let mut cells = String::new();
+        for line in table.lines().filter(|line| line.starts_with('│')) {
+            let cell = line.trim_end_matches('│').rsplit(['│', '┆']).next().unwrap_or_default();
+            writeln!(cells, "{}", cell.trim()).expect("room");
+        }
+        cells
+    }
+
+    #[test]
+    fn tables_say_which_rules_are_off_or_not_saved() {
+        let list = List { rules: infos(), interfaces: Vec::new() };
+        assert_eq!(
+            last_cells(&rules_table(&list)),
+            "state\nstateful\nstateless, not saved\noff\noff, not saved\n"
+        );
+        let stats = |rules: &[RuleInfo]| {
+            let rules = rules.iter().map(|rule| RuleStats {
+                rule: rule.clone(),
+                forward: Count::default(),
+                reply: Count::default(),
+                to_stack: BTreeMap::new(),
+                dropped: BTreeMap::new(),
+                answered: 0,
+                flows: api::Flows::default(),
+                last_packet: None,
+            });
+            let rules = rules.collect();
+            let stats = Stats { rules, verdicts: Default::default(), interfaces: Vec::new() };
+            last_cells(&stats_table(&stats, &stats, RATE_WINDOW))
+        };
+        assert_eq!(stats(&infos()), "state\n\nnot saved\noff\noff, not saved\n");
+        assert_eq!(stats(&infos()[..1]), "dropped\n0\n");
+        // A daemon of before does not tell.
+        let mut old = serde_json::to_value(&infos()[0]).expect("JSON");
+        for key in ["enabled", "saved"] {
+            old.as_object_mut().expect("an object").remove(key);
+        }
+        assert_eq!(serde_json::from_value::<RuleInfo>(old).expect("a rule"), infos()[0]);
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_request_is_wrong_input() {
+        let status = |refusal: (axum::http::StatusCode, String)| refusal.0.as_u16();
+        let wrong = Failure::Configuration("a\nb".to_owned());
+        assert_eq!(status(api::refusal(wrong)), 422);
+        assert_eq!(status(api::refusal(Failure::System(anyhow::anyhow!("no")))), 500);
+    }
 
     fn flows(count: usize) -> Vec<FlowInfo> {
         let flow = FlowInfo {

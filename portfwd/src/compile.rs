@@ -674,6 +674,18 @@ impl Capacity {
         let is_name = |rule: &Rule| rule.to.iter().any(|to| matches!(to.host, Host::Name(_)));
         let families = if rules.iter().any(is_name) { 2 } else { 1 };
         let room = |rows: usize| (2 * families * rows) as u32 + 256;
+        Self {
+            endpoints: room(update.endpoints.len()),
+            translations: room(update.translations.len()),
+            pages: room(update.pages.len()),
+            counters: (rules.len() + rules.len() / 4) as u32 + 256,
+            ..Self::of_flows(rules, plan, ports, flows)
+        }
+    }
+
+    /// What `plan` needs for flows, and nothing for its tables.
+    pub fn of_flows(rules: &[Rule], plan: &Plan, ports: &BoxPorts, flows: u32) -> Self {
+        let is_name = |rule: &Rule| rule.to.iter().any(|to| matches!(to.host, Host::Name(_)));
         let named = rules.iter().any(is_name);
         let crosses = rules.iter().any(Rule::may_cross);
         let flows = |v4: bool| {
@@ -689,10 +701,10 @@ impl Capacity {
             })
         };
         Self {
-            endpoints: room(update.endpoints.len()),
-            translations: room(update.translations.len()),
-            pages: room(update.pages.len()),
-            counters: (rules.len() + rules.len() / 4) as u32 + 256,
+            endpoints: 0,
+            translations: 0,
+            pages: 0,
+            counters: 0,
             flows: FlowRoom { v4: flows(true), v6: flows(false) },
             crosses,
             mappings: 2 * MASQUERADE_ADDRESSES * ports.masquerade.len() as u32,

@@ -5,16 +5,17 @@ use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::flows::FlowSettings;
 use crate::rule::{self, Invalid, Place, Ports, Rule, Source, invalid, twice};
 
 pub use self::file::parse;
+use self::overlay::Change;
 
 pub mod diff;
 pub mod edit;
@@ -183,6 +184,43 @@ impl fmt::Display for Errors {
 }
 
 impl std::error::Error for Errors {}
+
+/// Where a configuration comes from.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    pub file: Option<PathBuf>,
+    /// The values of `-i`.
+    pub interfaces: Vec<String>,
+    /// The values of `-p`.
+    pub rules: Vec<String>,
+}
+
+impl Origin {
+    /// Reads what is there now.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`] and [`Config::add_flags`].
+    pub fn read(&self) -> Result<Config, Errors> {
+        let mut config = self.file.as_deref().map_or_else(|| Ok(Config::default()), read)?;
+        config.add_flags(&self.interfaces, &self.rules)?;
+        Ok(config)
+    }
+
+    /// Makes a change in the file.
+    ///
+    /// # Errors
+    ///
+    /// There is none, it cannot be written, or the change cannot be made there. It is as it was then.
+    pub fn save(&self, change: &Change) -> Result<(), Errors> {
+        let Some(file) = &self.file else {
+            let message = "there is no file to save it in: portfwd runs by flags alone; leave \
+                           --save out, or run it with --config FILE";
+            return Err(Errors(vec![ConfigError::new(change, None, "", message)]));
+        };
+        edit::save(file, |text| edit::apply(file, text, change))
+    }
+}
 
 /// Reads and parses a file.
 pub fn read(path: &Path) -> Result<Config, Errors> {

@@ -22,9 +22,11 @@ use tracing::{debug, info, warn};
 
 use crate::api::{self, Request, Socket};
 use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
-use crate::config::Config;
+use crate::config::overlay::Overlay;
+use crate::config::{Config, Origin};
 use crate::datapath::{Datapath, Hook, Living, Mode, Port};
 use crate::flows::FlowRow;
+use crate::instance::Instance;
 use crate::network::{
     self, Changes, Externals, Layer, Link, Network, NetworkError, NextHop, Snapshot,
 };
@@ -32,6 +34,7 @@ use crate::rule::{Ports, Rule};
 use crate::sysctl::{self, Families};
 use crate::{metrics, names, privileges, report};
 
+mod change;
 mod hints;
 pub(crate) mod modes;
 mod protocols;
@@ -41,14 +44,13 @@ mod state;
 mod survey;
 mod sweep;
 
+pub use change::Order;
 use hints::Addresses;
 use routes::Keeper;
+pub use state::Running;
 use state::{Owned, State, World};
 use survey::{Survey, check_interfaces};
 use sweep::Sweeper;
-
-/// The name of an instance that is given none.
-pub const DEFAULT_INSTANCE: &str = "portfwd";
 
 /// Why the daemon does not run. Both are lines for the user.
 #[derive(Debug)]
@@ -57,6 +59,16 @@ pub enum Failure {
     Configuration(String),
     /// The system does not have, or allow, what is needed: exit status 1.
     System(anyhow::Error),
+}
+
+impl Failure {
+    /// A line for each thing that is wrong.
+    pub fn lines(&self) -> String {
+        match self {
+            Self::Configuration(lines) => lines.clone(),
+            Self::System(error) => format!("{error:#}"),
+        }
+    }
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failure {
@@ -69,9 +81,10 @@ impl<E: Into<anyhow::Error>> From<E> for Failure {
 #[derive(Clone, Debug)]
 pub struct Options {
     pub config: Config,
+    /// Where that is from.
+    pub origin: Origin,
+    pub instance: Instance,
     pub socket: PathBuf,
-    /// The name under which forwarding outlives this process.
-    pub instance: String,
     /// Go on forwarding when this process ends.
     pub keep: bool,
     /// Show what becomes of each packet that a rule claims.
@@ -88,7 +101,8 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     keep_large_tables_apart();
     let interrupt = signal(SignalKind::interrupt())?;
     let terminate = signal(SignalKind::terminate())?;
-    let Options { config, socket, instance, keep, log_packets } = options;
+    let hangup = signal(SignalKind::hangup())?;
+    let Options { config, origin, instance, socket, keep, log_packets } = options;
     if config.rules.is_empty() {
         return Err(Failure::Configuration(
             "there is no rule; add a [[rule]] to the configuration, or -p SPEC".to_owned(),
@@ -103,7 +117,16 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     }
     let owned = Owned::take(&instance)?;
     // Pins that are gone with their file system are as good as none.
-    let before = owned.read()?.filter(|before| owned.instance.has(&before.kept));
+    let before = owned.read()?.filter(|before| owned.pins.has(&before.kept));
+    let (base, mut overlay) = (config, Overlay::default());
+    if let Some(before) = &before {
+        overlay = before.world.changes(&origin).settle(&base);
+    }
+    let config = overlay.apply(&base).unwrap_or_else(|errors| {
+        warn!("what was changed at run time does not go with the configuration any more, and is gone: {errors}");
+        overlay = Overlay::default();
+        base.clone()
+    });
     let resolved = resolve_all(&config.rules).await?;
     let mut plan = plan(&config.rules, &resolved)
         .map_err(|refused| Failure::Configuration(refused.to_string()))?;
@@ -122,6 +145,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         BoxPorts { ephemeral: sysctl::ephemeral_ports()?, masquerade: config.masquerade.clone() };
 
     let (requests, inbox) = mpsc::channel(16);
+    let (orders, ordered) = mpsc::channel(16);
     let metrics = metrics::listen(config.metrics, requests.clone()).await?;
     let socket = Socket::bind(&socket).await?;
     let logs = log_packets && sysctl::verifies_logs();
@@ -133,7 +157,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let names = before.as_ref().map_or(0, |before| before.names.len());
     capacity.counters += names as u32;
     let kept = before.as_ref().map(|before| &before.kept);
-    let mut datapath = Datapath::take_over(capacity, &ports, log_packets, &owned.instance, kept)?;
+    let mut datapath = Datapath::take_over(capacity, &ports, log_packets, &owned.pins, kept)?;
     let names = before.iter().flat_map(|before| before.names.iter().map(String::as_str));
     let mut compiler = Compiler::with_names(names);
     compiler.leave(&survey.own);
@@ -150,6 +174,9 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         owned,
         keeper,
         sweeper,
+        origin,
+        base,
+        overlay,
         config: Arc::new(config),
         network,
         resolved,
@@ -167,17 +194,31 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         gateways_since: None,
         reserved,
         ports,
+        log_packets,
+        renewed: false,
     };
-    let inputs = Inputs { interrupt, terminate, changes, inbox };
+    let inputs = Inputs { interrupt, terminate, hangup, changes, inbox, orders: ordered };
     let served =
-        daemon.start_and_serve(&snapshot, before.as_ref(), inputs, socket, requests, log_packets);
+        daemon.start_and_serve(&snapshot, before.as_ref(), inputs, socket, (requests, orders));
     let ended = served.await;
     if let Some(metrics) = metrics {
         metrics.abort();
     }
-    // Whoever could not start, and has found nothing, leaves nothing.
-    daemon.stop(keep || ended.is_err() && before.is_some());
-    ended
+    daemon.stop(match ended {
+        Ok(Ended::Asked) => keep,
+        Ok(Ended::Detached) => false,
+        // Whoever could not start, and has found nothing, leaves nothing.
+        Err(_) => keep || before.is_some(),
+    });
+    ended.map(drop)
+}
+
+/// Why the daemon ends.
+enum Ended {
+    /// By a signal.
+    Asked,
+    /// By `portfwd detach`: forwarding ends too.
+    Detached,
 }
 
 /// Ends forwarding that goes on without a daemon. Returns whether there was some.
@@ -185,7 +226,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
 /// # Errors
 ///
 /// A daemon runs, or something cannot be taken off.
-pub fn take_off(instance: &str) -> anyhow::Result<bool> {
+pub fn take_off(instance: &Instance) -> anyhow::Result<bool> {
     Owned::take(instance)?.take_off()
 }
 
@@ -193,8 +234,10 @@ pub fn take_off(instance: &str) -> anyhow::Result<bool> {
 struct Inputs {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Signal,
     changes: Changes,
     inbox: mpsc::Receiver<Request>,
+    orders: mpsc::Receiver<Order>,
 }
 
 /// Gives the system what was freed: to read and compile many rules takes several times what stays,
@@ -256,9 +299,11 @@ fn log_from(mut logger: aya_log::EbpfLogger<&'static dyn log::Log>) -> std::io::
 /// A line for each name that does not resolve.
 pub async fn resolve_all(rules: &[Rule]) -> Result<Resolved, Failure> {
     let (resolved, failed) = names::resolve(names::of(rules), Resolved::new()).await;
-    if failed.is_empty() {
-        return Ok(resolved);
-    }
+    if failed.is_empty() { Ok(resolved) } else { Err(unresolved(rules, &failed)) }
+}
+
+/// A line for each name that does not resolve, with the reason.
+fn unresolved(rules: &[Rule], failed: &[(String, String)]) -> Failure {
     let lines: Vec<String> = failed
         .iter()
         .map(|(name, reason)| {
@@ -273,7 +318,7 @@ pub async fn resolve_all(rules: &[Rule]) -> Result<Resolved, Failure> {
             )
         })
         .collect();
-    Err(Failure::Configuration(lines.join("\n")))
+    Failure::Configuration(lines.join("\n"))
 }
 
 /// Where to attach.
@@ -303,6 +348,11 @@ struct Daemon {
     owned: Owned,
     keeper: Keeper,
     sweeper: Sweeper,
+    /// Where the configuration is from, what it said when it was read last, and what was changed since then.
+    origin: Origin,
+    base: Config,
+    overlay: Overlay,
+    /// What runs.
     config: Arc<Config>,
     network: Network,
     resolved: Resolved,
@@ -327,6 +377,9 @@ struct Daemon {
     /// Ports that are reserved, and would not be without this daemon or those before it.
     reserved: BTreeSet<u16>,
     ports: BoxPorts,
+    log_packets: bool,
+    /// A new set is loaded, and its programs are not attached yet.
+    renewed: bool,
 }
 
 /// How long gateways are taken for known: to find them, the whole routing table is read.
@@ -344,31 +397,29 @@ impl Daemon {
         before: Option<&State>,
         inputs: Inputs,
         socket: Socket,
-        requests: mpsc::Sender<Request>,
-        log_packets: bool,
-    ) -> Result<(), Failure> {
+        (requests, orders): (mpsc::Sender<Request>, mpsc::Sender<Order>),
+    ) -> Result<Ended, Failure> {
         self.save()?;
         self.datapath.prepare()?;
         self.datapath.stay();
+        self.renewed = true;
         let problems = self.settle(snapshot);
         if before.is_none() {
             none(&problems)?;
         }
-        self.datapath.leave_before()?;
-        self.save()?;
         if before.is_some() {
             info!("went on from what an earlier daemon left: flows and counters are as they were");
         }
         privileges::give_up();
         // Whoever was refused so far finds the box's settings as they were.
-        let server = tokio::spawn(socket.serve(requests));
-        self.serve(snapshot, inputs, server, log_packets).await
+        let server = tokio::spawn(socket.serve(requests, orders));
+        self.serve(snapshot, inputs, server).await
     }
 
     /// Notes what the next daemon has to know.
     fn save(&mut self) -> anyhow::Result<()> {
         let Some(kept) = self.datapath.kept() else { return Ok(()) };
-        let world = World::of(&self.survey, &self.reserved);
+        let world = World::of(&self.survey, &self.reserved, &self.origin, &self.overlay);
         self.owned.write(kept, world, self.compiler.names())
     }
 
@@ -378,16 +429,16 @@ impl Daemon {
         snapshot: &Snapshot,
         inputs: Inputs,
         mut server: JoinHandle<std::io::Result<()>>,
-        log_packets: bool,
-    ) -> Result<(), Failure> {
-        let Inputs { mut interrupt, mut terminate, mut changes, mut inbox } = inputs;
+    ) -> Result<Ended, Failure> {
+        let Inputs { mut interrupt, mut terminate, mut hangup, mut changes, .. } = inputs;
+        let Inputs { mut inbox, mut orders, .. } = inputs;
         self.prepare(snapshot)?;
         self.reserve_ports()?;
         // Whether a peer can be sent to is known once the programs are attached.
         self.refresh(&mut inbox).await;
         self.warn_of_pitfalls(snapshot);
         self.keep_resolved(&mut inbox).await;
-        if log_packets {
+        if self.log_packets {
             log_from(self.datapath.logger()?)?;
         }
         give_back_memory();
@@ -410,10 +461,19 @@ impl Daemon {
         let ended = loop {
             status.show(self.config.rules.len(), self.attached.len(), self.told.len());
             tokio::select! {
-                _ = interrupt.recv() => break Ok(()),
-                _ = terminate.recv() => break Ok(()),
+                _ = interrupt.recv() => break Ok(Ended::Asked),
+                _ = terminate.recv() => break Ok(Ended::Asked),
                 () = watchdog.due() => service::alive(),
                 Some(request) = inbox.recv() => self.answer(request),
+                Some(order) = orders.recv() => {
+                    if self.obey(order, &mut inbox).await {
+                        break Ok(Ended::Detached);
+                    }
+                }
+                _ = hangup.recv() => {
+                    // It is logged.
+                    let _: Result<api::Changed, Failure> = self.reload(&mut inbox).await;
+                }
                 changed = changes.next(), if told_of_changes => {
                     if let Err(error) = changed {
                         let seconds = network::REFRESH.as_secs();
@@ -524,20 +584,25 @@ impl Daemon {
 
     /// Loads the plan with the addresses there are. Returns what kept it from that.
     fn load(&mut self) -> Option<String> {
+        let lacks_room = self.lacks_room();
         let Self { config, plan, survey, loaded, compiler, datapath, sweeper, ports, .. } = self;
-        let Self { owned, reserved, .. } = self;
+        let Self { owned, reserved, overlay, origin, .. } = self;
         compiler.leave(&survey.own);
         let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
-        if !datapath.capacity().holds(&update) {
-            return Some(
-                "the tables are too small for what the rules mean now; restart portfwd to make \
-                 them larger"
-                    .to_owned(),
-            );
+        if lacks_room || !datapath.capacity().holds(&update) {
+            if let Err(error) = self.renew() {
+                return Some(format!("{error:#}"));
+            }
+            self.loaded = (self.survey.externals.clone(), self.survey.own.clone());
+            self.sweeper.set(living(&self.config, &self.plan, &self.compiler));
+            return None;
         }
         // Flows may refer to a rule by the number of its name from now on.
         let saved = match datapath.kept() {
-            Some(kept) => owned.write(kept, World::of(survey, reserved), compiler.names()),
+            Some(kept) => {
+                let world = World::of(survey, reserved, origin, overlay);
+                owned.write(kept, world, compiler.names())
+            }
             None => Ok(()),
         };
         if let Err(error) = saved {
@@ -602,6 +667,10 @@ impl Daemon {
         }
         problems.extend(self.tell_programs(snapshot, &wanted));
         problems.extend(self.settle_own(snapshot, &wanted));
+        if std::mem::take(&mut self.renewed) {
+            let left = self.datapath.leave_before().map_err(anyhow::Error::from);
+            problems.extend(left.and_then(|()| self.save()).err().map(|error| error.to_string()));
+        }
         let names = self.attached.values().map(|attachment| attachment.name.clone()).collect();
         self.keeper.set_interfaces(names);
         problems
@@ -836,6 +905,9 @@ impl Daemon {
                     self.list_interfaces(),
                 );
                 let _: Result<(), _> = sender.send(stats);
+            }
+            Request::Diff(sender) => {
+                let _: Result<(), _> = sender.send(self.diff());
             }
             Request::Flows(sender) => {
                 let tables = self.datapath.flows();

@@ -35,7 +35,7 @@ pub use self::counts::Counts;
 use self::counts::{CountMap, counter_words, passed_words};
 use self::flow_tables::index_of_link;
 pub use self::flow_tables::{FlowTables, Living, Swept};
-pub use self::pins::{Filter, Instance, Kept, is_name};
+pub use self::pins::{Filter, Kept, Pins};
 use self::pins::{Kind, Taken};
 use crate::compile::{BoxPorts, Capacity, EndpointKey, FlowRoom, Update, any_address};
 use crate::sysctl::Families;
@@ -342,7 +342,7 @@ pub struct Datapath {
 
 /// Where a set is pinned, and what it has of the one before.
 struct Home {
-    instance: Instance,
+    instance: Pins,
     set: u32,
     seeds: (u64, u32),
     /// What a file says of this set, and not of the one before.
@@ -396,7 +396,7 @@ impl Datapath {
         mut capacity: Capacity,
         ports: &BoxPorts,
         log: bool,
-        instance: &Instance,
+        instance: &Pins,
         before: Option<&Kept>,
     ) -> Result<Self, DatapathError> {
         instance.create()?;

@@ -7,6 +7,7 @@ pub mod config;
 pub mod daemon;
 pub mod datapath;
 pub mod flows;
+pub mod instance;
 pub mod metrics;
 pub mod names;
 pub mod network;

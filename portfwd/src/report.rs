@@ -27,8 +27,9 @@ pub fn role(role: Role) -> &'static str {
     }
 }
 
-/// A rule as the user wrote it, and whether it needs the flow table.
-pub fn rule(rule: &Rule, stateful: bool) -> RuleInfo {
+/// A rule as the user wrote it, whether it needs the flow table, whether it forwards, and whether the
+/// file has it so.
+pub fn rule(rule: &Rule, stateful: bool, enabled: bool, saved: bool) -> RuleInfo {
     RuleInfo {
         name: rule.name.clone(),
         protocol: rule.protocol.to_string(),
@@ -37,6 +38,8 @@ pub fn rule(rule: &Rule, stateful: bool) -> RuleInfo {
         source: rule.source.to_string(),
         mss: rule.mss,
         stateful,
+        enabled,
+        saved,
     }
 }
 
@@ -54,8 +57,12 @@ pub struct Listed {
 impl Serialize for Listed {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut list = serializer.serialize_struct("List", 2)?;
-        let row = |(place, it)| rule(it, self.stateful.contains(&place));
-        list.serialize_field("rules", &Rows(|| self.config.rules.iter().enumerate().map(row)))?;
+        // Those that are enabled come first, in the order of their places.
+        let row = |(place, (it, enabled)): (usize, (&Rule, bool))| {
+            let saved = !self.config.unsaved.contains(&it.name);
+            rule(it, self.stateful.contains(&place), enabled, saved)
+        };
+        list.serialize_field("rules", &Rows(|| self.config.all().enumerate().map(row)))?;
         list.serialize_field("interfaces", &self.interfaces)?;
         list.end()
     }
@@ -129,8 +136,12 @@ impl Figures {
     }
 
     fn rows(&self) -> impl Iterator<Item = RuleStats> {
-        self.counted.iter().map(|Counted { place, counts, flows, stateful }| RuleStats {
-            rule: rule(&self.config.rules[*place], *stateful),
+        let info = |place: usize, stateful| {
+            let it = &self.config.rules[place];
+            rule(it, stateful, true, !self.config.unsaved.contains(&it.name))
+        };
+        self.counted.iter().map(move |Counted { place, counts, flows, stateful }| RuleStats {
+            rule: info(*place, *stateful),
             forward: count(counts.forward),
             reply: count(counts.reply),
             to_stack: reasons(ToStack::ALL, ToStack::name, &counts.to_stack),
@@ -385,12 +396,21 @@ pub(crate) mod tests {
         assert_eq!(serde_json::to_string(&stats).expect("it is written"), text);
 
         let Figures { config, interfaces, .. } = figures;
+        let mut config = Config::clone(&config);
+        config.disabled.push("82:192.0.2.3".parse().expect("a rule"));
+        config.unsaved.insert("81/tcp".to_owned());
+        let config = Arc::new(config);
         let stateful = BTreeSet::from([0]);
         let listed = Listed { config: config.clone(), stateful, interfaces };
         let text = serde_json::to_string(&listed).expect("it is written");
         let list: List = serde_json::from_str(&text).expect("it is read");
-        let rules = config.rules.iter().enumerate().map(|(place, it)| rule(it, place == 0));
-        assert_eq!(list.rules, rules.collect::<Vec<_>>());
+        let [first, second] = &config.rules[..] else { panic!("{config:?}") };
+        let wanted = [
+            rule(first, true, true, true),
+            rule(second, false, true, false),
+            rule(&config.disabled[0], false, false, true),
+        ];
+        assert_eq!(list.rules, wanted);
         assert_eq!(list.interfaces, listed.interfaces);
     }
 

@@ -7,7 +7,7 @@
 //! A rule ends with its last key. Its comments go along when it is removed: those in lines right above
 //! it, with no blank line between, and those right below, unless they touch what follows.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::ops::Range;
 use std::os::unix::fs::{MetadataExt as _, fchown};
@@ -206,7 +206,7 @@ impl<'a> Text<'a> {
         let unclear = || self.refused(first, Some(name), UNCLEAR);
         let document = DeTable::parse(piece).map_err(|_| unclear())?;
         let rules = document.get_ref().get("rule").and_then(|rules| rules.get_ref().as_array());
-        let Some(DeValue::Table(table)) = rules.and_then(|rules| Some(rules.get(0)?.get_ref()))
+        let Some(DeValue::Table(table)) = rules.and_then(|rules| Some(rules.first()?.get_ref()))
         else {
             return Err(unclear());
         };
@@ -325,7 +325,7 @@ fn replace(file: &Path, text: &str) -> io::Result<()> {
     if owner(&new.as_file().metadata()?) != owner(&before) {
         fchown(new.as_file(), Some(before.uid()), Some(before.gid()))?;
     }
-    new.as_file().set_permissions(Permissions::from(before.permissions()))?;
+    new.as_file().set_permissions(before.permissions())?;
     new.as_file_mut().write_all(text.as_bytes())?;
     new.as_file().sync_all()?;
     new.persist(file)?;

@@ -13,12 +13,13 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::survey::Survey;
-use crate::datapath::{Filter, Instance, Kept};
+use crate::config::Origin;
+use crate::config::overlay::Overlay;
+use crate::datapath::{Filter, Kept, Pins};
+use crate::instance::{DIRECTORY, Instance};
 use crate::network::Externals;
 use crate::sysctl;
 
-/// Where state files are. It is empty after a reboot, as bpffs is.
-pub const DIRECTORY: &str = "/run/portfwd";
 /// The version of [`State`].
 const FORMAT: u32 = 1;
 
@@ -45,17 +46,32 @@ pub struct World {
     pub internal: BTreeSet<String>,
     /// Ports that were reserved, and were not before, as the kernel writes them.
     reserved: String,
+    /// What was changed at run time, and of what.
+    origin: Origin,
+    overlay: Overlay,
 }
 
 impl World {
-    pub fn of(survey: &Survey, reserved: &BTreeSet<u16>) -> Self {
+    pub fn of(
+        survey: &Survey,
+        reserved: &BTreeSet<u16>,
+        origin: &Origin,
+        overlay: &Overlay,
+    ) -> Self {
         let internal = survey.roles.iter().filter(|(_, role)| **role != Role::External);
         Self {
             v4: survey.externals.v4.clone(),
             v6: survey.externals.v6.clone(),
             internal: internal.map(|(name, _)| name.clone()).collect(),
             reserved: sysctl::format_ports(reserved),
+            origin: origin.clone(),
+            overlay: overlay.clone(),
         }
+    }
+
+    /// What was changed at run time, if the configuration comes from the same place.
+    pub fn changes(&self, origin: &Origin) -> Overlay {
+        if self.origin == *origin { self.overlay.clone() } else { Overlay::default() }
     }
 
     /// Ports that were reserved, and were not before.
@@ -72,10 +88,17 @@ impl World {
     }
 }
 
+/// A daemon has the instance.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "a portfwd runs as instance \"{0}\" already: stop it, or give this one another name with --instance"
+)]
+pub struct Running(Instance);
+
 /// The place of an instance's state, for the one process that holds its lock.
 pub struct Owned {
-    pub instance: Instance,
-    name: String,
+    pub pins: Pins,
+    name: Instance,
     path: PathBuf,
     lock: PathBuf,
     /// Locked while it is open.
@@ -90,7 +113,7 @@ impl Owned {
     /// # Errors
     ///
     /// Another process has it, or its lock cannot be made.
-    pub fn take(name: &str) -> anyhow::Result<Self> {
+    pub fn take(name: &Instance) -> anyhow::Result<Self> {
         let directory = Path::new(DIRECTORY);
         fs::create_dir_all(directory)
             .with_context(|| format!("{DIRECTORY}: cannot make it; run as root"))?;
@@ -105,10 +128,7 @@ impl Owned {
                 .with_context(|| format!("{}: cannot open it; run as root", lock.display()))?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => bail!(
-                    "a portfwd runs as instance \"{name}\" already: stop it, or give this one \
-                     another name with --instance"
-                ),
+                Err(rustix::io::Errno::WOULDBLOCK) => bail!(Running(name.clone())),
                 Err(error) => bail!("{}: cannot lock it: {error}", lock.display()),
             }
             // Whoever had it before may have removed it in between.
@@ -117,10 +137,9 @@ impl Owned {
                     .is_ok_and(|own| (own.dev(), own.ino()) == (there.dev(), there.ino()))
             });
             if same {
-                let instance = Instance::new(name);
+                let pins = Pins::new(&name.to_string());
                 let path = directory.join(format!("{name}.json"));
-                let name = name.to_owned();
-                return Ok(Self { instance, name, path, lock, file, written: None });
+                return Ok(Self { pins, name: name.clone(), path, lock, file, written: None });
             }
         }
     }
@@ -132,15 +151,15 @@ impl Owned {
     /// It cannot be understood, or is of another network: then something is in the way that has to be taken
     /// off by hand.
     pub fn read(&self) -> anyhow::Result<Option<State>> {
-        let remedy = match self.name.as_str() {
-            super::DEFAULT_INSTANCE => "portfwd detach".to_owned(),
+        let remedy = match &self.name {
+            name if *name == Instance::default() => "portfwd detach".to_owned(),
             name => format!("portfwd detach --instance {name}"),
         };
         let path = self.path.display();
         let text = match fs::read(&self.path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if self.instance.is_there() {
+                if self.pins.is_there() {
                     bail!(
                         "there are programs of instance \"{}\" and no {path} to go on from: take them off \
                          with `{remedy}`",
@@ -237,7 +256,7 @@ impl Owned {
         let here = |name: &str, own: anyhow::Result<serde_json::Value>| {
             own.is_ok_and(|own| state.get(name) == Some(&own))
         };
-        let found = self.instance.is_there();
+        let found = self.pins.is_there();
         if here("boot", boot_id().map(Into::into)) && here("network", network_id().map(Into::into))
         {
             let filters = state.pointer("/kept/filters").cloned().unwrap_or_default();
@@ -251,7 +270,7 @@ impl Owned {
                 tracing::info!("{change}");
             }
         }
-        self.instance.remove().context("cannot unpin all of it")?;
+        self.pins.remove().context("cannot unpin all of it")?;
         self.remove()?;
         Ok(found)
     }

@@ -33,6 +33,8 @@ struct Shared {
 #[derive(Default)]
 struct State {
     living: Arc<Living>,
+    /// None before the start.
+    tables: Option<Arc<FlowTables>>,
     /// Some rule or backend went: the round that goes on is too old.
     due: bool,
     stopped: bool,
@@ -47,9 +49,15 @@ impl Sweeper {
     pub fn start(tables: Arc<FlowTables>, living: Living) -> io::Result<Self> {
         let sweeper = Self::default();
         sweeper.set(living);
+        sweeper.follow(tables);
         let shared = sweeper.clone();
-        thread::Builder::new().name("flows".to_owned()).spawn(move || shared.sweep(&tables))?;
+        thread::Builder::new().name("flows".to_owned()).spawn(move || shared.sweep())?;
         Ok(sweeper)
+    }
+
+    /// The flows are in these tables from now on.
+    pub fn follow(&self, tables: Arc<FlowTables>) {
+        self.lock().tables = Some(tables);
     }
 
     /// Which flows may live from now on; all others end soon.
@@ -69,7 +77,7 @@ impl Sweeper {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn sweep(&self, tables: &FlowTables) {
+    fn sweep(&self) {
         privileges::give_up_here();
         let mut wait = Duration::ZERO;
         let mut told = false;
@@ -83,6 +91,7 @@ impl Sweeper {
             }
             let hurry = std::mem::take(&mut state.due);
             let living = state.living.clone();
+            let Some(tables) = state.tables.clone() else { return };
             drop(state);
             let start = Instant::now();
             let pause = || {

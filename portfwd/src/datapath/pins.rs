@@ -30,7 +30,7 @@ const MAGIC: u64 = 0xcafe_4a11;
 
 /// The folder of an instance, which has to be there only for what writes to it.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Instance {
+pub struct Pins {
     folder: PathBuf,
 }
 
@@ -131,7 +131,7 @@ impl Kind {
     }
 }
 
-impl Instance {
+impl Pins {
     /// The instance with this name, which has to be fit for a file.
     pub fn new(name: &str) -> Self {
         Self { folder: Path::new(BPFFS).join("portfwd").join(name) }
@@ -261,7 +261,7 @@ impl Taken {
     /// Pins what the set `before` remembers for a new one, as far as that is to be as large. The room for
     /// counters becomes what there is.
     pub fn new(
-        instance: &Instance,
+        instance: &Pins,
         set: u32,
         capacity: &mut Capacity,
         before: Option<&Kept>,
@@ -323,7 +323,7 @@ impl Taken {
     /// The flows of the set before, if they have to be copied.
     pub fn old_flows(
         &self,
-        instance: &Instance,
+        instance: &Pins,
         clock: Clock,
     ) -> Result<Option<FlowTables>, DatapathError> {
         let Some(set) = self.copies else { return Ok(None) };
@@ -393,10 +393,4 @@ fn entries(map: &MapData) -> Result<u32, DatapathError> {
 /// Pins a map at one more place.
 fn pin(map: &MapData, path: &Path) -> Result<(), DatapathError> {
     map.pin(path).map_err(|error| failed(path, &io::Error::other(error)))
-}
-
-/// Whether an instance can have this name. Dots are not for names in bpffs.
-pub fn is_name(name: &str) -> bool {
-    let fits = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    (1..=32).contains(&name.len()) && name.chars().all(fits)
 }

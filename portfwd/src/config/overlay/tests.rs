@@ -303,9 +303,9 @@ fn time_of_a_change() {
         })
         .collect();
     let of_file = base(&text);
-    let mut all_added = Overlay::default();
-    all_added.added =
-        (0..10_000).map(|i| Added { name: format!("rule-{i}"), spec: spec(i) }).collect();
+    let added = |i| Added { name: format!("rule-{i}"), spec: spec(i) };
+    let added = (0..10_000).map(added).collect();
+    let all_added = Overlay { added, ..Overlay::default() };
     for (what, base, overlay) in
         [("in the file", of_file, Overlay::default()), ("added", Config::default(), all_added)]
     {

@@ -1,0 +1,287 @@
+//! Rules change: worked out on copies, refused or live as a whole.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::state::World;
+use super::survey::{Survey, check_interfaces};
+use super::{Daemon, Failure, log_from, service, unresolved};
+use crate::api::{ChangeRequest, Changed, Request};
+use crate::compile::{Capacity, Compiler, FlowRoom, Plan, Resolved, plan};
+use crate::config::diff::{Diff, diff};
+use crate::config::overlay::Overlay;
+use crate::config::{Config, Errors};
+use crate::datapath::Datapath;
+use crate::names;
+use crate::network::Snapshot;
+
+/// What is asked of the daemon that changes it; the answer goes back through the sender once that is so.
+#[derive(Debug)]
+pub enum Order {
+    Reload(Answer),
+    Change(ChangeRequest, Answer),
+    Detach(Answer),
+}
+
+type Answer = tokio::sync::oneshot::Sender<Result<Changed, Failure>>;
+
+/// A configuration and what it means, ready to be loaded.
+struct Next {
+    config: Config,
+    resolved: Resolved,
+    plan: Plan,
+    survey: Survey,
+    snapshot: Snapshot,
+}
+
+fn wrong(errors: Errors) -> Failure {
+    Failure::Configuration(errors.to_string())
+}
+
+impl Daemon {
+    /// Does what is asked for. Returns whether that is the end of forwarding.
+    pub(super) async fn obey(&mut self, order: Order, inbox: &mut mpsc::Receiver<Request>) -> bool {
+        let (sender, answer) = match order {
+            Order::Reload(sender) => (sender, self.reload(inbox).await),
+            Order::Change(asked, sender) => (sender, self.change(asked, inbox).await),
+            Order::Detach(sender) => {
+                let messages = vec!["forwarding ends".to_owned()];
+                let _: Result<(), _> = sender.send(Ok(Changed { messages }));
+                return true;
+            }
+        };
+        // Whoever asked may have gone.
+        let _: Result<(), _> = sender.send(answer);
+        false
+    }
+
+    /// What the file and the flags say now, compared with what runs.
+    pub(super) fn diff(&self) -> Result<Diff, Failure> {
+        let file = self.origin.read().map_err(wrong)?;
+        Ok(diff(&file, &self.config))
+    }
+
+    /// Reads the configuration again, and has it as it says.
+    pub(super) async fn reload(
+        &mut self,
+        inbox: &mut mpsc::Receiver<Request>,
+    ) -> Result<Changed, Failure> {
+        service::reloading();
+        let done = self.try_to_reload(inbox).await;
+        service::ready();
+        match &done {
+            Ok(changed) => changed.messages.iter().for_each(|line| info!("{line}")),
+            Err(failure) => {
+                let lines = failure.lines();
+                lines.lines().for_each(|line| warn!("{line}"));
+                warn!("nothing has changed");
+            }
+        }
+        done
+    }
+
+    async fn try_to_reload(
+        &mut self,
+        inbox: &mut mpsc::Receiver<Request>,
+    ) -> Result<Changed, Failure> {
+        let base = self.origin.read().map_err(wrong)?;
+        let changes = diff(&base, &self.config);
+        let next = self.work_out(base.clone(), inbox).await?;
+        let restart = self.need_restart(&next.config);
+        let overlay = Overlay::default();
+        self.become_next(next, base, overlay, inbox).await?;
+        let rules = self.config.rules.len();
+        let plural = if rules == 1 { "" } else { "s" };
+        let mut messages = vec![format!("reloaded: {rules} rule{plural}")];
+        if changes.is_empty() {
+            messages = vec![format!("reloaded: {rules} rule{plural}, as before")];
+        }
+        messages.extend(restart);
+        Ok(Changed { messages })
+    }
+
+    /// One change, at run time and, if asked for, in the file.
+    async fn change(
+        &mut self,
+        ChangeRequest { change, save }: ChangeRequest,
+        inbox: &mut mpsc::Receiver<Request>,
+    ) -> Result<Changed, Failure> {
+        let (mut overlay, mut config) = self.overlay.with(&self.base, &change).map_err(wrong)?;
+        let mut base = self.base.clone();
+        if save {
+            // What the file will say.
+            (_, base) = Overlay::default().with(&self.base, &change).map_err(wrong)?;
+            base.unsaved.clear();
+            overlay = overlay.settle(&base);
+            config = overlay.apply(&base).map_err(wrong)?;
+        }
+        let next = self.work_out(config, inbox).await?;
+        if save {
+            self.origin.save(&change).map_err(wrong)?;
+        }
+        self.become_next(next, base, overlay, inbox).await?;
+        let saved = if save { ", and saved" } else { "" };
+        let message = format!("{change}: done{saved}");
+        info!("{message}");
+        Ok(Changed { messages: vec![message] })
+    }
+
+    /// What a configuration means in this network.
+    async fn work_out(
+        &mut self,
+        config: Config,
+        inbox: &mut mpsc::Receiver<Request>,
+    ) -> Result<Next, Failure> {
+        if config.external.is_empty() {
+            return Err(Failure::Configuration(
+                "no external interface is named: where do clients arrive? Add [interfaces] external"
+                    .to_owned(),
+            ));
+        }
+        // Names that are known are looked up in their turn.
+        let wanted = names::of(&config.rules);
+        let mut resolved = self.resolved.clone();
+        resolved.retain(|name, _| wanted.contains(name));
+        let new: BTreeSet<String> =
+            wanted.into_iter().filter(|name| !resolved.contains_key(name)).collect();
+        if !new.is_empty() {
+            let (found, failed) =
+                self.answering(inbox, names::resolve(new, resolved.clone())).await;
+            if !failed.is_empty() {
+                return Err(unresolved(&config.rules, &failed));
+            }
+            resolved = found;
+        }
+        let mut plan = plan(&config.rules, &resolved)
+            .map_err(|refused| Failure::Configuration(refused.to_string()))?;
+        let interfaces = |config: &Config| {
+            (config.external.clone(), config.internal.clone(), config.attach_to.clone())
+        };
+        let same_interfaces = interfaces(&config) == interfaces(&self.config);
+        let snapshot = self.network.snapshot().await?;
+        let backends =
+            |plan: &Plan| -> BTreeSet<IpAddr> { plan.legs.iter().map(|leg| leg.backend).collect() };
+        // Their routes are looked up again all the time.
+        let survey = if same_interfaces && backends(&plan).is_subset(&backends(&self.plan)) {
+            self.survey.clone()
+        } else {
+            let Self { network, survey, .. } = &*self;
+            let looked = Survey::take(network, &snapshot, &config, &plan, survey);
+            self.answering(inbox, looked).await?
+        };
+        if !same_interfaces {
+            check_interfaces(&config, &snapshot, &survey)?;
+        }
+        // Rules that were there may wait for their network; a new one that cannot work is a mistake.
+        let known = &self.survey.problems;
+        let new: Vec<&str> = survey
+            .problems
+            .iter()
+            .filter(|problem| !known.contains(problem))
+            .map(String::as_str)
+            .collect();
+        if !new.is_empty() {
+            return Err(Failure::Configuration(new.join("\n")));
+        }
+        plan.locate(&config.rules, &survey.local);
+        Ok(Next { config, resolved, plan, survey, snapshot })
+    }
+
+    /// Makes it live, or nothing of it.
+    async fn become_next(
+        &mut self,
+        next: Next,
+        base: Config,
+        overlay: Overlay,
+        inbox: &mut mpsc::Receiver<Request>,
+    ) -> Result<(), Failure> {
+        let Next { config, resolved, plan, survey, snapshot } = next;
+        let masquerade = std::mem::replace(&mut self.ports.masquerade, config.masquerade.clone());
+        let before = (
+            std::mem::replace(&mut self.config, Arc::new(config)),
+            std::mem::replace(&mut self.plan, plan),
+            std::mem::replace(&mut self.survey, survey),
+            std::mem::replace(&mut self.overlay, overlay),
+        );
+        if let Some(problem) = self.load() {
+            (self.config, self.plan, self.survey, self.overlay) = before;
+            self.ports.masquerade = masquerade;
+            return Err(Failure::System(anyhow::anyhow!(problem)));
+        }
+        (self.resolved, self.base) = (resolved, base);
+        // A family may be new, or an interface.
+        self.unprepared = true;
+        let mut problems = self.settle(&snapshot);
+        problems.extend(self.prepare(&snapshot).err().map(|error| error.to_string()));
+        problems.extend(self.reserve_ports().err().map(|error| error.to_string()));
+        self.tell(problems);
+        if let Err(error) = self.save() {
+            warn!("{error}");
+        }
+        self.silent.retain(|name, _| self.config.rules.iter().any(|rule| rule.name == *name));
+        self.keep_resolved(inbox).await;
+        Ok(())
+    }
+
+    /// What of a configuration counts from the next start on only.
+    fn need_restart(&self, next: &Config) -> Vec<String> {
+        let differs = [
+            (next.metrics != self.config.metrics, "[metrics] listen"),
+            (next.refresh != self.config.refresh, "refresh of names"),
+        ];
+        let keys = differs.iter().filter(|(differs, _)| *differs).map(|(_, key)| *key);
+        keys.map(|key| format!("{key} is as before until portfwd is started again")).collect()
+    }
+
+    /// Whether the tables have no room for flows as the rules need them.
+    pub(super) fn lacks_room(&self) -> bool {
+        let Capacity { flows: FlowRoom { v4, v6 }, crosses, mappings, .. } =
+            self.datapath.capacity();
+        let wanted =
+            Capacity::of_flows(&self.config.rules, &self.plan, &self.ports, self.config.flows.size);
+        wanted.flows.v4.0 > v4.0
+            || wanted.flows.v6.0 > v6.0
+            || wanted.crosses && !crosses
+            || wanted.mappings > mappings
+    }
+
+    /// Has a new set, with room for what the rules mean now, in the place of this one. Its programs are
+    /// attached by the next [`settle`](Self::settle).
+    pub(super) fn renew(&mut self) -> anyhow::Result<()> {
+        let Self { config, plan, survey, ports, compiler, .. } = self;
+        let mut capacity = Capacity::for_plan(&config.rules, plan, ports, config.flows.size);
+        capacity.counters += compiler.names().len() as u32;
+        info!("the rules need larger tables: loading the programs anew");
+        let kept = self.datapath.kept();
+        let pins = &self.owned.pins;
+        let mut datapath =
+            Datapath::take_over(capacity, ports, self.log_packets, pins, kept.as_ref())?;
+        let mut compiler = Compiler::with_names(compiler.names());
+        compiler.leave(&survey.own);
+        let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
+        datapath.set_own(plan.local())?;
+        datapath.apply(&update)?;
+        compiler.commit(&update);
+        datapath.prepare()?;
+        // From here on it is this one.
+        if self.log_packets {
+            log_from(datapath.logger()?)?;
+        }
+        if let Some(kept) = datapath.kept() {
+            let world = World::of(&self.survey, &self.reserved, &self.origin, &self.overlay);
+            self.owned.write(kept, world, compiler.names())?;
+        }
+        datapath.stay();
+        datapath.vouched_as(&self.datapath)?;
+        self.compiler = compiler;
+        std::mem::replace(&mut self.datapath, datapath).leave();
+        self.attached.clear();
+        self.renewed = true;
+        self.sweeper.follow(self.datapath.flows());
+        Ok(())
+    }
+}
