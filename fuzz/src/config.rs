@@ -4,7 +4,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use portfwd::compile::{BoxPorts, Capacity, Compiler, HostAddresses, Resolved, explain, plan};
-use portfwd::config::parse;
+use portfwd::config::diff::diff;
+use portfwd::config::overlay::{Change, Overlay};
+use portfwd::config::{edit, parse};
 use portfwd::network::Externals;
 use portfwd::rule::{Host, Place, Rule};
 
@@ -49,6 +51,48 @@ pub fn config(input: &[u8]) {
         let place = rule.place.clone();
         assert_eq!(Rule { place, ..again }, rule, "{rule} says something else");
         check(&[rule], 40000..=60999);
+    }
+}
+
+/// Changes the text of a configuration: what comes out says what was said before, with the change. The
+/// first line is a SPEC to add, or the name of a rule; the others are the configuration.
+pub fn edit(input: &[u8]) {
+    let Ok(text) = std::str::from_utf8(input) else { return };
+    let (first, text) = text.split_once('\n').unwrap_or((text, ""));
+    let path = Path::new("portfwd.toml");
+    let before = parse(path, text);
+    let mut changes = vec![
+        Change::Add { spec: first.to_owned(), name: None },
+        Change::Add { spec: "1:192.0.2.1".to_owned(), name: Some(first.to_owned()) },
+        Change::Remove { name: first.to_owned() },
+    ];
+    for (rule, enabled) in before.iter().flat_map(|config| config.all()).take(8) {
+        let name = rule.name.clone();
+        changes.push(Change::Remove { name: name.clone() });
+        changes.push(match enabled {
+            true => Change::Disable { name },
+            false => Change::Enable { name },
+        });
+    }
+    for change in changes {
+        let edited = match (&before, edit::apply(path, text, &change)) {
+            (Ok(before), Ok(edited)) => (before, edited),
+            (Err(_), Ok(_)) => panic!("{change} was made in a file with mistakes"),
+            (_, Err(errors)) => {
+                for error in errors.0 {
+                    assert!(!error.to_string().contains('\n'), "{error:?}");
+                }
+                continue;
+            }
+        };
+        let (before, edited) = edited;
+        let after = parse(path, &edited).unwrap_or_else(|errors| panic!("{change}: {errors}"));
+        // The same by another way: on top of what was there.
+        let (overlay, expected) = Overlay::default()
+            .with(before, &change)
+            .unwrap_or_else(|errors| panic!("{change}: {errors}"));
+        assert!(diff(&expected, &after).is_empty(), "{change}: {}", diff(&expected, &after));
+        assert_eq!(overlay.settle(&after), Overlay::default(), "{change}");
     }
 }
 

@@ -11,7 +11,7 @@ mod packet;
 mod wire;
 mod world;
 
-pub use config::config;
+pub use config::{config, edit};
 pub use conversation::conversation;
 pub use packet::packet;
 

@@ -79,3 +79,8 @@ fn whoever_talks_answers_find_their_clients() {
 fn whatever_a_configuration_is_it_has_a_meaning_or_a_mistake_with_its_line() {
     run("config", crate::config);
 }
+
+#[test]
+fn whatever_is_changed_in_a_configuration_the_rest_of_it_stays() {
+    run("edit", crate::edit);
+}

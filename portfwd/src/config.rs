@@ -1,6 +1,6 @@
 //! The configuration: TOML text and flags to a [`Config`], with the place of every mistake.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
@@ -47,7 +47,7 @@ pub struct Config {
     /// Those that do not. Each is possible by itself, and no rule has its name.
     pub disabled: Vec<Rule>,
     /// The names of rules that were changed since this was read.
-    pub unsaved: BTreeSet<String>,
+    pub unsaved: HashSet<String>,
 }
 
 /// An interface that is named.
@@ -70,7 +70,7 @@ impl Default for Config {
             masquerade: 40000..=60999,
             rules: Vec::new(),
             disabled: Vec::new(),
-            unsaved: BTreeSet::new(),
+            unsaved: HashSet::new(),
         }
     }
 }

@@ -258,7 +258,7 @@ fn stretch(first: u16, width: u32) -> Option<Ports> {
     Some(if first == last { Ports::One(first) } else { Ports::Range { first, last } })
 }
 
-fn check_name(name: &str) -> Result<(), Invalid> {
+pub(crate) fn check_name(name: &str) -> Result<(), Invalid> {
     if name.is_empty() {
         return invalid!("the name is empty; write one, or leave the key out");
     }

@@ -42,18 +42,20 @@ enum Target {
     Conversation,
     /// A configuration file
     Config,
+    /// A change in one
+    Edit,
 }
 
 impl Target {
-    const ALL: [Self; 3] = [Self::Packet, Self::Conversation, Self::Config];
+    const ALL: [Self; 4] = [Self::Packet, Self::Conversation, Self::Config, Self::Edit];
 
     fn name(self) -> &'static str {
-        ["packet", "conversation", "config"][self as usize]
+        ["packet", "conversation", "config", "edit"][self as usize]
     }
 
     /// Bytes of the longest input.
     fn longest(self) -> usize {
-        [1600, 600, 3000][self as usize]
+        [1600, 600, 3000, 3000][self as usize]
     }
 }
 

@@ -1,12 +1,12 @@
 //! What was changed at run time, on top of the configuration of file and flags.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Config, ConfigError, Errors, no_rule};
-use crate::rule::{Invalid, Place, Rule};
+use crate::rule::{Invalid, Place, Rule, check_name};
 
 /// Rules that are added, gone, on or off, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,13 +66,11 @@ pub(super) fn rule(spec: &str, name: Option<&str>) -> Result<Rule, Errors> {
     };
     let mut rule: Rule = spec.parse().map_err(|error| refused("", error))?;
     if let Some(name) = name {
+        check_name(name).map_err(|error| refused("name", error))?;
         rule.name = name.to_owned();
     }
-    rule.place = Place::Flag(place.clone());
-    match rule.check().into_iter().next() {
-        Some(mistake) => Err(refused(mistake.key, mistake.error)),
-        None => Ok(rule),
-    }
+    rule.place = Place::Flag(place);
+    Ok(rule)
 }
 
 impl Overlay {
@@ -176,7 +174,10 @@ impl Overlay {
             !same
         });
         removed.retain(|name| below.contains_key(name.as_str()));
-        let added: BTreeSet<&str> = added.iter().map(|added| added.name.as_str()).collect();
+        if enabled.is_empty() {
+            return self;
+        }
+        let added: HashSet<&str> = added.iter().map(|added| added.name.as_str()).collect();
         enabled.retain(|name, on| match below.get(name.as_str()) {
             _ if added.contains(name.as_str()) => !*on,
             Some((_, was)) => !removed.contains(name) && on != was,
