@@ -803,8 +803,16 @@ impl Daemon {
             info!("{change}");
         }
         self.reserved.retain(|port| ports.contains(port));
-        if let Some(reserved) = sysctl::reserve_ports(&ports)? {
-            info!("{}", reserved.change);
+        // Whoever is killed right after has noted it.
+        let new = sysctl::not_reserved(&ports)?;
+        if !new.is_empty() {
+            self.reserved.extend(&new);
+            if let Err(error) = self.save() {
+                warn!("{error}");
+            }
+        }
+        if let Some(change) = sysctl::reserve_ports(&new)? {
+            info!("{change}");
             let ephemeral = sysctl::ephemeral_ports()?;
             let left = ephemeral.clone().filter(|port| !ports.contains(port)).count();
             if left < FEW_PORTS {
@@ -814,7 +822,6 @@ impl Daemon {
                      [masquerade] ports, or widen net.ipv4.ip_local_port_range"
                 );
             }
-            self.reserved.extend(reserved.ports);
         }
         Ok(())
     }

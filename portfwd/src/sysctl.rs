@@ -158,26 +158,18 @@ fn interfaces() -> Result<BTreeSet<String>, SysctlError> {
     Ok(names)
 }
 
-/// Ports that were reserved, and the change that did it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Reserved {
-    pub change: Change,
-    /// What [`release_ports`] has to take out again: the ports that were not reserved before.
-    pub ports: BTreeSet<u16>,
-}
-
-/// Keeps the kernel from choosing these ports for connections of the box. `None` if there is
-/// nothing to do: they lie outside the ephemeral ports, or are reserved already.
-pub fn reserve_ports(ports: &BTreeSet<u16>) -> Result<Option<Reserved>, SysctlError> {
+/// Which of these ports the kernel may choose for connections of the box: those among the ephemeral ports that
+/// are not reserved.
+pub fn not_reserved(ports: &BTreeSet<u16>) -> Result<BTreeSet<u16>, SysctlError> {
     let ephemeral = ephemeral_ports()?;
     let reserved = reserved_ports()?;
-    let new: BTreeSet<u16> = ports
-        .iter()
-        .copied()
-        .filter(|port| ephemeral.contains(port) && !reserved.contains(port))
-        .collect();
-    let change = reserved_key().set(&format_ports(&(&reserved | &new)))?;
-    Ok(change.map(|change| Reserved { change, ports: new }))
+    let may = |port: &u16| ephemeral.contains(port) && !reserved.contains(port);
+    Ok(ports.iter().copied().filter(may).collect())
+}
+
+/// Keeps the kernel from choosing these ports. `None` if they are reserved already.
+pub fn reserve_ports(ports: &BTreeSet<u16>) -> Result<Option<Change>, SysctlError> {
+    reserved_key().set(&format_ports(&(&reserved_ports()? | ports)))
 }
 
 /// Takes these ports out of the reserved ones, and leaves the others. `None` if none of them is
