@@ -693,7 +693,15 @@ fn flow_ip<const N: usize, I: Ip<N>, K: Kernel + Flows<N>>(
             return Ok(Verdict::Flow(Part::FindReply.program::<N>()));
         }
         if let Some(sent) = reply_flow(kernel, bench, &mut packet) {
-            return sent;
+            let masqueraded = !bench.becomes.destination.is(&bench.packet.key.destination);
+            return match sent {
+                // The way to the client is gone. The address is the box's, and its stack would end what it
+                // knows nothing of.
+                Err(Passed::Inside) if masqueraded => {
+                    Ok(drop_counted(kernel, bench.counter, Dropped::NoRoute))
+                }
+                sent => sent,
+            };
         }
         if let Ok(reply) = claimed(&packet, Direction::Reply)
             && reply.has(Translation::ALSO_ALONE)
