@@ -5,6 +5,7 @@
 //! stays in namespaces that end with the value that made them.
 
 pub mod interrupt;
+pub mod machine;
 pub mod netns;
 pub mod oracle;
 pub mod packet;
@@ -17,6 +18,7 @@ pub mod sys;
 pub mod tun;
 pub mod wire;
 
+pub use machine::Machine;
 pub use netns::Namespace;
 pub use portfwd::Portfwd;
 pub use rig::Rig;
