@@ -6,5 +6,5 @@ mod ebpf;
 mod toolchain;
 
 fn main() -> anyhow::Result<()> {
-    ebpf::build("portfwd-bench-ebpf", concat!(env!("CARGO_MANIFEST_DIR"), "/ebpf"))
+    ebpf::build("portfwd-bench-ebpf", "bench", concat!(env!("CARGO_MANIFEST_DIR"), "/ebpf"))
 }

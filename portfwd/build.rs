@@ -6,5 +6,5 @@ mod ebpf;
 mod toolchain;
 
 fn main() -> anyhow::Result<()> {
-    ebpf::build("portfwd-ebpf", concat!(env!("CARGO_MANIFEST_DIR"), "/../portfwd-ebpf"))
+    ebpf::build("portfwd-ebpf", "portfwd", concat!(env!("CARGO_MANIFEST_DIR"), "/../portfwd-ebpf"))
 }

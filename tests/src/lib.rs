@@ -6,6 +6,7 @@
 
 pub mod interrupt;
 pub mod load;
+pub mod machine;
 pub mod netns;
 pub mod oracle;
 pub mod packet;
@@ -18,6 +19,7 @@ pub mod sys;
 pub mod tun;
 pub mod wire;
 
+pub use machine::Machine;
 pub use netns::Namespace;
 pub use portfwd::Portfwd;
 pub use rig::Rig;

@@ -504,17 +504,20 @@ fn ports_are_reserved_and_released() {
         assert_eq!(sysctl::ephemeral_ports().unwrap(), 32768..=60999);
         fs::write(LIST, "8080,40000-40010").unwrap();
         let ports = BTreeSet::from([80, 32768, 40005, 40011, 50000, 60999, 61000]);
-        let reserved = sysctl::reserve_ports(&ports).unwrap().unwrap();
-        assert_eq!(reserved.ports, BTreeSet::from([32768, 40011, 50000, 60999]));
-        assert_eq!(reserved.change.to, "8080,32768,40000-40011,50000,60999");
-        assert_eq!(sysctl::reserve_ports(&ports).unwrap(), None);
-        let change = sysctl::release_ports(&reserved.ports).unwrap().unwrap();
+        let new = sysctl::not_reserved(&ports).unwrap();
+        assert_eq!(new, BTreeSet::from([32768, 40011, 50000, 60999]));
+        let change = sysctl::reserve_ports(&new).unwrap().unwrap();
+        assert_eq!(change.to, "8080,32768,40000-40011,50000,60999");
+        assert_eq!(sysctl::reserve_ports(&new).unwrap(), None);
+        assert_eq!(sysctl::not_reserved(&ports).unwrap(), BTreeSet::new());
+        let change = sysctl::release_ports(&new).unwrap().unwrap();
         assert_eq!(change.to, "8080,40000-40010");
-        assert_eq!(sysctl::release_ports(&reserved.ports).unwrap(), None);
+        assert_eq!(sysctl::release_ports(&new).unwrap(), None);
         fs::write(LIST, "\n").unwrap();
         // The longest list, far beyond a page: every second port.
         let many: BTreeSet<u16> = (32768..61000).step_by(2).collect();
-        assert_eq!(sysctl::reserve_ports(&many).unwrap().unwrap().ports, many);
+        assert_eq!(sysctl::not_reserved(&many).unwrap(), many);
+        assert!(sysctl::reserve_ports(&many).unwrap().is_some());
         assert_eq!(sysctl::reserve_ports(&many).unwrap(), None);
         for _ in 0..500 {
             let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();

@@ -1,18 +1,23 @@
 //! Compiles a package of eBPF programs from a build script, which includes this file and
 //! `toolchain.rs`.
 
-use std::env;
+use std::{env, fs, path::Path};
 
+use anyhow::Context as _;
 use aya_build::{Package, Toolchain};
+use object::{
+    build::elf::{Builder, SectionData},
+    elf::SHT_STRTAB,
+};
 
 use crate::toolchain;
 
 /// Where this is set, warnings are errors: with another compiler than ours there may be others.
 const STRICT: &str = "PORTFWD_DENY_WARNINGS";
 
-/// Leaves the object of the package in `directory` in OUT_DIR, by the name of its binary.
-/// `directory` is given from the package that is built.
-pub fn build(name: &str, directory: &str) -> anyhow::Result<()> {
+/// Leaves the object of the package in `directory` in OUT_DIR, by the name of its binary, without
+/// what only a debugger reads. `directory` is given from the package that is built.
+pub fn build(name: &str, binary: &str, directory: &str) -> anyhow::Result<()> {
     let Some(chain) = toolchain::find() else {
         println!(
             "cargo::error=no toolchain that can compile core for bpfel-unknown-none; run `cargo xtask setup`"
@@ -48,5 +53,28 @@ pub fn build(name: &str, directory: &str) -> anyhow::Result<()> {
     // A feature, as aya-build leaves no other way to tell the compiler.
     let features: &[&str] = if env::var_os(STRICT).is_some() { &["strict"] } else { &[] };
     let package = Package { name, root_dir: directory, features, ..Package::default() };
-    aya_build::build_ebpf([package], Toolchain::Custom(&chain))
+    aya_build::build_ebpf([package], Toolchain::Custom(&chain))?;
+    let object = env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?;
+    let object = Path::new(&object).join(binary);
+    fs::write(&object, strip(&fs::read(&object)?)?)?;
+    Ok(())
+}
+
+/// An object without DWARF, of which BTF is made, and which is four fifths of it.
+fn strip(object: &[u8]) -> Result<Vec<u8>, object::build::Error> {
+    let mut builder = Builder::read(object)?;
+    for section in &mut builder.sections {
+        let name = &section.name[..];
+        section.delete = name.starts_with(b".debug_") || name.starts_with(b".rel.debug_");
+    }
+    builder.delete_orphans();
+    // LLVM has the names of sections among those of symbols.
+    let names = builder.sections.add();
+    names.name = b".shstrtab"[..].into();
+    names.sh_type = SHT_STRTAB;
+    names.sh_addralign = 1;
+    names.data = SectionData::SectionString;
+    let mut stripped = Vec::new();
+    builder.write(&mut stripped)?;
+    Ok(stripped)
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod cargo;
+mod dist;
 mod fuzz;
 mod kernels;
 mod lab;
@@ -42,6 +43,8 @@ enum Command {
     Oracle(oracle::Options),
     /// Look for packets and configurations that are taken wrongly, with libFuzzer
     Fuzz(fuzz::Options),
+    /// Make the Debian package, target/dist/portfwd_VERSION_ARCH.deb
+    Dist,
     /// The lab itself, as root, with portfwd already built
     #[command(hide = true)]
     Lab {
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Oracle(options) => oracle::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Dist => dist::run(),
         Command::Lab { portfwd, options } => lab::run(&options, &portfwd),
     };
     match done {

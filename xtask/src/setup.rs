@@ -23,7 +23,7 @@ const LLVM: u32 = 22;
 const COMPILER: [&str; 3] = ["rustc-web", "cargo-web", "rust-web-src"];
 
 /// The programs that the lab and the tests start, and the Debian packages that have them.
-const PROGRAMS: [(&str, &str); 16] = [
+const PROGRAMS: [(&str, &str); 18] = [
     ("ip", "iproute2"),
     ("ethtool", "ethtool"),
     ("ping", "iputils-ping"),
@@ -40,6 +40,8 @@ const PROGRAMS: [(&str, &str); 16] = [
     ("wg", "wireguard-tools"),
     ("pppd", "ppp"),
     ("socat", "socat"),
+    ("man", "man-db"),
+    ("systemctl", "systemd"),
 ];
 
 /// What the bench needs and whom it compares with: programs, and nginx's module for it.
@@ -78,6 +80,12 @@ for package; do
 done
 "#;
 
+/// The release of cargo-deb that makes the Debian package.
+const DEB: &str = "3.8.0";
+
+/// What it calls to find out which libraries the package depends on.
+const PACKAGERS: [(&str, &str); 1] = [("dpkg-shlibdeps", "dpkg-dev")];
+
 /// What libFuzzer is compiled with.
 const FUZZERS: [(&str, &str); 1] = [("c++", "g++")];
 
@@ -89,8 +97,8 @@ const MACHINES: [(&str, &str); 4] = [
     ("cpio", "cpio"),
 ];
 
-/// For what: to compile, also to run the tests and the lab, or also to compare with others, to fuzz, or to
-/// run tests on other kernels.
+/// For what: to compile, also to run the tests and the lab, or also to compare with others, to fuzz, to
+/// run tests on other kernels, or to make the package.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Need {
     Build,
@@ -98,6 +106,7 @@ pub enum Need {
     Bench,
     Fuzz,
     Kernels,
+    Dist,
 }
 
 impl Need {
@@ -109,6 +118,7 @@ impl Need {
             Self::Bench => &CONTENDERS,
             Self::Fuzz => &FUZZERS,
             Self::Kernels => &MACHINES,
+            Self::Dist => &PACKAGERS,
         }
     }
 }
@@ -125,6 +135,7 @@ struct Machine {
     /// The files of that LLVM to compile with are there.
     llvm_files: bool,
     bpffs: bool,
+    deb: bool,
     /// Missing programs and their packages.
     programs: Vec<(&'static str, &'static str)>,
 }
@@ -148,6 +159,7 @@ impl Machine {
             bpffs: need != Need::Everything
                 || fs::read_to_string("/proc/mounts")
                     .is_ok_and(|mounts| mounts.contains(" /sys/fs/bpf bpf ")),
+            deb: need != Need::Dist || toolchain::program("cargo-deb").is_some(),
             programs: need
                 .programs()
                 .iter()
@@ -163,6 +175,7 @@ impl Machine {
             (self.toolchain.is_none(), "a toolchain that compiles core for bpfel-unknown-none"),
             (!self.linker, "bpf-linker"),
             (!self.bpffs, "bpffs on /sys/fs/bpf"),
+            (!self.deb, "cargo-deb"),
         ]
         .into_iter()
         .filter_map(|(missing, name)| missing.then_some(name))
@@ -187,6 +200,7 @@ impl Machine {
             (self.toolchain.is_none(), Step::Link),
             (!self.linker, Step::Linker(self.llvm)),
             (!self.bpffs, Step::Mount),
+            (!self.deb, Step::Deb),
         ]
         .into_iter()
         .filter_map(|(wanted, step)| wanted.then_some(step))
@@ -202,6 +216,7 @@ enum Step {
     /// bpf-linker with Debian's LLVM of this major version.
     Linker(u32),
     Mount,
+    Deb,
 }
 
 impl fmt::Display for Step {
@@ -218,6 +233,9 @@ impl fmt::Display for Step {
                  --no-default-features --features llvm-{llvm}",
                 prefix(*llvm)
             ),
+            Self::Deb => {
+                write!(f, "cargo install cargo-deb --version {DEB} --locked --no-default-features")
+            }
             Self::Mount => write!(f, "{root}mount -t bpf bpf /sys/fs/bpf"),
         }
     }
@@ -242,6 +260,12 @@ impl Step {
                 command.args(["install", "bpf-linker", "--version", LINKER, "--locked"]);
                 command.args(["--no-default-features", "--features", &feature]);
                 command.env("LLVM_PREFIX", prefix(*llvm));
+                command
+            }
+            Self::Deb => {
+                let mut command = cargo::command();
+                command.args(["install", "cargo-deb", "--version", DEB, "--locked"]);
+                command.arg("--no-default-features");
                 command
             }
             Self::Mount => {
@@ -384,6 +408,7 @@ mod tests {
             llvm: LLVM,
             llvm_files: false,
             bpffs: true,
+            deb: true,
             programs: Vec::new(),
         }
     }

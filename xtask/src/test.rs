@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     cargo::{self, Executable},
+    dist,
     kernels::{self, Machine, Series, quoted},
     root,
     setup::{self, Need},
@@ -111,6 +112,9 @@ fn on_cards(target: &str) -> &'static [&'static str] {
     if target == "forward" { &["native on cards"] } else { &[] }
 }
 
+/// The test of the Debian package. It has a kernel and a network, but not those that others are run on.
+const PACKAGE: &str = "package";
+
 /// How tests say that they skip for a sort of interface that the kernel was built without, or for want of another
 /// build of portfwd.
 const LACKS: [&str; 2] = ["this kernel has no ", "PORTFWD_OTHER_BIN names no "];
@@ -139,9 +143,18 @@ pub fn run(options: &Options) -> Result<()> {
         }
     }
     if as_root {
-        let (portfwd, tests) = build()?;
+        let (portfwd, mut tests) = build()?;
+        // It takes minutes to make: only where it is asked for, or everything is.
+        let package = wanted(Layer::Network)
+            && (options.filter.is_none() || options.filter().contains(PACKAGE));
+        let package = if package { dist::build()? } else { PathBuf::new() };
+        if package.as_os_str().is_empty() {
+            tests.retain(|test| test.target != PACKAGE);
+        }
         root::ask("the tests of the program and network layers")?;
-        let mut command = root::command("sh", &[("PORTFWD_BIN", portfwd.as_os_str())]);
+        let variables =
+            [("PORTFWD_BIN", portfwd.as_os_str()), ("PORTFWD_DEB", package.as_os_str())];
+        let mut command = root::command("sh", &variables);
         command.args(["-c", AS_ROOT, "sh"]);
         for Executable { target, path } in &tests {
             let layer = Layer::of(target);
@@ -174,7 +187,8 @@ fn on_kernels(options: &Options) -> Result<()> {
     setup::bring(Need::Kernels)?;
     let kernels = options.kernel.iter().map(|series| kernels::bring(*series));
     let kernels = kernels.collect::<Result<Vec<_>>>()?;
-    let (portfwd, tests) = build()?;
+    let (portfwd, mut tests) = build()?;
+    tests.retain(|test| test.target != PACKAGE);
     root::ask("virtual machines with networks")?;
     let limit = if options.quick { QUICK_LIMIT } else { LIMIT };
     let workspace = Path::new(cargo::WORKSPACE).join("tests").canonicalize()?;
