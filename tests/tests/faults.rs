@@ -678,8 +678,8 @@ fn ended_in_the_middle_of_a_reload() {
 // The network changes.
 
 /// Does something to the network under load, and tells what was lost meanwhile; afterwards nothing must be. `keeps`:
-/// nothing may be lost in between either.
-fn disturbed(bed: &Bed, fault: &str, keeps: bool, disturb: impl FnOnce(&Namespace)) {
+/// nothing may be lost in between either. Returns how many connections the box itself has reset.
+fn disturbed(bed: &Bed, fault: &str, keeps: bool, disturb: impl FnOnce(&Namespace)) -> u64 {
     let load = bed.load();
     pause(300);
     let resets = resets(&bed.rig.router);
@@ -699,6 +699,7 @@ fn disturbed(bed: &Bed, fault: &str, keeps: bool, disturb: impl FnOnce(&Namespac
     if keeps {
         record.tally().ensure_flawless().unwrap();
     }
+    resets
 }
 
 /// How often a namespace's own stack has reset a connection.
@@ -734,11 +735,12 @@ fn interfaces_go_down_and_up() {
     let mut bed = Bed::plain();
     bed.start();
     for interface in ["wan0", "lan0"] {
-        disturbed(&bed, &format!("{interface} down for 1 s"), false, |router| {
+        let resets = disturbed(&bed, &format!("{interface} down for 1 s"), false, |router| {
             router.ip(&format!("link set {interface} down")).unwrap();
             pause(1_000);
             router.ip(&format!("link set {interface} up")).unwrap();
         });
+        assert_eq!(resets, 0, "{interface}");
     }
 }
 

@@ -7,20 +7,6 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, ensure};
 use portfwd_tests::{Machine, is_root};
 
-/// Whether portfwd has what its units call for: `run --keep` and `--instance`, `reload`, `detach`, and readiness
-/// told to systemd. As long as not, they are tried without. Remove it, and what hangs on it, once it has.
-const HAS_SUPERVISION: bool = false;
-
-/// The units as portfwd can be started today.
-const WITHOUT_SUPERVISION: &str = "[Service]
-Type=exec
-WatchdogSec=0
-ExecStart=
-ExecStart=/usr/bin/portfwd run --config /etc/portfwd/portfwd.toml
-ExecReload=
-ExecReload=true
-";
-
 const CONFIGURATION: &str = "[interfaces]
 external = \"wan0\"
 internal = \"lan0\"
@@ -83,9 +69,6 @@ fn machine() -> Result<Machine> {
     let package =
         package.context("PORTFWD_DEB names the package, as `cargo xtask test` sees to")?;
     machine.write("/tmp/portfwd.deb", fs::read(package)?)?;
-    if !HAS_SUPERVISION {
-        machine.write("/etc/systemd/system/portfwd.service.d/until.conf", WITHOUT_SUPERVISION)?;
-    }
     Ok(machine)
 }
 
@@ -174,13 +157,11 @@ fn live(machine: &Machine) -> Result<()> {
     forwards()?;
     assert_ne!(property(machine, "MainPID")?, before);
     assert_eq!(machine.run("cat /etc/portfwd/portfwd.toml")?, CONFIGURATION);
-    if HAS_SUPERVISION {
-        machine.run("systemctl kill --signal KILL portfwd")?;
-        assert_eq!(machine.run(ASK)?, "hello\n");
-        machine.run("systemctl stop portfwd")?;
-        assert_eq!(machine.run(ASK)?, "hello\n");
-        machine.run("systemctl start portfwd")?;
-    }
+    machine.run("systemctl kill --signal KILL portfwd")?;
+    assert_eq!(machine.run(ASK)?, "hello\n");
+    machine.run("systemctl stop portfwd")?;
+    assert_eq!(machine.run(ASK)?, "hello\n");
+    machine.run("systemctl start portfwd")?;
 
     machine.run("dpkg --remove portfwd")?;
     assert!(machine.run("ip netns exec client socat -u TCP:198.51.100.1:8080 -").is_err());

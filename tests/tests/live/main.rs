@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use portfwd::instance::Instance;
 use portfwd_tests::peers::{self, Answer, Background, Server};
 use portfwd_tests::rig::{self, Addresses, Options, Rig};
 use portfwd_tests::{Namespace, Portfwd, TempDir, attached_as, binary, is_root, netns};
@@ -551,7 +552,9 @@ fn signals_end_it_and_nothing_stays() {
     let mut process = run();
     process.signal(libc::SIGKILL).unwrap();
     process.wait(Duration::from_secs(10)).unwrap();
-    until("the programs go with the process", 5, || attached(&rig.router).is_empty());
+    // Forwarding goes on.
+    assert_eq!(attached(&rig.router), ["wan0", "lan0"]);
+    both_reached(&rig.client);
     assert!(socket.exists() && !stats(&rig.router, &socket));
     // The next one takes the place of the dead.
     let process = run();
@@ -569,8 +572,8 @@ fn signals_end_it_and_nothing_stays() {
     assert_eq!(
         String::from_utf8_lossy(&output.stderr),
         format!(
-            "portfwd: {}: a portfwd is running on this socket; stop it, or name another with --socket\n",
-            socket.display()
+            "portfwd: a portfwd runs as instance \"{}\" already: stop it, or give this one another name with --instance\n",
+            Instance::of_socket(&socket)
         )
     );
     both_reached(&rig.client);
@@ -578,6 +581,7 @@ fn signals_end_it_and_nothing_stays() {
     assert_eq!(attached(&rig.router), ["wan0", "lan0"]);
     drop(process);
     assert!(!socket.exists());
+    assert_eq!(reserved(), "8080,40000-40010");
 }
 
 /// Whether a daemon answers on this socket.
