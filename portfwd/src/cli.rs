@@ -274,7 +274,11 @@ async fn detach(instance: &Instance, socket: &Path) -> Result<&'static str, Fail
     if !running.is::<daemon::Running>() {
         return Err(running.into());
     }
-    let _: Changed = api::order_json(socket, "/v1/detach").await.map_err(refused)?;
+    // Its answer may be cut off, as it ends.
+    match api::order_json::<Changed>(socket, "/v1/detach").await {
+        Err(error) if error.is::<Refused>() => return Err(refused(error)),
+        _ => {}
+    }
     let deadline = Instant::now() + PATIENCE;
     loop {
         match daemon::take_off(instance) {
