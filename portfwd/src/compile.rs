@@ -17,6 +17,7 @@ use portfwd_ebpf::table::{
     Address, AnyAddress, Claims, Direction, Endpoint, MOST_BACKENDS, Mss, Ports as PortTable,
     Shift, Translation,
 };
+use serde::{Deserialize, Serialize};
 
 use self::numbered::Numbered;
 use self::pages::{Area, Canvas, EVERYWHERE, Pages, Runs, area};
@@ -28,7 +29,7 @@ mod numbered;
 mod pages;
 
 /// The addresses of a host: at most one of each family.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct HostAddresses {
     pub v4: Option<Ipv4Addr>,
     pub v6: Option<Ipv6Addr>,

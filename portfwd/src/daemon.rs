@@ -24,7 +24,7 @@ use crate::api::{self, Request, Socket};
 use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::overlay::Overlay;
 use crate::config::{Config, Origin};
-use crate::datapath::{Datapath, Hook, Living, Mode, Port};
+use crate::datapath::{Datapath, Hook, Living, Mode, Pins, Port};
 use crate::flows::FlowRow;
 use crate::instance::Instance;
 use crate::network::{
@@ -127,7 +127,10 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         overlay = Overlay::default();
         base.clone()
     });
-    let resolved = resolve_all(&config.rules).await?;
+    let resolved = match &before {
+        None => resolve_all(&config.rules).await?,
+        Some(before) => resolve_again(&config.rules, &before.world.resolved).await?,
+    };
     let mut plan = plan(&config.rules, &resolved)
         .map_err(|refused| Failure::Configuration(refused.to_string()))?;
 
@@ -157,7 +160,17 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let names = before.as_ref().map_or(0, |before| before.names.len());
     capacity.counters += names as u32;
     let kept = before.as_ref().map(|before| &before.kept);
-    let mut datapath = Datapath::take_over(capacity, &ports, log_packets, &owned.pins, kept)?;
+    let mut datapath = match owned.pins.create() {
+        Ok(()) => Datapath::take_over(capacity, &ports, log_packets, &owned.pins, kept)?,
+        Err(error) if keep => return Err(error.into()),
+        Err(error) => {
+            warn!("{error}; forwarding ends with this process, however that ends");
+            Datapath::load(capacity, &ports, log_packets)?
+        }
+    };
+    if Pins::are_private() {
+        info!("this is a mount namespace of its own: forwarding ends when that does");
+    }
     let names = before.iter().flat_map(|before| before.names.iter().map(String::as_str));
     let mut compiler = Compiler::with_names(names);
     compiler.leave(&survey.own);
@@ -302,6 +315,20 @@ pub async fn resolve_all(rules: &[Rule]) -> Result<Resolved, Failure> {
     if failed.is_empty() { Ok(resolved) } else { Err(unresolved(rules, &failed)) }
 }
 
+/// The same, but that names stay what they were `before` where they do not resolve now.
+async fn resolve_again(rules: &[Rule], before: &Resolved) -> Result<Resolved, Failure> {
+    let names = names::of(rules);
+    let mut known = before.clone();
+    known.retain(|name, _| names.contains(name));
+    let (resolved, failed) = names::resolve(names, known).await;
+    let (old, new): (Vec<_>, Vec<_>) =
+        failed.into_iter().partition(|(name, _)| resolved.contains_key(name));
+    for (name, reason) in old {
+        warn!("cannot resolve \"{name}\": {reason}; its address stays as it was");
+    }
+    if new.is_empty() { Ok(resolved) } else { Err(unresolved(rules, &new)) }
+}
+
 /// A line for each name that does not resolve, with the reason.
 fn unresolved(rules: &[Rule], failed: &[(String, String)]) -> Failure {
     let lines: Vec<String> = failed
@@ -416,10 +443,15 @@ impl Daemon {
         self.serve(snapshot, inputs, server).await
     }
 
+    fn world(&self) -> World {
+        let Self { survey, reserved, resolved, origin, overlay, .. } = self;
+        World::of(survey, reserved, resolved, origin, overlay)
+    }
+
     /// Notes what the next daemon has to know.
     fn save(&mut self) -> anyhow::Result<()> {
         let Some(kept) = self.datapath.kept() else { return Ok(()) };
-        let world = World::of(&self.survey, &self.reserved, &self.origin, &self.overlay);
+        let world = self.world();
         self.owned.write(kept, world, self.compiler.names())
     }
 
@@ -586,7 +618,7 @@ impl Daemon {
     fn load(&mut self) -> Option<String> {
         let lacks_room = self.lacks_room();
         let Self { config, plan, survey, loaded, compiler, datapath, sweeper, ports, .. } = self;
-        let Self { owned, reserved, overlay, origin, .. } = self;
+        let Self { owned, reserved, resolved, overlay, origin, .. } = self;
         compiler.leave(&survey.own);
         let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
         if lacks_room || !datapath.capacity().holds(&update) {
@@ -600,7 +632,7 @@ impl Daemon {
         // Flows may refer to a rule by the number of its name from now on.
         let saved = match datapath.kept() {
             Some(kept) => {
-                let world = World::of(survey, reserved, origin, overlay);
+                let world = World::of(survey, reserved, resolved, origin, overlay);
                 owned.write(kept, world, compiler.names())
             }
             None => Ok(()),

@@ -109,6 +109,10 @@ pub enum AttachError {
     Other { interface: String, mode: Mode, message: String },
     #[error("{interface}: another portfwd is attached there; stop it")]
     Portfwd { interface: String },
+    #[error(
+        "{interface}: portfwd \"{instance}\" is attached there; end it with `portfwd detach --instance {instance}`"
+    )]
+    Instance { interface: String, instance: String },
     #[error(transparent)]
     Programs(#[from] DatapathError),
 }
@@ -342,7 +346,7 @@ pub struct Datapath {
 
 /// Where a set is pinned, and what it has of the one before.
 struct Home {
-    instance: Pins,
+    pins: Pins,
     set: u32,
     seeds: (u64, u32),
     /// What a file says of this set, and not of the one before.
@@ -356,7 +360,7 @@ struct Home {
 impl Drop for Home {
     fn drop(&mut self) {
         if !self.kept {
-            let _: io::Result<()> = self.instance.remove_set(self.set);
+            let _: io::Result<()> = self.pins.remove_set(self.set);
         }
     }
 }
@@ -396,15 +400,15 @@ impl Datapath {
         mut capacity: Capacity,
         ports: &BoxPorts,
         log: bool,
-        instance: &Pins,
+        pins: &Pins,
         before: Option<&Kept>,
     ) -> Result<Self, DatapathError> {
-        instance.create()?;
-        let set = instance.add_set()?;
-        let taken = Taken::new(instance, set, &mut capacity, before);
+        pins.create()?;
+        let set = pins.add_set()?;
+        let taken = Taken::new(pins, set, &mut capacity, before);
         let loaded = taken.and_then(|taken| {
             let mut datapath = Self::load_with(capacity, ports, log, taken.seeds, &taken.pins)?;
-            let copied = taken.old_flows(instance, datapath.clock())?;
+            let copied = taken.old_flows(pins, datapath.clock())?;
             if let Some(old) = &copied {
                 // Whoever has no room has lost nothing yet.
                 let crowded = datapath.flows.copy(old)?;
@@ -413,13 +417,13 @@ impl Datapath {
                 }
             }
             (datapath.counted, datapath.passed) = (taken.counted, taken.passed);
-            let (instance, kept) = (instance.clone(), false);
+            let (pins, kept) = (pins.clone(), false);
             let filters = before.map(|before| before.filters.clone()).unwrap_or_default();
-            datapath.home = Some(Home { instance, set, kept, filters, copied, seeds: taken.seeds });
+            datapath.home = Some(Home { pins, set, kept, filters, copied, seeds: taken.seeds });
             Ok(datapath)
         });
         loaded.inspect_err(|_| {
-            let _: io::Result<()> = instance.remove_set(set);
+            let _: io::Result<()> = pins.remove_set(set);
         })
     }
 
@@ -916,7 +920,16 @@ impl Datapath {
         if mode == Mode::Tc && before.is_none() && has_portfwd(port.name) {
             return Err(AttachError::Portfwd { interface: port.name.to_owned() });
         }
-        let link = self.attach_program(name, before, port, mode, kind)?;
+        let link = match self.attach_program(name, before, port, mode, kind) {
+            Err(AttachError::Busy { interface }) => {
+                let other = self.home.as_ref().and_then(|home| home.pins.other_at(port.index));
+                return Err(match other {
+                    Some(instance) => AttachError::Instance { interface, instance },
+                    None => AttachError::Busy { interface },
+                });
+            }
+            attached => attached?,
+        };
         for other in Kind::OF_PACKETS.into_iter().filter(|other| *other != kind) {
             self.unpin(port.index, other);
         }
@@ -928,10 +941,10 @@ impl Datapath {
     /// What holds a program of the set before.
     fn adopt(&mut self, port: Port<'_>, kind: Kind) -> Option<Attached> {
         let home = self.home.as_mut()?;
-        let path = home.instance.link(port.index, kind);
+        let path = home.pins.link(port.index, kind);
         if index_of_link(&path).is_some_and(|index| index != port.index) {
             // Its interface is gone, and another has the number.
-            home.instance.unpin(port.index, kind);
+            home.pins.unpin(port.index, kind);
         }
         if let Ok(pinned) = PinnedLink::from_pin(path) {
             let link = FdLink::from(pinned);
@@ -957,7 +970,7 @@ impl Datapath {
         kind: Kind,
     ) -> Result<Attached, AttachError> {
         // What cannot be replaced, as its interface went, is in the way.
-        let home = self.home.as_ref().map(|home| home.instance.clone());
+        let home = self.home.as_ref().map(|home| home.pins.clone());
         let give_up = || home.is_some_and(|instance| instance.unpin(port.index, kind));
         let link = match self.program_mut(name) {
             Program::Xdp(xdp) => attach_xdp(xdp, before, give_up, port, mode).map(Attached::Xdp),
@@ -975,12 +988,12 @@ impl Datapath {
     }
 
     fn unpin(&self, index: u32, kind: Kind) -> bool {
-        self.home.as_ref().is_some_and(|home| home.instance.unpin(index, kind))
+        self.home.as_ref().is_some_and(|home| home.pins.unpin(index, kind))
     }
 
     /// Has a link outlive this process, unless it does.
     fn pin(&self, index: u32, kind: Kind, link: Attached) -> Result<Attached, DatapathError> {
-        let Some(path) = self.home.as_ref().map(|home| home.instance.link(index, kind)) else {
+        let Some(path) = self.home.as_ref().map(|home| home.pins.link(index, kind)) else {
             return Ok(link);
         };
         // A filter has none.
@@ -1018,7 +1031,7 @@ impl Datapath {
     /// The kernel refuses one.
     pub fn prepare(&mut self) -> Result<(), DatapathError> {
         let Some(home) = &self.home else { return Ok(()) };
-        let pinned = home.instance.pinned().map(|(_, kind)| kind.hook());
+        let pinned = home.pins.pinned().map(|(_, kind)| kind.hook());
         let mut hooks: Vec<Hook> = pinned.collect();
         hooks.extend(home.filters.first().map(|_| Hook::Tc));
         for hook in [Hook::Xdp, Hook::Tc] {
@@ -1075,7 +1088,7 @@ impl Datapath {
             self.flows.copy(&old)?;
         }
         std::mem::take(&mut home.filters).into_iter().for_each(Filter::take_off);
-        for (index, kind) in home.instance.pinned() {
+        for (index, kind) in home.pins.pinned() {
             let used = match kind {
                 Kind::Native | Kind::Generic | Kind::Tc => {
                     self.links.get(&index).is_some_and(|(_, mode)| mode.kind() == kind)
@@ -1084,14 +1097,14 @@ impl Datapath {
                 Kind::Own => self.own.as_ref().is_some_and(|(own, _)| *own == index),
             };
             if !used {
-                home.instance.unpin(index, kind);
+                home.pins.unpin(index, kind);
             }
         }
         // Programs that still run jump to others of their set.
         wait_for_readers();
-        for set in home.instance.sets().filter(|set| *set != home.set) {
-            home.instance.remove_set(set).map_err(|error| DatapathError::Pins {
-                path: home.instance.set(set),
+        for set in home.pins.sets().filter(|set| *set != home.set) {
+            home.pins.remove_set(set).map_err(|error| DatapathError::Pins {
+                path: home.pins.set(set),
                 message: error.to_string(),
             })?;
         }
@@ -1116,7 +1129,7 @@ impl Datapath {
     ///
     /// Something cannot be unpinned.
     pub fn take_off(self) -> io::Result<()> {
-        let instance = self.home.as_ref().map(|home| home.instance.clone());
+        let instance = self.home.as_ref().map(|home| home.pins.clone());
         drop(self);
         instance.map_or(Ok(()), |instance| instance.remove())
     }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::state::World;
 use super::survey::{Survey, check_interfaces};
 use super::{Daemon, Failure, log_from, service, unresolved};
 use crate::api::{ChangeRequest, Changed, Request};
@@ -256,10 +255,15 @@ impl Daemon {
         let mut capacity = Capacity::for_plan(&config.rules, plan, ports, config.flows.size);
         capacity.counters += compiler.names().len() as u32;
         info!("the rules need larger tables: loading the programs anew");
-        let kept = self.datapath.kept();
+        let Some(kept) = self.datapath.kept() else {
+            anyhow::bail!(
+                "the tables are too small for what the rules mean now, and there is no bpffs to load larger ones \
+                 beside them; start portfwd again"
+            );
+        };
         let pins = &self.owned.pins;
         let mut datapath =
-            Datapath::take_over(capacity, ports, self.log_packets, pins, kept.as_ref())?;
+            Datapath::take_over(capacity, ports, self.log_packets, pins, Some(&kept))?;
         let mut compiler = Compiler::with_names(compiler.names());
         compiler.leave(&survey.own);
         let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
@@ -272,7 +276,7 @@ impl Daemon {
             log_from(datapath.logger()?)?;
         }
         if let Some(kept) = datapath.kept() {
-            let world = World::of(&self.survey, &self.reserved, &self.origin, &self.overlay);
+            let world = self.world();
             self.owned.write(kept, world, compiler.names())?;
         }
         datapath.stay();

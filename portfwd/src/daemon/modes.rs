@@ -81,6 +81,7 @@ pub fn attach(
                 }
                 AttachError::Programs(_)
                 | AttachError::Portfwd { .. }
+                | AttachError::Instance { .. }
                 | AttachError::Bond { .. }
                 | AttachError::NoFilters { .. } => return Err(error),
             };

@@ -13,6 +13,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use super::survey::Survey;
+use crate::compile::Resolved;
 use crate::config::Origin;
 use crate::config::overlay::Overlay;
 use crate::datapath::{Filter, Kept, Pins};
@@ -46,6 +47,8 @@ pub struct World {
     pub internal: BTreeSet<String>,
     /// Ports that were reserved, and were not before, as the kernel writes them.
     reserved: String,
+    /// Names of backends.
+    pub resolved: Resolved,
     /// What was changed at run time, and of what.
     origin: Origin,
     overlay: Overlay,
@@ -55,6 +58,7 @@ impl World {
     pub fn of(
         survey: &Survey,
         reserved: &BTreeSet<u16>,
+        resolved: &Resolved,
         origin: &Origin,
         overlay: &Overlay,
     ) -> Self {
@@ -64,6 +68,7 @@ impl World {
             v6: survey.externals.v6.clone(),
             internal: internal.map(|(name, _)| name.clone()).collect(),
             reserved: sysctl::format_ports(reserved),
+            resolved: resolved.clone(),
             origin: origin.clone(),
             overlay: overlay.clone(),
         }

@@ -166,6 +166,22 @@ impl Pins {
         Ok(())
     }
 
+    /// Another instance that has a program of XDP at this interface.
+    pub(super) fn other_at(&self, index: u32) -> Option<String> {
+        let all = self.folder.parent()?;
+        names(all).find(|name| {
+            let other = Self { folder: all.join(name) };
+            let has = |kind| flow_tables::index_of_link(&other.link(index, kind)) == Some(index);
+            other != *self && (has(Kind::Native) || has(Kind::Generic))
+        })
+    }
+
+    /// Whether what is pinned goes with this process: it has a file system for it that others do not see.
+    pub fn are_private() -> bool {
+        let space = |process| fs::metadata(format!("/proc/{process}/ns/mnt")).map(|it| it.ino());
+        matches!((space("self"), space("1")), (Ok(own), Ok(first)) if own != first)
+    }
+
     /// Whether this set is there.
     pub fn has(&self, kept: &Kept) -> bool {
         self.set(kept.set).is_dir()
