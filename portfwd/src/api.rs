@@ -1,27 +1,33 @@
 //! The control socket: HTTP and JSON on a Unix socket. The daemon serves it, the commands ask it.
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::FileTypeExt as _;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use axum::Router;
-use axum::body::Body;
-use axum::extract::{RawQuery, State};
+use axum::extract::{FromRequestParts, RawQuery, State};
+use axum::http::request::Parts;
 use axum::http::{Method, StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use futures_util::stream;
+use axum::{Json, Router, middleware};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper_util::rt::TokioIo;
-use rustix::fs::Mode;
+use nix::unistd::Group;
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::process::geteuid;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use tracing::warn;
 
 use crate::config::diff::Diff;
 use crate::config::overlay::Change;
@@ -29,6 +35,10 @@ use crate::daemon::{self, Order};
 use crate::flows::{self, Filter};
 use crate::report::{Figures, Listed, LiveFlows};
 use crate::rule::{Invalid, Mss};
+use crate::serve::{Failure, PATIENCE, Peer, Turn, guard, serve};
+
+/// Its members may ask the daemon.
+pub const GROUP: &str = "portfwd";
 
 /// An answer larger than this is not the daemon's: 100,000 rules are some 60 MB.
 const LARGEST_ANSWER: usize = 256 << 20;
@@ -188,7 +198,11 @@ impl Directories {
     fn make(directory: &Path) -> anyhow::Result<Self> {
         let missing = |it: &&Path| !it.as_os_str().is_empty() && !it.exists();
         let made = Self(directory.ancestors().take_while(missing).map(Path::to_owned).collect());
-        std::fs::create_dir_all(directory).with_context(|| {
+        // All come as far as the socket, whatever this process keeps from others.
+        let before = rustix::process::umask(Mode::from_raw_mode(0o022));
+        let created = std::fs::create_dir_all(directory);
+        rustix::process::umask(before);
+        created.with_context(|| {
             let directory = directory.display();
             format!("{directory}: cannot make it; run as root, or name another with --socket")
         })?;
@@ -205,7 +219,7 @@ impl Drop for Directories {
 }
 
 impl Socket {
-    /// Binds `path`, for its owner alone, in place of the socket that a dead daemon left.
+    /// Binds `path`, for its owner and the members of [`GROUP`], in place of the socket that a dead daemon left.
     ///
     /// # Errors
     ///
@@ -213,11 +227,16 @@ impl Socket {
     /// written.
     pub async fn bind(path: &Path) -> anyhow::Result<Self> {
         let directories = Directories::make(path.parent().unwrap_or(Path::new("")))?;
-        match UnixStream::connect(path).await {
-            Ok(_) => bail!(
+        let running = || {
+            anyhow::anyhow!(
                 "{}: a portfwd is running on this socket; stop it, or name another with --socket",
                 path.display()
-            ),
+            )
+        };
+        match UnixStream::connect(path).await {
+            Ok(_) => return Err(running()),
+            // Many wait to be let in.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(running()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 if !std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket()) {
@@ -238,6 +257,7 @@ impl Socket {
         let listener = bound.with_context(|| {
             format!("{}: cannot bind; run as root, or name another with --socket", path.display())
         })?;
+        share(path);
         Ok(Self { listener: Some(listener), path: path.to_owned(), _directories: directories })
     }
 
@@ -259,9 +279,47 @@ impl Socket {
             .route("/v1/flows", get(flows))
             .route("/v1/diff", get(differs))
             .with_state(requests)
-            .merge(orders);
-        axum::serve(listener, router).await
+            .merge(orders)
+            // Of all that stands above.
+            .layer(middleware::from_fn(guard));
+        serve(listener, router, peer).await
     }
+}
+
+fn peer(stream: &UnixStream) -> Peer {
+    match stream.peer_cred().map(|credentials| credentials.uid()) {
+        Ok(user) if user == 0 || user == geteuid().as_raw() => Peer::Owner,
+        Ok(user) => Peer::User(user),
+        Err(_) => Peer::Unknown,
+    }
+}
+
+/// Lets the members of [`GROUP`] ask, if there is one.
+fn share(path: &Path) {
+    let shown = path.display();
+    match Group::from_name(GROUP) {
+        Ok(Some(group)) => {
+            if let Err(error) = give(path, group.gid.as_raw()) {
+                warn!("{shown}: stays its owner's, and cannot be group {GROUP}'s too: {error}");
+            }
+        }
+        Ok(None) => {}
+        Err(error) => {
+            warn!("{shown}: stays its owner's: whether there is a group {GROUP}: {error}")
+        }
+    }
+}
+
+/// Gives a socket to a group, and nothing that somebody puts in its place.
+fn give(path: &Path, group: u32) -> io::Result<()> {
+    let socket =
+        rustix::fs::open(path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if FileType::from_raw_mode(rustix::fs::fstat(&socket)?.st_mode) != FileType::Socket {
+        return Err(io::Error::other("not a socket any more"));
+    }
+    let path = format!("/proc/self/fd/{}", socket.as_raw_fd());
+    chown(&path, None, Some(group))?;
+    std::fs::set_permissions(&path, Permissions::from_mode(0o660))
 }
 
 impl Drop for Socket {
@@ -271,11 +329,8 @@ impl Drop for Socket {
     }
 }
 
-/// An HTTP status, and a line for each thing that is wrong.
-type Failure = (StatusCode, String);
-
 /// How a request is refused that cannot be done.
-pub fn refusal(failure: daemon::Failure) -> (StatusCode, String) {
+pub fn refusal(failure: daemon::Failure) -> Failure {
     match failure {
         daemon::Failure::Configuration(lines) => (StatusCode::UNPROCESSABLE_ENTITY, lines),
         daemon::Failure::System(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")),
@@ -289,23 +344,54 @@ async fn ask<T>(
     request: impl FnOnce(oneshot::Sender<T>) -> Request,
 ) -> Result<T, Failure> {
     let (sender, receiver) = oneshot::channel();
-    let stopping = || (StatusCode::SERVICE_UNAVAILABLE, STOPPING.to_owned());
-    requests.send(request(sender)).await.map_err(|_| stopping())?;
-    receiver.await.map_err(|_| stopping())
+    let unavailable = |line: &str| (StatusCode::SERVICE_UNAVAILABLE, line.to_owned());
+    let answer = async {
+        requests.send(request(sender)).await.ok()?;
+        receiver.await.ok()
+    };
+    match timeout(PATIENCE, answer).await {
+        Ok(answer) => answer.ok_or_else(|| unavailable("the daemon is stopping")),
+        Err(_) => Err(unavailable("the daemon is busy; try again")),
+    }
 }
 
 type Requests = State<mpsc::Sender<Request>>;
 
-async fn list(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
-    ask(&requests, Request::List).await.map(json)
+async fn list(
+    _: NoQuery,
+    turn: Turn,
+    State(requests): Requests,
+) -> Result<impl IntoResponse, Failure> {
+    ask(&requests, Request::List).await.map(|list| turn.json(list))
 }
 
-async fn stats(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
-    figures(&requests).await.map(json)
+async fn stats(
+    _: NoQuery,
+    turn: Turn,
+    State(requests): Requests,
+) -> Result<impl IntoResponse, Failure> {
+    figures(&requests).await.map(|stats| turn.json(stats))
 }
 
-async fn differs(State(requests): Requests) -> Result<impl IntoResponse, Failure> {
-    ask(&requests, Request::Diff).await?.map(json).map_err(refusal)
+/// What has no filters is asked for without.
+struct NoQuery;
+
+impl<S: Sync> FromRequestParts<S> for NoQuery {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Failure> {
+        match parts.uri.query().filter(|query| !query.is_empty()) {
+            None => Ok(Self),
+            Some(query) => {
+                let line = format!("{} takes no filter, as in {query:?}", parts.uri.path());
+                Err((StatusCode::BAD_REQUEST, line))
+            }
+        }
+    }
+}
+
+async fn differs(turn: Turn, State(requests): Requests) -> Result<impl IntoResponse, Failure> {
+    ask(&requests, Request::Diff).await?.map(|diff| turn.json(diff)).map_err(refusal)
 }
 
 type Orders = State<mpsc::Sender<Order>>;
@@ -317,7 +403,7 @@ async fn order(
     let (sender, receiver) = oneshot::channel();
     let stopping = || (StatusCode::SERVICE_UNAVAILABLE, STOPPING.to_owned());
     orders.send(order(sender)).await.map_err(|_| stopping())?;
-    receiver.await.map_err(|_| stopping())?.map(json).map_err(refusal)
+    receiver.await.map_err(|_| stopping())?.map(Json).map_err(refusal)
 }
 
 async fn reload(State(orders): Orders) -> Result<impl IntoResponse, Failure> {
@@ -336,15 +422,16 @@ async fn change(State(orders): Orders, body: Bytes) -> Result<impl IntoResponse,
 
 /// A line for each flow.
 async fn flows(
-    State(requests): Requests,
     RawQuery(query): RawQuery,
+    turn: Turn,
+    State(requests): Requests,
 ) -> Result<impl IntoResponse, Failure> {
     let refused = |status| move |Invalid(message): Invalid| (status, message);
     let filter =
         Filter::from_query(&query.unwrap_or_default()).map_err(refused(StatusCode::BAD_REQUEST))?;
     let live = ask(&requests, Request::Flows).await?;
     let found = live.find(filter).map_err(refused(StatusCode::NOT_FOUND))?;
-    let body = streamed(move |out| found.write(out));
+    let body = turn.write(move |out| found.write(out));
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], body))
 }
 
@@ -353,42 +440,10 @@ async fn flows(
 /// # Errors
 ///
 /// As an HTTP status and a line.
-pub async fn figures(requests: &mpsc::Sender<Request>) -> Result<Figures, (StatusCode, String)> {
+pub async fn figures(requests: &mpsc::Sender<Request>) -> Result<Figures, Failure> {
     ask(requests, Request::Stats)
         .await?
         .map_err(|error| (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))
-}
-
-fn json(facts: impl Serialize + Send + 'static) -> impl IntoResponse {
-    let body = streamed(move |out| serde_json::to_writer(out, &facts).map_err(Into::into));
-    ([(header::CONTENT_TYPE, "application/json")], body)
-}
-
-/// What is written while it is sent, in a thread of its own: of many rules it is too much to hold.
-pub fn streamed(write: impl FnOnce(&mut dyn io::Write) -> io::Result<()> + Send + 'static) -> Body {
-    let (sender, mut receiver) = mpsc::channel(2);
-    tokio::task::spawn_blocking(move || {
-        let mut out = io::BufWriter::with_capacity(64 << 10, Pieces(sender.clone()));
-        let written = write(&mut out).and_then(|()| io::Write::flush(&mut out));
-        if let Err(error) = written {
-            // Whoever asked sees that it is not whole, or has gone.
-            let _: Result<(), _> = sender.blocking_send(Err(error));
-        }
-    });
-    Body::from_stream(stream::poll_fn(move |context| receiver.poll_recv(context)))
-}
-
-struct Pieces(mpsc::Sender<io::Result<Bytes>>);
-
-impl io::Write for Pieces {
-    fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        let sent = self.0.blocking_send(Ok(Bytes::copy_from_slice(piece)));
-        sent.map(|()| piece.len()).map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Asks the daemon on `socket` for `path`.
@@ -489,6 +544,21 @@ impl Refused {
     }
 }
 
+/// Connects, if need be after many others.
+async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(socket).await {
+            Err(error)
+                if error.kind() == io::ErrorKind::WouldBlock && start.elapsed() < PATIENCE =>
+            {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Asks the daemon on `socket` for `path`, which it does not refuse.
 async fn request(
     socket: &Path,
@@ -498,13 +568,15 @@ async fn request(
 ) -> anyhow::Result<hyper::Response<Incoming>> {
     let shown = socket.display();
     let is_file = || std::fs::metadata(socket).is_ok_and(|file| !file.file_type().is_socket());
-    let stream = UnixStream::connect(socket).await.map_err(|error| match error.kind() {
+    let stream = connect(socket).await.map_err(|error| match error.kind() {
         _ if is_file() => anyhow::anyhow!("{shown}: not a socket; name the daemon's with --socket"),
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
             "{shown}: no portfwd is running there; start it with `portfwd run`, or name its socket with --socket"
         ),
         io::ErrorKind::PermissionDenied => {
-            anyhow::anyhow!("{shown}: this user may not ask the daemon; run as root")
+            anyhow::anyhow!(
+                "{shown}: this user may not ask the daemon; run as root, or as a member of group {GROUP}"
+            )
         }
         _ => anyhow::anyhow!("{shown}: {error}"),
     })?;
@@ -534,7 +606,6 @@ async fn request(
 mod tests {
     use super::*;
     use crate::report::tests::live_flows;
-    use axum::Json;
 
     /// A daemon with this many flows, and its socket.
     async fn daemon(directory: &Path, count: u32) -> PathBuf {

@@ -175,8 +175,9 @@ impl Filter {
         let mut filter = Filter::default();
         for (key, value) in form_urlencoded::parse(query.as_bytes()) {
             match key.as_ref() {
-                "rule" => filter.rule = Some(value.into_owned()),
-                "client" => filter.client = Some(value.parse()?),
+                "rule" if filter.rule.is_none() => filter.rule = Some(value.into_owned()),
+                "client" if filter.client.is_none() => filter.client = Some(value.parse()?),
+                "rule" | "client" => return invalid!("{key} is there twice; write it once"),
                 _ => {
                     return invalid!(
                         "there is no filter {key:?}; write rule=NAME or client=ADDRESS"

@@ -14,4 +14,5 @@ pub mod network;
 mod privileges;
 pub mod report;
 pub mod rule;
+mod serve;
 pub mod sysctl;

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use anyhow::Context as _;
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::header;
 use axum::response::IntoResponse;
 use axum::routing::get;
 use portfwd_ebpf::table::{Dropped, ToStack};
@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 use crate::api::{self, Request};
 use crate::datapath::Counts;
 use crate::report::Figures;
+use crate::serve::{Failure, Peer, Turn, serve};
 
 /// Serves the metrics on `address`, if there is one.
 ///
@@ -39,15 +40,16 @@ pub async fn listen(
         .await
         .with_context(|| format!("[metrics] listen: cannot listen on {address}; choose another"))?;
     let router = Router::new().route("/metrics", get(scrape)).with_state(requests);
-    Ok(Some(tokio::spawn(async move { axum::serve(listener, router).await })))
+    Ok(Some(tokio::spawn(serve(listener, router, |_| Peer::Unknown))))
 }
 
 async fn scrape(
+    turn: Turn,
     State(requests): State<mpsc::Sender<Request>>,
-) -> Result<impl IntoResponse, (StatusCode, String)> {
+) -> Result<impl IntoResponse, Failure> {
     let figures = api::figures(&requests).await?;
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    let body = api::streamed(move |out| {
+    let body = turn.write(move |out| {
         let mut out = Text { out, failed: None };
         let written = encode(figures, &mut out);
         written.map_err(|error| out.failed.unwrap_or_else(|| io::Error::other(error)))
