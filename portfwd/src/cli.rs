@@ -740,26 +740,26 @@ mod tests {
         Arguments::command().debug_assert();
         let parsed = |line: &str| Arguments::try_parse_from(line.split(' '));
         for (line, told) in [
-            ("portfwd list", "portfwd None List"),
+            ("portfwd list", "- None List"),
             ("portfwd reload --instance game", "game None Reload"),
             (
                 "portfwd add -p 80:10.0.0.1 --name web --save",
-                "portfwd None Add(Add { rule: \"80:10.0.0.1\", name: Some(\"web\"), save: true })",
+                "- None Add(Add { rule: \"80:10.0.0.1\", name: Some(\"web\"), save: true })",
             ),
             (
                 "portfwd --socket /s remove 80/tcp",
-                "portfwd Some(\"/s\") Remove(Named { name: \"80/tcp\", save: false })",
+                "- Some(\"/s\") Remove(Named { name: \"80/tcp\", save: false })",
             ),
             (
                 "portfwd enable web --save",
-                "portfwd None Enable(Named { name: \"web\", save: true })",
+                "- None Enable(Named { name: \"web\", save: true })",
             ),
-            ("portfwd disable web", "portfwd None Disable(Named { name: \"web\", save: false })"),
-            ("portfwd diff --json", "portfwd None Diff"),
+            ("portfwd disable web", "- None Disable(Named { name: \"web\", save: false })"),
+            ("portfwd diff --json", "- None Diff"),
             ("portfwd detach", "- None Detach"),
             (
                 "portfwd run --keep -i eth0",
-                "portfwd None Run(Run { config: None, interfaces: [\"eth0\"], rules: [], keep: true })",
+                "- None Run(Run { config: None, interfaces: [\"eth0\"], rules: [], keep: true })",
             ),
         ] {
             let Arguments { command, instance, socket, .. } = parsed(line).expect(line);

@@ -84,7 +84,7 @@ mod tests {
         for (socket, name) in [
             ("/run/portfwd/portfwd.sock", "portfwd"),
             ("/run/portfwd/game-1.sock", "game-1"),
-            ("/tmp/portfwd.sock", "socket-57a9e6d79ba12bb7"),
+            ("/tmp/portfwd.sock", "socket-f9768c41aa958cfa"),
         ] {
             assert_eq!(Instance::of_socket(Path::new(socket)).to_string(), name, "{socket}");
         }

@@ -1,6 +1,7 @@
 //! The network changes underneath a running portfwd, and how it starts and ends.
 
 mod routes;
+mod clients;
 mod service;
 
 use std::fs;
@@ -617,7 +618,7 @@ fn the_socket_is_its_owners_alone() {
         assert_eq!(
             String::from_utf8_lossy(&output.stderr),
             format!(
-                "portfwd: {}: this user may not ask the daemon; run as root\n",
+                "portfwd: {}: this user may not ask the daemon; run as root, or as a member of group portfwd\n",
                 portfwd.socket().display()
             )
         );

@@ -1,0 +1,113 @@
+//! Who asks the daemon: many, slow and broken ones, and those who may only look.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+
+use super::*;
+
+/// How many files a process has open.
+fn open_files(process: u32) -> usize {
+    fs::read_dir(format!("/proc/{process}/fd")).unwrap().count()
+}
+
+/// What the daemon answers, as it comes.
+fn ask(socket: &Path, request: &[u8]) -> String {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream.write_all(request).unwrap();
+    let mut answer = Vec::new();
+    // It may close the connection before all of a request is there.
+    let _: std::io::Result<usize> = stream.read_to_end(&mut answer);
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[test]
+fn slow_broken_and_many_clients_keep_nobody_waiting() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    let portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    let before = open_files(portfwd.id());
+    let requests: [&[u8]; 4] = [
+        b"",
+        b"\x16\x03\x01garbage\0\xff\r\n",
+        b"GET /v1/stats HTTP/1.1\r\nHost: portf",
+        // The answers are never read.
+        b"GET /v1/stats HTTP/1.1\r\nHost: portfwd\r\n\r\nGET /v1/rules HTTP/1.1\r\nHost: portfwd\r\n\r\n",
+    ];
+    let mut clients = Vec::new();
+    for number in 0..1000 {
+        let mut stream = UnixStream::connect(portfwd.socket()).unwrap();
+        // The daemon may have closed it: one more came.
+        let _: std::io::Result<()> = stream.write_all(requests[number % requests.len()]);
+        clients.push(stream);
+        if number % 250 == 249 {
+            let list = portfwd.json("list").unwrap();
+            assert_eq!(list["rules"].as_array().unwrap().len(), RULES.len() / 2);
+        }
+    }
+    both_reached(&rig.client);
+    assert!(open_files(portfwd.id()) < before + 200);
+    drop(clients);
+    until("their connections are closed", 30, || open_files(portfwd.id()) <= before);
+
+    let head = format!("POST /v1/change HTTP/1.1\r\nHost: portfwd\r\nContent-Length: {}\r\n\r\n", 2 << 20);
+    let large = [head.as_bytes(), &vec![b' '; 2 << 20]].concat();
+    let answer = ask(portfwd.socket(), &large);
+    assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");
+    let answer = ask(
+        portfwd.socket(),
+        b"GET /v1/flows?colour=red HTTP/1.1\r\nHost: portfwd\r\nConnection: close\r\n\r\n",
+    );
+    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("colour"), "{answer}");
+    let answer = ask(
+        portfwd.socket(),
+        b"POST /v1/change HTTP/1.1\r\nHost: portfwd\r\nConnection: close\r\nContent-Length: 4\r\n\r\n{\"a\"",
+    );
+    assert!(answer.starts_with("HTTP/1.1 400 ") && answer.contains("not a change"), "{answer}");
+    both_reached(&rig.client);
+}
+
+#[test]
+fn only_root_changes_rules() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let portfwd = start(&rig, &["-i", "wan0", "-p", "80:192.168.77.10"], &directory);
+    // As if there was such a group.
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(portfwd.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+    let everyones = directory.path().join("portfwd");
+    fs::hard_link(binary(), &everyones)
+        .or_else(|_| fs::copy(binary(), &everyones).map(drop))
+        .unwrap();
+    let as_nobody = |words: &[&str]| {
+        Command::new("setpriv")
+            .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+            .arg(&everyones)
+            .args(words)
+            .arg("--socket")
+            .arg(portfwd.socket())
+            .output()
+            .unwrap()
+    };
+    for words in [&["list"][..], &["stats", "--json"], &["flows"]] {
+        let output = as_nobody(words);
+        assert!(output.status.success(), "{words:?}: {output:?}");
+    }
+    for words in [
+        &["add", "-p", "81:192.168.77.10"][..],
+        &["remove", "80/tcp"],
+        &["disable", "80/tcp"],
+        &["reload"],
+    ] {
+        let output = as_nobody(words);
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {output:?}");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("only root may change this; this is user 65534"), "{said}");
+    }
+    assert_eq!(portfwd.json("list").unwrap()["rules"].as_array().unwrap().len(), 1);
+}
