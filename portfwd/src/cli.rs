@@ -750,10 +750,7 @@ mod tests {
                 "portfwd --socket /s remove 80/tcp",
                 "- Some(\"/s\") Remove(Named { name: \"80/tcp\", save: false })",
             ),
-            (
-                "portfwd enable web --save",
-                "- None Enable(Named { name: \"web\", save: true })",
-            ),
+            ("portfwd enable web --save", "- None Enable(Named { name: \"web\", save: true })"),
             ("portfwd disable web", "- None Disable(Named { name: \"web\", save: false })"),
             ("portfwd diff --json", "- None Diff"),
             ("portfwd detach", "- None Detach"),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use portfwd::instance::Instance;
 use portfwd_tests::peers::Background;
 use portfwd_tests::{Namespace, Portfwd, Rig, TempDir, binary, is_root};
 
@@ -438,13 +439,7 @@ fn rights() {
     place.refused(
         "not root",
         as_nobody().args(arguments).arg(place.socket()),
-        &["the kernel refuses BPF (*): run as root, or with CAP_BPF, *"],
-        1,
-    );
-    place.refused(
-        "not root, at the usual place",
-        as_nobody().args(arguments).arg("/proc/portfwd/portfwd.sock"),
-        &["/proc/portfwd: cannot make it; run as root, or name another with --socket: *"],
+        &["/run/portfwd*: cannot * it; run as root: *"],
         1,
     );
     let mut uncapable = place.rig.router.command("setpriv");
@@ -572,6 +567,7 @@ fn what_is_in_the_way() {
         let file = native.to_str().unwrap();
         let arguments = &["-c", file, "-i", busy, "-p", "81:192.168.77.10"];
         let first = Portfwd::start(router, &binary(), arguments, &place.path("first")).unwrap();
+        let instance = Instance::of_socket(first.socket());
         // It has made a router of the box.
         let other =
             if busy == "wan0" { run.replace("192.168.77.10", "198.51.100.2") } else { run.clone() };
@@ -579,7 +575,7 @@ fn what_is_in_the_way() {
             "another program",
             &mut place.command(&other),
             &[&format!(
-                "{busy}: another XDP program is attached, to it or to its bridge or bond; stop the portfwd that it belongs to, or take it off with `ip link set dev {busy} xdp off`, or `bpftool net detach xdp dev {busy}`"
+                "{busy}: portfwd \"{instance}\" is attached there; end it with `portfwd detach --instance {instance}`"
             )],
             1,
         );
@@ -616,8 +612,8 @@ fn what_is_in_the_way() {
         "another portfwd at TC",
         &mut place.command("run -i wan0 -p 80:192.168.77.10"),
         &[
-            "wan0: another portfwd is attached there; stop it",
             "lan0: another portfwd is attached there; stop it",
+            "wan0: another portfwd is attached there; stop it",
         ],
         1,
     );

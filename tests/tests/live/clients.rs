@@ -14,9 +14,9 @@ fn open_files(process: u32) -> usize {
 fn ask(socket: &Path, request: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    stream.write_all(request).unwrap();
-    let mut answer = Vec::new();
     // It may close the connection before all of a request is there.
+    let _: std::io::Result<()> = stream.write_all(request);
+    let mut answer = Vec::new();
     let _: std::io::Result<usize> = stream.read_to_end(&mut answer);
     String::from_utf8_lossy(&answer).into_owned()
 }
@@ -29,6 +29,8 @@ fn slow_broken_and_many_clients_keep_nobody_waiting() {
     let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
     let _backend = Backend::new(&rig.server, rig::SERVER);
     let portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    // The last programs are loaded by then.
+    until("it serves the box itself", 60, || portfwd.stderr().contains("clients on this box"));
     let before = open_files(portfwd.id());
     let requests: [&[u8]; 4] = [
         b"",
@@ -53,7 +55,8 @@ fn slow_broken_and_many_clients_keep_nobody_waiting() {
     drop(clients);
     until("their connections are closed", 30, || open_files(portfwd.id()) <= before);
 
-    let head = format!("POST /v1/change HTTP/1.1\r\nHost: portfwd\r\nContent-Length: {}\r\n\r\n", 2 << 20);
+    let head =
+        format!("POST /v1/change HTTP/1.1\r\nHost: portfwd\r\nContent-Length: {}\r\n\r\n", 2 << 20);
     let large = [head.as_bytes(), &vec![b' '; 2 << 20]].concat();
     let answer = ask(portfwd.socket(), &large);
     assert!(answer.starts_with("HTTP/1.1 413 "), "{answer}");

@@ -1,7 +1,7 @@
 //! The network changes underneath a running portfwd, and how it starts and ends.
 
-mod routes;
 mod clients;
+mod routes;
 mod service;
 
 use std::fs;
