@@ -30,6 +30,11 @@ fn is_long() -> bool {
     std::env::var("PORTFWD_TEST_LONG").is_ok_and(|it| it == "1")
 }
 
+/// How often it is killed: at TC, where all programs have to be loaded, less often.
+fn rounds() -> u32 {
+    if is_long() || portfwd_tests::attach() != "tc" { 20 } else { 5 }
+}
+
 fn pause(milliseconds: u64) {
     sleep(Duration::from_millis(milliseconds));
 }
@@ -445,14 +450,14 @@ fn killed_and_started_again() {
     bed.start();
     let captures = bed.captures();
     let load = bed.load();
-    for _ in 0..20 {
+    for _ in 0..rounds() {
         pause(random.below(300) as u64);
         bed.end(libc::SIGKILL);
         pause(random.below(100) as u64);
         bed.start();
     }
     load.settle(RECOVERY).unwrap();
-    let record = bed.flawless("kill -9 and start, 20 times", load);
+    let record = bed.flawless(&format!("kill -9 and start, {} times", rounds()), load);
     bed.ensure_counted(&record, &captures);
 }
 
@@ -647,7 +652,7 @@ fn ended_in_the_middle_of_a_reload() {
     write(&bed, Backend::A);
     takes = takes.max(bed.reload());
     let (mut old, mut new) = (0, 0);
-    for round in 0..20 {
+    for round in 0..rounds() {
         let [before, after] =
             if round % 2 == 0 { [Backend::A, Backend::B] } else { [Backend::B, Backend::A] };
         assert_eq!(probe.ask_all(&bed.rig.client), before, "round {round}");
@@ -671,7 +676,8 @@ fn ended_in_the_middle_of_a_reload() {
         assert_eq!(others.count(), ports().count(), "round {round}");
     }
     println!("while nobody was there: {old} times the old rules, {new} times the new");
-    let record = bed.flawless("ended in the middle of a reload, 20 times", load);
+    let record =
+        bed.flawless(&format!("ended in the middle of a reload, {} times", rounds()), load);
     bed.ensure_counted(&record, &captures);
 }
 
