@@ -209,6 +209,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         ports,
         log_packets,
         renewed: false,
+        started: false,
     };
     let inputs = Inputs { interrupt, terminate, hangup, changes, inbox, orders: ordered };
     let served =
@@ -217,12 +218,13 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     if let Some(metrics) = metrics {
         metrics.abort();
     }
-    daemon.stop(match ended {
-        Ok(Ended::Asked) => keep,
+    let keep = match ended {
         Ok(Ended::Detached) => false,
-        // Whoever could not start, and has found nothing, leaves nothing.
-        Err(_) => keep || before.is_some(),
-    });
+        // Whoever could not start leaves what was there: nothing, perhaps.
+        Err(_) if !daemon.started => before.is_some(),
+        _ => keep,
+    };
+    daemon.stop(keep);
     ended.map(drop)
 }
 
@@ -407,6 +409,8 @@ struct Daemon {
     log_packets: bool,
     /// A new set is loaded, and its programs are not attached yet.
     renewed: bool,
+    /// It forwards.
+    started: bool,
 }
 
 /// How long gateways are taken for known: to find them, the whole routing table is read.
@@ -477,6 +481,7 @@ impl Daemon {
         let rules = self.config.rules.len();
         info!("forwarding {rules} rule{}; stop with Ctrl-C", if rules == 1 { "" } else { "s" });
         service::ready();
+        self.started = true;
         // Once more, into the other generation, so that the first change finds only itself to write.
         if let Some(problem) = self.load() {
             warn!("{problem}");
@@ -640,6 +645,7 @@ impl Daemon {
         if let Err(error) = saved {
             return Some(error.to_string());
         }
+        datapath.masquerade_by(ports);
         match datapath.set_own(plan.local()).and_then(|()| datapath.apply(&update)) {
             Ok(()) => {
                 compiler.commit(&update);

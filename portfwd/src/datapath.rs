@@ -717,6 +717,11 @@ impl Datapath {
         aya_log::EbpfLogger::init(&mut self.ebpf)
     }
 
+    /// From the next [`apply`](Self::apply) on, clients that are masqueraded get these ports.
+    pub fn masquerade_by(&mut self, ports: &BoxPorts) {
+        self.masquerade.0 = [*ports.masquerade.start(), *ports.masquerade.end()];
+    }
+
     /// Writes all rows of `update` and makes them live at once.
     ///
     /// # Errors
