@@ -2,6 +2,7 @@
 
 mod clients;
 mod routes;
+mod rules;
 mod service;
 
 use std::fs;

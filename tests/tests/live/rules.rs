@@ -1,0 +1,121 @@
+//! Rules that change while portfwd runs, and in its file.
+
+use super::*;
+
+/// Runs a command on the daemon: its exit status and what it printed, standard output first.
+fn command(rig: &Rig, portfwd: &Portfwd, words: &[&str]) -> (i32, String) {
+    let mut command = rig.router.command(binary());
+    let output = command.args(words).arg("--socket").arg(portfwd.socket()).output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap(), String::from_utf8(said).unwrap())
+}
+
+fn place(port: u16) -> SocketAddr {
+    SocketAddr::new(rig::WAN.v4.into(), port)
+}
+
+/// Whether a rule is listed, is on, and is saved.
+fn listed(portfwd: &Portfwd, name: &str) -> Option<(bool, bool)> {
+    let list = portfwd.json("list").unwrap();
+    let rule = list["rules"].as_array().unwrap().iter().find(|rule| rule["name"] == name)?;
+    Some((rule["enabled"].as_bool().unwrap(), rule["saved"].as_bool().unwrap()))
+}
+
+#[test]
+fn rules_change_at_run_time_and_in_the_file() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    let file = directory.path().join("portfwd.toml");
+    let first = format!(
+        "{}\n# The first.\n[[rule]]\nname = \"one\"\nprotocol = \"udp\"\nlisten = 7101\nto = \"192.168.77.10:7000\"  # there\n",
+        portfwd_tests::interfaces("external = \"wan0\"")
+    );
+    fs::write(&file, &first).unwrap();
+    let start = || start(&rig, &["--config", file.to_str().unwrap()], &directory);
+    let portfwd = start();
+    let run = |portfwd: &Portfwd, words: &[&str]| command(&rig, portfwd, words);
+    let done = |portfwd: &Portfwd, words: &[&str]| {
+        let (status, said) = run(portfwd, words);
+        assert_eq!(status, 0, "{words:?}: {said}");
+        said
+    };
+    until("the file's rule answers", 5, || answers(&rig.client, place(7101)));
+    assert_eq!(run(&portfwd, &["diff"]), (0, "no difference\n".to_owned()));
+
+    // At run time alone.
+    done(&portfwd, &["add", "-p", "7102:192.168.77.10:7000/udp", "--name", "two"]);
+    until("the new rule answers", 5, || answers(&rig.client, place(7102)));
+    assert_eq!(listed(&portfwd, "two"), Some((true, false)));
+    assert_eq!(fs::read_to_string(&file).unwrap(), first);
+    let (status, said) = run(&portfwd, &["diff"]);
+    assert_eq!(status, 1, "{said}");
+    assert!(said.contains("two"), "{said}");
+    done(&portfwd, &["disable", "one"]);
+    assert!(!answers(&rig.client, place(7101)));
+    assert_eq!(listed(&portfwd, "one"), Some((false, false)));
+    done(&portfwd, &["enable", "one"]);
+    until("it answers again", 5, || answers(&rig.client, place(7101)));
+
+    // What is wrong changes nothing, and says so.
+    for (words, reason) in [
+        (&["add", "-p", "7102:192.168.77.10/udp", "--name", "three"][..], "both listen"),
+        (&["add", "-p", "7103:192.168.77.10/udp", "--name", "two"], "already"),
+        (&["add", "-p", "nonsense"], "-p nonsense"),
+        (&["remove", "twoo"], "did you mean"),
+        (&["disable", "nobody"], "there is no rule"),
+        (&["add", "-p", "7103:203.0.113.9/udp"], "has no route"),
+    ] {
+        let (status, said) = run(&portfwd, words);
+        assert_eq!(status, 2, "{words:?}: {said}");
+        assert!(said.contains(reason), "{words:?}: {said}");
+    }
+    assert!(answers(&rig.client, place(7101)) && answers(&rig.client, place(7102)));
+
+    // In the file too, which keeps its comments.
+    done(&portfwd, &["add", "-p", "7103:192.168.77.10:7000/udp", "--name", "three", "--save"]);
+    until("the saved rule answers", 5, || answers(&rig.client, place(7103)));
+    assert_eq!(listed(&portfwd, "three"), Some((true, true)));
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.starts_with(&first) && text.contains("7103"), "{text}");
+
+    // Counters go on, and what was changed at run time is as it was, after a restart.
+    let packets = |portfwd: &Portfwd, name: &str| {
+        let stats = portfwd.stats().unwrap();
+        let mut rules = stats["rules"].as_array().unwrap().iter();
+        rules.find(|rule| rule["name"] == name).unwrap()["forward"]["packets"].as_u64().unwrap()
+    };
+    let before = packets(&portfwd, "two");
+    assert!(before > 0);
+    let mut portfwd = portfwd;
+    portfwd.signal(libc::SIGKILL).unwrap();
+    drop(portfwd);
+    assert!(answers(&rig.client, place(7102)));
+    let mut portfwd = start();
+    assert_eq!(listed(&portfwd, "two"), Some((true, false)));
+    assert_eq!(packets(&portfwd, "two"), before + 1);
+
+    // The file is what is, once it is read again: by a command, and by a signal.
+    done(&portfwd, &["remove", "three", "--save"]);
+    assert_eq!(fs::read_to_string(&file).unwrap().trim_end(), first.trim_end());
+    assert!(!answers(&rig.client, place(7103)));
+    fs::write(&file, format!("{first}nonsense\n")).unwrap();
+    let (status, said) = run(&portfwd, &["reload"]);
+    assert_eq!(status, 2, "{said}");
+    assert!(answers(&rig.client, place(7102)));
+    fs::write(&file, first.replace("7101", "7104")).unwrap();
+    done(&portfwd, &["reload"]);
+    until("the moved rule answers", 5, || answers(&rig.client, place(7104)));
+    assert!(!answers(&rig.client, place(7101)) && !answers(&rig.client, place(7102)));
+    fs::write(&file, &first).unwrap();
+    portfwd.signal(libc::SIGHUP).unwrap();
+    until("it is back", 5, || answers(&rig.client, place(7101)));
+    // The way to the other family, and flows: more than the tables had room for.
+    done(&portfwd, &["add", "-p", "7105:[fd77::10]:7000/udp"]);
+    done(&portfwd, &["add", "-p", "7106-8106:192.168.77.10:7000/udp", "--name", "many"]);
+    until("IPv6 answers", 5, || answers(&rig.client, SocketAddr::new(rig::WAN.v6.into(), 7105)));
+    until("many ports answer", 5, || answers(&rig.client, place(7777)));
+    assert!(portfwd.stop().unwrap().0.success());
+}
