@@ -604,7 +604,10 @@ async fn request(
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
+    use crate::config::Config;
     use crate::report::tests::live_flows;
 
     /// A daemon with this many flows, and its socket.
@@ -615,8 +618,15 @@ mod tests {
         tokio::spawn(socket.serve(requests, mpsc::channel(1).0));
         tokio::spawn(async move {
             while let Some(request) = inbox.recv().await {
-                let Request::Flows(sender) = request else { continue };
-                let _: Result<(), _> = sender.send(live_flows(count));
+                match request {
+                    Request::Flows(sender) => drop(sender.send(live_flows(count))),
+                    Request::List(sender) => {
+                        let config = Config::default().into();
+                        let (stateful, interfaces) = Default::default();
+                        drop(sender.send(Listed { config, stateful, interfaces }));
+                    }
+                    _ => {}
+                }
             }
         });
         path
@@ -697,5 +707,134 @@ mod tests {
         };
         let error = get_lines(&socket, "/v1/flows", enough).await.expect_err("it ends");
         assert_eq!(error.to_string(), "enough");
+    }
+
+    /// A client that has sent this.
+    async fn client(socket: &Path, request: &str) -> UnixStream {
+        let mut stream = connect(socket).await.expect("it connects");
+        // Whom the daemon does not listen to cannot send.
+        let _: io::Result<()> = stream.write_all(request.as_bytes()).await;
+        stream
+    }
+
+    /// The status and the last line of the answer to this.
+    async fn answer(socket: &Path, request: &str) -> (u16, String) {
+        let mut stream = client(socket, request).await;
+        let mut answer = Vec::new();
+        let _: io::Result<usize> = stream.read_to_end(&mut answer).await;
+        let answer = String::from_utf8(answer).expect("text");
+        let status = answer.get(9..12).and_then(|status| status.parse().ok());
+        let line = answer.lines().last().unwrap_or_default();
+        (status.unwrap_or_else(|| panic!("{answer}")), line.to_owned())
+    }
+
+    #[tokio::test]
+    async fn what_is_no_request_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = daemon(directory.path(), 4).await;
+        let get = async |what: &str| {
+            let request =
+                format!("GET {what} HTTP/1.1\r\nHost: portfwd\r\nConnection: close\r\n\r\n");
+            answer(&socket, &request).await
+        };
+        assert_eq!(get("/v1/rules").await.0, 200);
+        assert_eq!(get("/v1/rules?").await.0, 200);
+        for (what, status, line) in [
+            ("/v1/rules?x", 400, "/v1/rules takes no filter, as in \"x\""),
+            ("/v1/stats?rule=web", 400, "/v1/stats takes no filter, as in \"rule=web\""),
+            ("/v1/flows?rule=%00", 404, "there is no rule \"\\0\"; `portfwd list` has their names"),
+            ("/v1/flows?rule=web&rule=game", 400, "rule is there twice; write it once"),
+            ("/v1/flows?&=&", 400, "there is no filter \"\"; write rule=NAME or client=ADDRESS"),
+            (
+                "/v1/flows?client=%ff",
+                400,
+                "\"\u{fffd}\" is neither an address nor a network; write one, as in 203.0.113.7 or 203.0.113.0/24",
+            ),
+        ] {
+            assert_eq!(get(what).await, (status, line.to_owned()), "{what}");
+        }
+        assert_eq!(get("/v1/nothing").await.0, 404);
+
+        let post = async |length: usize, body: &str| {
+            let head = format!(
+                "POST /v1/rules HTTP/1.1\r\nHost: portfwd\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+            );
+            answer(&socket, &(head + body)).await
+        };
+        // The path is for reading.
+        assert_eq!(post(1 << 20, &" ".repeat(1 << 20)).await.0, 405);
+        let large = " ".repeat((1 << 20) + 1);
+        assert_eq!(
+            post(large.len(), &large).await,
+            (413, "a request has at most 1 MiB".to_owned())
+        );
+        let mut chunked =
+            "POST /v1/rules HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n".to_owned();
+        chunked.push_str(&format!("{:x}\r\n{large}\r\n0\r\n\r\n", large.len()));
+        assert_eq!(answer(&socket, &chunked).await.0, 413);
+        assert_eq!(answer(&socket, "nonsense\r\n\r\n").await.0, 400);
+    }
+
+    #[tokio::test]
+    async fn many_who_do_not_read_leave_room() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = daemon(directory.path(), u32::MAX).await;
+        let mut clients = Vec::new();
+        for number in 0..400 {
+            let request = match number % 4 {
+                0 => "GET /v1/rules HT",
+                1 => "",
+                // Answers without end.
+                _ => "GET /v1/flows HTTP/1.1\r\nHost: portfwd\r\n\r\n",
+            };
+            clients.push(client(&socket, request).await);
+        }
+        for _ in 0..3 {
+            let list = get_json::<List>(&socket, "/v1/rules");
+            let list = timeout(Duration::from_secs(20), list).await.expect("soon");
+            assert_eq!(list.expect("a list").rules, []);
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_broken_off_looks_so() {
+        const COUNT: u32 = 20_000;
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = daemon(directory.path(), COUNT).await;
+        let mut clients = Vec::new();
+        for _ in 0..8 {
+            let request = "GET /v1/flows HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+            clients.push(client(&socket, request).await);
+        }
+        // One of them loses its turn to this.
+        get_json::<List>(&socket, "/v1/rules").await.expect("a list");
+        let mut broken = 0;
+        for mut client in clients {
+            let mut text = Vec::new();
+            let read = timeout(Duration::from_secs(20), client.read_to_end(&mut text)).await;
+            let _: io::Result<usize> = read.expect("it ends");
+            assert!(text.starts_with(b"HTTP/1.1 200 OK"));
+            // Each has three of these, and nothing else has.
+            let flows = text.iter().filter(|byte| **byte == b'{').count() / 3;
+            let is_whole = flows == COUNT as usize;
+            assert_eq!(is_whole, text.ends_with(b"\r\n0\r\n\r\n"), "{flows}");
+            broken += usize::from(!is_whole);
+        }
+        assert!(broken > 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_says_nothing_is_not_waited_for() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = daemon(directory.path(), 4).await;
+        for request in ["", "GET /v1/rules HT", "GET /v1/rules HTTP/1.1\r\nHost: a\r\n\r\n"] {
+            let mut stream = client(&socket, request).await;
+            let mut text = Vec::new();
+            let ended = timeout(Duration::from_secs(60), stream.read_to_end(&mut text)).await;
+            assert!(ended.is_ok(), "{request:?}");
+        }
+        let half = "POST /v1/rules HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{";
+        let (status, line) = answer(&socket, half).await;
+        assert_eq!((status, &line[..]), (408, "the request did not come within 10 s"));
     }
 }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -180,14 +181,28 @@ impl Turn {
         tokio::task::spawn_blocking(move || {
             let pieces = Pieces { sender, turn: self, runtime };
             let mut out = io::BufWriter::with_capacity(BUFFER, pieces);
-            let written = write(&mut out).and_then(|()| io::Write::flush(&mut out));
-            if let Err(error) = written {
-                let (Pieces { sender, .. }, _) = out.into_parts();
-                // Whoever asked sees that it is not whole, or has gone.
-                let _: Result<(), _> = sender.try_send(Err(error));
+            match write(&mut out).and_then(|()| io::Write::flush(&mut out)) {
+                Ok(()) => drop(out.get_ref().send(None)),
+                // What is left in the buffer stays there.
+                Err(_) => drop(out.into_parts()),
             }
         });
-        Body::from_stream(stream::poll_fn(move |context| receiver.poll_recv(context)))
+        let mut over = false;
+        Body::from_stream(stream::poll_fn(move |context| {
+            if over {
+                return Poll::Ready(None::<io::Result<Bytes>>);
+            }
+            receiver.poll_recv(context).map(|piece| {
+                over = !matches!(piece, Some(Some(_)));
+                // Without an end it is not whole, which whoever asked has to see.
+                piece.ok_or_else(|| io::ErrorKind::BrokenPipe.into()).transpose()
+            })
+        }))
+    }
+
+    /// Whether others wait for it.
+    fn is_wanted(&self) -> bool {
+        self.turns.waiting.load(Ordering::Relaxed) > 0
     }
 
     pub fn json(self, facts: impl Serialize + Send + 'static) -> impl IntoResponse {
@@ -196,36 +211,37 @@ impl Turn {
     }
 }
 
+/// Pieces of an answer, and `None` as its end.
 struct Pieces {
-    sender: mpsc::Sender<io::Result<Bytes>>,
+    sender: mpsc::Sender<Option<Bytes>>,
     turn: Turn,
     runtime: Handle,
 }
 
 impl Pieces {
-    async fn send(&self, piece: Bytes) -> io::Result<()> {
+    fn send(&self, piece: Option<Bytes>) -> io::Result<()> {
         let start = Instant::now();
-        loop {
-            match timeout(STALLED, self.sender.reserve()).await {
-                Ok(Ok(permit)) => {
-                    permit.send(Ok(piece));
-                    return Ok(());
-                }
-                Ok(Err(_)) => return Err(io::ErrorKind::BrokenPipe.into()),
-                Err(_) => {
-                    let wanted = self.turn.turns.waiting.load(Ordering::Relaxed) > 0;
-                    if wanted || start.elapsed() >= UNREAD {
+        self.runtime.block_on(async {
+            loop {
+                match timeout(STALLED, self.sender.reserve()).await {
+                    Ok(Ok(permit)) => {
+                        permit.send(piece);
+                        return Ok(());
+                    }
+                    Ok(Err(_)) => return Err(io::ErrorKind::BrokenPipe.into()),
+                    Err(_) if self.turn.is_wanted() || start.elapsed() >= UNREAD => {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
+                    Err(_) => {}
                 }
             }
-        }
+        })
     }
 }
 
 impl io::Write for Pieces {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
-        self.runtime.block_on(self.send(Bytes::copy_from_slice(piece)))?;
+        self.send(Some(Bytes::copy_from_slice(piece)))?;
         Ok(piece.len())
     }
 
