@@ -107,7 +107,7 @@ pub struct Owned {
     path: PathBuf,
     lock: PathBuf,
     /// Locked while it is open.
-    file: File,
+    _file: File,
     /// What the file says, but for the names, of which there were so many.
     written: Option<(Kept, World, usize)>,
 }
@@ -144,7 +144,14 @@ impl Owned {
             if same {
                 let pins = Pins::new(&name.to_string());
                 let path = directory.join(format!("{name}.json"));
-                return Ok(Self { pins, name: name.clone(), path, lock, file, written: None });
+                return Ok(Self {
+                    pins,
+                    name: name.clone(),
+                    path,
+                    lock,
+                    _file: file,
+                    written: None,
+                });
             }
         }
     }
@@ -282,14 +289,23 @@ impl Owned {
 
     /// Removes the file: nothing is left of the instance.
     pub fn remove(self) -> io::Result<()> {
-        let removed = match fs::remove_file(&self.path) {
+        match fs::remove_file(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed,
-        };
-        // While it is locked: whoever opens it in between finds out.
-        let _: io::Result<()> = fs::remove_file(&self.lock);
-        drop(self.file);
-        removed
+        }
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        if !self.path.exists() {
+            if !self.pins.is_there() {
+                // Of a start that was refused.
+                let _: io::Result<()> = self.pins.remove();
+            }
+            // While it is locked: whoever opens it in between finds out.
+            let _: io::Result<()> = fs::remove_file(&self.lock);
+        }
     }
 }
 

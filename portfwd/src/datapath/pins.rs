@@ -178,8 +178,8 @@ impl Pins {
 
     /// Whether what is pinned goes with this process: it has a file system for it that others do not see.
     pub fn are_private() -> bool {
-        let space = |process| fs::metadata(format!("/proc/{process}/ns/mnt")).map(|it| it.ino());
-        matches!((space("self"), space("1")), (Ok(own), Ok(first)) if own != first)
+        let device = |root| fs::metadata(format!("{root}{BPFFS}")).map(|it| it.dev());
+        matches!((device(""), device("/proc/1/root")), (Ok(own), Ok(first)) if own != first)
     }
 
     /// Whether this set is there.
