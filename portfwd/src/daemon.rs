@@ -510,6 +510,7 @@ impl Daemon {
                 _ = hangup.recv() => {
                     // It is logged.
                     let _: Result<api::Changed, Failure> = self.reload(&mut inbox).await;
+                    self.keep_resolved(&mut inbox).await;
                 }
                 changed = changes.next(), if told_of_changes => {
                     if let Err(error) = changed {

@@ -53,8 +53,13 @@ impl Daemon {
                 return true;
             }
         };
+        let changed = answer.is_ok();
         // Whoever asked may have gone.
         let _: Result<(), _> = sender.send(answer);
+        if changed {
+            // With very many backends it takes a while.
+            self.keep_resolved(inbox).await;
+        }
         false
     }
 
@@ -92,7 +97,7 @@ impl Daemon {
         let next = self.work_out(base.clone(), inbox).await?;
         let restart = self.need_restart(&next.config);
         let overlay = Overlay::default();
-        self.become_next(next, base, overlay, inbox).await?;
+        self.become_next(next, base, overlay)?;
         let rules = self.config.rules.len();
         let plural = if rules == 1 { "" } else { "s" };
         let mut messages = vec![format!("reloaded: {rules} rule{plural}")];
@@ -122,7 +127,7 @@ impl Daemon {
         if save {
             self.origin.save(&change).map_err(wrong)?;
         }
-        self.become_next(next, base, overlay, inbox).await?;
+        self.become_next(next, base, overlay)?;
         let saved = if save { ", and saved" } else { "" };
         let message = format!("{change}: done{saved}");
         info!("{message}");
@@ -191,13 +196,7 @@ impl Daemon {
     }
 
     /// Makes it live, or nothing of it.
-    async fn become_next(
-        &mut self,
-        next: Next,
-        base: Config,
-        overlay: Overlay,
-        inbox: &mut mpsc::Receiver<Request>,
-    ) -> Result<(), Failure> {
+    fn become_next(&mut self, next: Next, base: Config, overlay: Overlay) -> Result<(), Failure> {
         let Next { config, resolved, plan, survey, snapshot } = next;
         let masquerade = std::mem::replace(&mut self.ports.masquerade, config.masquerade.clone());
         let before = (
@@ -222,7 +221,6 @@ impl Daemon {
             warn!("{error}");
         }
         self.silent.retain(|name, _| self.config.rules.iter().any(|rule| rule.name == *name));
-        self.keep_resolved(inbox).await;
         Ok(())
     }
 
