@@ -57,7 +57,8 @@ const CONTENDERS: [(&str, &str); 8] = [
 ];
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-/// apt-get without surprises: it removes nothing, and starts and enables no service. The packages are `$@`.
+/// apt-get without surprises: it removes nothing, and starts and enables no service. The packages are `$@`. With a
+/// qemu-utils of another release, which QEMU does not go with, that becomes the one that does.
 const INSTALL: &str = r#"
 export DEBIAN_FRONTEND=noninteractive
 guard=/usr/sbin/policy-rc.d
@@ -69,7 +70,13 @@ if ! [ -e $guard ]; then
 fi
 # Without a network the packages may still be in apt's cache: the installation decides.
 apt-get update -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1
-apt-get install -qq -y --no-install-recommends --no-remove "$@" || exit 1
+get() { apt-get install -qq -y --no-install-recommends --no-remove "$@"; }
+if ! get "$@"; then
+    case " $* " in *" qemu-system-common "*) ;; *) exit 1 ;; esac
+    dpkg -s qemu-utils >/dev/null 2>&1 || exit 1
+    version=$(apt-cache policy qemu-system-common | sed -n 's/ *Candidate: //p')
+    get --allow-downgrades "$@" "qemu-utils=$version" || exit 1
+fi
 for package; do
     case $package in
         nginx-light) service=nginx ;;
