@@ -331,10 +331,11 @@ impl Drop for Socket {
 
 /// How a request is refused that cannot be done.
 pub fn refusal(failure: daemon::Failure) -> Failure {
-    match failure {
-        daemon::Failure::Configuration(lines) => (StatusCode::UNPROCESSABLE_ENTITY, lines),
-        daemon::Failure::System(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")),
-    }
+    let status = match failure {
+        daemon::Failure::Configuration(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        daemon::Failure::System(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    (status, failure.lines())
 }
 
 const STOPPING: &str = "the daemon is stopping";

@@ -160,14 +160,13 @@ pub fn main(arguments: Arguments) -> ExitCode {
 
 /// Says what is wrong, a line for each, and with what status that ends.
 fn fail(failure: &Failure) -> ExitCode {
-    let (lines, status) = match failure {
-        Failure::Configuration(lines) => (lines.clone(), 2),
-        Failure::System(error) => (format!("{error:#}"), 1),
-    };
-    for line in lines.lines() {
+    for line in failure.lines().lines() {
         eprintln!("portfwd: {line}");
     }
-    ExitCode::from(status)
+    ExitCode::from(match failure {
+        Failure::Configuration(_) => 2,
+        Failure::System(_) => 1,
+    })
 }
 
 /// Whoever read our output has seen enough.
@@ -199,7 +198,7 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
             start_log(verbose);
             let keep = run.keep;
             let origin = run.origin();
-            let config = origin.read().map_err(wrong)?;
+            let config = origin.read().map_err(Failure::wrong)?;
             let log_packets = verbose;
             daemon::run(Options { config, origin, instance, socket, keep, log_packets }).await
         }
@@ -242,10 +241,6 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         }
     };
     done.map(|()| ExitCode::SUCCESS)
-}
-
-fn wrong(errors: config::Errors) -> Failure {
-    Failure::Configuration(errors.to_string())
 }
 
 /// Tells what the daemon found wrong with a request from what went wrong.
@@ -438,7 +433,7 @@ struct CheckedProgram {
 
 impl Check {
     async fn run(&self, verbose: bool, json: bool) -> Result<(), Failure> {
-        let config = config::read(&self.file).map_err(wrong)?;
+        let config = config::read(&self.file).map_err(Failure::wrong)?;
         let resolved = resolve_all(&config.rules).await?;
         let mut plan = plan(&config.rules, &resolved)
             .map_err(|refused| Failure::Configuration(refused.to_string()))?;

@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use crate::api::{self, Request, Socket};
 use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::overlay::Overlay;
-use crate::config::{Config, Origin};
+use crate::config::{Config, Errors, Origin};
 use crate::datapath::{Datapath, Hook, Living, Mode, Pins, Port};
 use crate::flows::FlowRow;
 use crate::instance::Instance;
@@ -62,6 +62,11 @@ pub enum Failure {
 }
 
 impl Failure {
+    /// What is wrong with a configuration, or a change of one.
+    pub fn wrong(errors: Errors) -> Self {
+        Self::Configuration(errors.to_string())
+    }
+
     /// A line for each thing that is wrong.
     pub fn lines(&self) -> String {
         match self {
@@ -623,8 +628,7 @@ impl Daemon {
     /// Loads the plan with the addresses there are. Returns what kept it from that.
     fn load(&mut self) -> Option<String> {
         let lacks_room = self.lacks_room();
-        let Self { config, plan, survey, loaded, compiler, datapath, sweeper, ports, .. } = self;
-        let Self { owned, reserved, resolved, overlay, origin, .. } = self;
+        let Self { config, plan, survey, compiler, datapath, ports, .. } = &mut *self;
         compiler.leave(&survey.own);
         let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
         if lacks_room || !datapath.capacity().holds(&update) {
@@ -636,16 +640,10 @@ impl Daemon {
             return None;
         }
         // Flows may refer to a rule by the number of its name from now on.
-        let saved = match datapath.kept() {
-            Some(kept) => {
-                let world = World::of(survey, reserved, resolved, origin, overlay);
-                owned.write(kept, world, compiler.names())
-            }
-            None => Ok(()),
-        };
-        if let Err(error) = saved {
+        if let Err(error) = self.save() {
             return Some(error.to_string());
         }
+        let Self { config, plan, survey, loaded, compiler, datapath, sweeper, ports, .. } = self;
         datapath.masquerade_by(ports);
         match datapath.set_own(plan.local()).and_then(|()| datapath.apply(&update)) {
             Ok(()) => {

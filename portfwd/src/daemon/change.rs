@@ -11,9 +11,9 @@ use super::survey::{Survey, check_interfaces};
 use super::{Daemon, Failure, log_from, service, unresolved};
 use crate::api::{ChangeRequest, Changed, Request};
 use crate::compile::{Capacity, Compiler, FlowRoom, Plan, Resolved, plan};
+use crate::config::Config;
 use crate::config::diff::{Diff, diff};
 use crate::config::overlay::Overlay;
-use crate::config::{Config, Errors};
 use crate::datapath::Datapath;
 use crate::names;
 use crate::network::Snapshot;
@@ -35,10 +35,6 @@ struct Next {
     plan: Plan,
     survey: Survey,
     snapshot: Snapshot,
-}
-
-fn wrong(errors: Errors) -> Failure {
-    Failure::Configuration(errors.to_string())
 }
 
 impl Daemon {
@@ -65,7 +61,7 @@ impl Daemon {
 
     /// What the file and the flags say now, compared with what runs.
     pub(super) fn diff(&self) -> Result<Diff, Failure> {
-        let file = self.origin.read().map_err(wrong)?;
+        let file = self.origin.read().map_err(Failure::wrong)?;
         Ok(diff(&file, &self.config))
     }
 
@@ -92,7 +88,7 @@ impl Daemon {
         &mut self,
         inbox: &mut mpsc::Receiver<Request>,
     ) -> Result<Changed, Failure> {
-        let base = self.origin.read().map_err(wrong)?;
+        let base = self.origin.read().map_err(Failure::wrong)?;
         let changes = diff(&base, &self.config);
         let next = self.work_out(base.clone(), inbox).await?;
         let restart = self.need_restart(&next.config);
@@ -114,18 +110,19 @@ impl Daemon {
         ChangeRequest { change, save }: ChangeRequest,
         inbox: &mut mpsc::Receiver<Request>,
     ) -> Result<Changed, Failure> {
-        let (mut overlay, mut config) = self.overlay.with(&self.base, &change).map_err(wrong)?;
+        let (mut overlay, mut config) =
+            self.overlay.with(&self.base, &change).map_err(Failure::wrong)?;
         let mut base = self.base.clone();
         if save {
             // What the file will say.
-            (_, base) = Overlay::default().with(&self.base, &change).map_err(wrong)?;
+            (_, base) = Overlay::default().with(&self.base, &change).map_err(Failure::wrong)?;
             base.unsaved.clear();
             overlay = overlay.settle(&base);
-            config = overlay.apply(&base).map_err(wrong)?;
+            config = overlay.apply(&base).map_err(Failure::wrong)?;
         }
         let next = self.work_out(config, inbox).await?;
         if save {
-            self.origin.save(&change).map_err(wrong)?;
+            self.origin.save(&change).map_err(Failure::wrong)?;
         }
         self.become_next(next, base, overlay)?;
         let saved = if save { ", and saved" } else { "" };

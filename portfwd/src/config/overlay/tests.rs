@@ -1,5 +1,4 @@
 use std::path::Path;
-use std::time::Instant;
 
 use proptest::prelude::*;
 
@@ -284,42 +283,6 @@ proptest! {
             prop_assert_eq!(told, wanted);
             let same = diff(&base, &config).is_empty();
             prop_assert_eq!(overlay == Overlay::default(), same, "{:?}", overlay);
-        }
-    }
-}
-
-/// `cargo test --release -- --ignored --nocapture time_of_a_change` says how long one takes.
-#[test]
-#[ignore = "measures"]
-fn time_of_a_change() {
-    let spec = |i: usize| {
-        format!("198.51.100.{}:{}:10.0.0.1", i / 100 % 200 + 1, i % 100 + 1 + i / 20_000 * 100)
-    };
-    let text: String = (0..10_000)
-        .map(|i| {
-            let listen = spec(i);
-            let (listen, to) = listen.rsplit_once(':').unwrap();
-            format!("[[rule]]\nname = 'rule-{i}'\nlisten = '{listen}'\nto = '{to}'\n")
-        })
-        .collect();
-    let of_file = base(&text);
-    let added = |i| Added { name: format!("rule-{i}"), spec: spec(i) };
-    let added = (0..10_000).map(added).collect();
-    let all_added = Overlay { added, ..Overlay::default() };
-    for (what, base, overlay) in
-        [("in the file", of_file, Overlay::default()), ("added", Config::default(), all_added)]
-    {
-        for change in [add("1000:10.0.0.1", "new"), remove("rule-5000"), switch("rule-5000", false)]
-        {
-            let mut times: Vec<_> = (0..20)
-                .map(|_| {
-                    let start = Instant::now();
-                    overlay.with(&base, &change).unwrap();
-                    start.elapsed()
-                })
-                .collect();
-            times.sort();
-            println!("10,000 rules {what}, {change}: {:?}, at worst {:?}", times[10], times[19]);
         }
     }
 }
