@@ -123,6 +123,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let owned = Owned::take(&instance)?;
     // Pins that are gone with their file system are as good as none.
     let before = owned.read()?.filter(|before| owned.pins.has(&before.kept));
+    let forwards = owned.pins.has_links();
     let (base, mut overlay) = (config, Overlay::default());
     if let Some(before) = &before {
         overlay = before.world.changes(&origin).settle(&base);
@@ -226,7 +227,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     let keep = match ended {
         Ok(Ended::Detached) => false,
         // Whoever could not start leaves what was there: nothing, perhaps.
-        Err(_) if !daemon.started => before.is_some(),
+        Err(_) if !daemon.started => forwards || before.is_some(),
         _ => keep,
     };
     daemon.stop(keep);
@@ -435,8 +436,9 @@ impl Daemon {
         socket: Socket,
         (requests, orders): (mpsc::Sender<Request>, mpsc::Sender<Order>),
     ) -> Result<Ended, Failure> {
-        self.save()?;
+        // What the kernel refuses is of no use to the next one.
         self.datapath.prepare()?;
+        self.save()?;
         self.datapath.stay();
         self.renewed = true;
         let problems = self.settle(snapshot);
@@ -994,7 +996,10 @@ impl Daemon {
     fn stop(mut self, keep: bool) {
         self.sweeper.stop();
         if keep {
-            if let Err(error) = self.save() {
+            // Whoever has not started may have no set that stays.
+            if self.started
+                && let Err(error) = self.save()
+            {
                 warn!("{error}");
             }
             info!("forwarding goes on without this daemon; `portfwd detach` ends it");

@@ -171,13 +171,15 @@ impl Owned {
         let text = match fs::read(&self.path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                if self.pins.is_there() {
+                if self.pins.has_links() {
                     bail!(
                         "there are programs of instance \"{}\" and no {path} to go on from: take them off \
                          with `{remedy}`",
                         self.name
                     );
                 }
+                // The file is there before the first link is.
+                self.pins.remove().context("cannot unpin what an unfinished start left")?;
                 return Ok(None);
             }
             Err(error) => bail!("{path}: cannot be read: {error}"),

@@ -189,7 +189,12 @@ impl Pins {
 
     /// Whether something of it is there.
     pub fn is_there(&self) -> bool {
-        self.sets().next().is_some() || self.pinned().next().is_some()
+        self.sets().next().is_some() || self.has_links()
+    }
+
+    /// Whether programs of it are attached, or were.
+    pub fn has_links(&self) -> bool {
+        self.pinned().next().is_some()
     }
 
     pub(super) fn set(&self, number: u32) -> PathBuf {

@@ -119,3 +119,46 @@ fn rules_change_at_run_time_and_in_the_file() {
     until("many ports answer", 5, || answers(&rig.client, place(7777)));
     assert!(portfwd.stop().unwrap().0.success());
 }
+
+#[test]
+fn a_start_that_the_kernel_refuses_leaves_forwarding_as_it_was() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    let mut portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    both_reached(&rig.client);
+    let (socket, before) = (portfwd.socket().to_owned(), claimed(&portfwd).0);
+    portfwd.signal(libc::SIGKILL).unwrap();
+    drop(portfwd);
+    for _ in 0..2 {
+        // The verifier refuses programs to whoever lacks that.
+        let mut command = rig.router.command("setpriv");
+        command.args(["--bounding-set", "-perfmon,-sys_admin", "--inh-caps", "-all", "--"]);
+        command.arg(binary()).arg("run").arg("--socket").arg(&socket);
+        let output = command.args(as_tested(&directory)).args(["-i", "wan0"]).args(RULES).output();
+        let output = output.unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        both_reached(&rig.client);
+    }
+    let portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    assert!(claimed(&portfwd).0 > before, "counters began anew");
+    both_reached(&rig.client);
+}
+
+#[test]
+fn a_first_start_that_was_killed_is_in_nobodys_way() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    // What it leaves that has a set, and no file yet.
+    let instance = Instance::of_socket(&directory.path().join("portfwd.sock"));
+    fs::create_dir_all(format!("/sys/fs/bpf/portfwd/{instance}/sets/1")).unwrap();
+    let portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    both_reached(&rig.client);
+    assert!(portfwd.stop().unwrap().0.success());
+    assert!(!Path::new(&format!("/sys/fs/bpf/portfwd/{instance}")).exists());
+}
