@@ -270,24 +270,31 @@ async fn detach(instance: &Instance, socket: &Path) -> Result<&'static str, Fail
         return Err(running.into());
     }
     // Its answer may be cut off, as it ends.
-    match api::order_json::<Changed>(socket, "/v1/detach").await {
+    let unheard = match api::order_json::<Changed>(socket, "/v1/detach").await {
+        Ok(_) => None,
         Err(error) if error.is::<Refused>() => return Err(refused(error)),
-        _ => {}
-    }
-    let deadline = Instant::now() + PATIENCE;
+        Err(error) => Some(error),
+    };
+    let deadline = Instant::now() + if unheard.is_none() { PATIENCE } else { UNHEARD };
     loop {
         match daemon::take_off(instance) {
             Ok(_) => return Ok("nothing is forwarded any more, and the daemon has ended"),
-            Err(error) if !error.is::<daemon::Running>() || Instant::now() > deadline => {
-                return Err(error.into());
+            Err(error) if error.is::<daemon::Running>() && Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            // It was not asked by the socket it has.
+            Err(error) if error.is::<daemon::Running>() => {
+                return Err(unheard.unwrap_or(error).into());
+            }
+            Err(error) => return Err(error.into()),
         }
     }
 }
 
 /// How long a daemon may take to end.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// And if it may not have heard that it shall.
+const UNHEARD: Duration = Duration::from_secs(3);
 
 /// Over how long `stats` measures rates.
 const RATE_WINDOW: Duration = Duration::from_millis(500);

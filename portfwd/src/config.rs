@@ -207,18 +207,28 @@ impl Origin {
         Ok(config)
     }
 
-    /// Makes a change in the file.
+    /// Makes a change in the file: the text that it had.
     ///
     /// # Errors
     ///
     /// There is none, it cannot be written, or the change cannot be made there. It is as it was then.
-    pub fn save(&self, change: &Change) -> Result<(), Errors> {
+    pub fn save(&self, change: &Change) -> Result<String, Errors> {
         let Some(file) = &self.file else {
             let message = "there is no file to save it in: portfwd runs by flags alone; leave \
                            --save out, or run it with --config FILE";
             return Err(Errors(vec![ConfigError::new(change, None, "", message)]));
         };
         edit::save(file, |text| edit::apply(file, text, change))
+    }
+
+    /// Has the file say again what it said before a change.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub fn restore(&self, text: &str) -> Result<(), Errors> {
+        let restore = |file| edit::save(file, |_| Ok(text.to_owned())).map(drop);
+        self.file.as_deref().map_or(Ok(()), restore)
     }
 }
 
@@ -233,7 +243,13 @@ pub fn read(path: &Path) -> Result<Config, Errors> {
                     "there is no such file; write it, name another".to_owned()
                 }
                 io::ErrorKind::PermissionDenied => {
-                    "this user may not read it; run as root, name another".to_owned()
+                    // Root as well is refused what is others', once the daemon has given up that right.
+                    match rustix::process::geteuid().is_root() {
+                        true => "may not be read; have it, and the directories that it is in, belong to \
+                                 root, name another",
+                        false => "this user may not read it; run as root, name another",
+                    }
+                    .to_owned()
                 }
                 _ => format!("cannot be read ({error}); name another"),
             };

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,8 +24,8 @@ use tracing::{debug, info, warn};
 use crate::api::{self, Request, Socket};
 use crate::compile::{BoxPorts, Capacity, Compiler, Plan, Resolved, plan};
 use crate::config::overlay::Overlay;
-use crate::config::{Config, Errors, Origin};
-use crate::datapath::{Datapath, Hook, Living, Mode, Pins, Port};
+use crate::config::{Attach, Config, Errors, Origin};
+use crate::datapath::{AttachError, Datapath, Hook, Living, Mode, Pins, Port};
 use crate::flows::FlowRow;
 use crate::instance::Instance;
 use crate::network::{
@@ -162,12 +163,18 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         warn!("-v shows no packets here: that takes Linux 6.3 or later");
     }
     let log_packets = logs;
+    let names = before.iter().flat_map(|before| before.names.iter().map(String::as_str));
+    let mut compiler = Compiler::with_names(names);
+    compiler.leave(&survey.own);
+    let update = compiler.compile(&config.rules, &plan, &survey.externals, &ports);
     let mut capacity = Capacity::for_plan(&config.rules, &plan, &ports, config.flows.size);
-    let names = before.as_ref().map_or(0, |before| before.names.len());
-    capacity.counters += names as u32;
+    capacity.counters += update.counters;
     let kept = before.as_ref().map(|before| &before.kept);
     let mut datapath = match owned.pins.create() {
-        Ok(()) => Datapath::take_over(capacity, &ports, log_packets, &owned.pins, kept)?,
+        Ok(()) => {
+            let names = update.counters;
+            Datapath::take_over(capacity, &ports, log_packets, &owned.pins, names, kept)?
+        }
         Err(error) if keep => return Err(error.into()),
         Err(error) => {
             warn!("{error}; forwarding ends with this process, however that ends");
@@ -177,10 +184,6 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     if Pins::are_private() {
         info!("this is a mount namespace of its own: forwarding ends when that does");
     }
-    let names = before.iter().flat_map(|before| before.names.iter().map(String::as_str));
-    let mut compiler = Compiler::with_names(names);
-    compiler.leave(&survey.own);
-    let update = compiler.compile(&config.rules, &plan, &survey.externals, &ports);
     datapath.set_own(plan.local())?;
     datapath.apply(&update)?;
     compiler.commit(&update);
@@ -214,6 +217,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         reserved,
         ports,
         log_packets,
+        packet_log: None,
         renewed: false,
         started: false,
     };
@@ -298,19 +302,26 @@ fn every(period: Duration) -> tokio::time::Interval {
 }
 
 /// Passes the programs' messages on from a thread of its own: more may come than can be written, and
-/// the daemon has other things to do.
-fn log_from(mut logger: aya_log::EbpfLogger<&'static dyn log::Log>) -> std::io::Result<()> {
+/// the daemon has other things to do. That ends when what is returned is dropped.
+fn log_from(mut logger: aya_log::EbpfLogger<&'static dyn log::Log>) -> std::io::Result<OwnedFd> {
+    let (ended, end) = rustix::pipe::pipe()?;
     let pass_on = move || {
         loop {
-            let mut readable = [PollFd::new(&logger, PollFlags::IN)];
-            match rustix::event::poll(&mut readable, None) {
+            let mut wait =
+                [PollFd::new(&logger, PollFlags::IN), PollFd::new(&ended, PollFlags::empty())];
+            let waited = rustix::event::poll(&mut wait, None);
+            let is_over = !wait[1].revents().is_empty();
+            match waited {
                 Ok(_) | Err(rustix::io::Errno::INTR) => logger.flush(),
                 Err(error) => return warn!("no more messages of the programs: {error}"),
             }
+            if is_over {
+                return;
+            }
         }
     };
-    // It ends with the process.
-    std::thread::Builder::new().name("packet log".to_owned()).spawn(pass_on).map(drop)
+    std::thread::Builder::new().name("packet log".to_owned()).spawn(pass_on)?;
+    Ok(end)
 }
 
 /// Resolves all names, of which none may fail at start.
@@ -370,6 +381,8 @@ struct Attachment {
     mode: Mode,
     /// Why in that way.
     why: String,
+    /// What was asked for.
+    wanted: Attach,
 }
 
 /// Which flows may live: those of a rule to one of its backends.
@@ -413,6 +426,8 @@ struct Daemon {
     reserved: BTreeSet<u16>,
     ports: BoxPorts,
     log_packets: bool,
+    /// Dropped, it ends.
+    packet_log: Option<OwnedFd>,
     /// A new set is loaded, and its programs are not attached yet.
     renewed: bool,
     /// It forwards.
@@ -441,6 +456,10 @@ impl Daemon {
         self.save()?;
         self.datapath.stay();
         self.renewed = true;
+        // The first packet finds its way: without a neighbour the stack would have to take it.
+        for error in self.network.keep_all_resolved(&self.survey.hops).await {
+            debug!("{error}");
+        }
         let problems = self.settle(snapshot);
         if before.is_none() {
             none(&problems)?;
@@ -482,7 +501,7 @@ impl Daemon {
         self.warn_of_pitfalls(snapshot);
         self.keep_resolved(&mut inbox).await;
         if self.log_packets {
-            log_from(self.datapath.logger()?)?;
+            self.packet_log = Some(log_from(self.datapath.logger()?)?);
         }
         give_back_memory();
         let rules = self.config.rules.len();
@@ -609,6 +628,10 @@ impl Daemon {
                 }
                 problems.extend(self.settle(&snapshot));
                 problems.extend(self.prepare(&snapshot).err().map(|error| error.to_string()));
+                // Another instance that ends takes those with it that it had reserved first.
+                problems.extend(self.reserve_ports().err().map(|error| error.to_string()));
+                // What has changed, the next daemon goes on from.
+                problems.extend(self.save().err().map(|error| error.to_string()));
                 self.tell(problems);
             }
             Err(error) => self.tell(vec![error.to_string()]),
@@ -679,40 +702,65 @@ impl Daemon {
                 info!("{}: detached", attachment.name);
             }
         }
-        // A program that starts knows the interfaces already.
-        problems.extend(self.tell_programs(snapshot, &wanted));
+        // A program that starts knows the interfaces already, as those of the set before left them.
+        let mut modes = if self.renewed { self.datapath.modes_before() } else { BTreeMap::new() };
+        modes.extend(self.modes());
+        problems.extend(self.tell_programs(snapshot, &wanted, &modes));
         // Where backends are first: from then on their answers find flows that only these programs begin.
         let mut in_order: Vec<_> = wanted.iter().collect();
         in_order.sort_by_key(|(_, (_, role))| *role != Role::Internal);
         for (index, (link, role)) in in_order {
-            if self
-                .attached
-                .get(index)
-                .is_some_and(|attachment| attachment.role == *role && attachment.name == link.name)
-            {
-                continue;
-            }
-            self.attached.remove(index);
-            let attach = |mode| self.datapath.attach(port(link), *role, mode).map(|()| mode);
-            match modes::attach(link, self.config.attach_to(&link.name), attach) {
-                Ok((mode, why)) => {
-                    let (name, role) = (link.name.clone(), *role);
-                    info!("{name}: {}, {} ({why})", report::role(role), mode.program());
-                    self.attached.insert(*index, Attachment { name, role, mode, why });
-                    self.unprepared = true;
-                }
-                Err(error) => problems.push(error.to_string()),
+            let is_so = self.attached.get(index).is_some_and(|attachment| {
+                (attachment.role, &attachment.name) == (*role, &link.name)
+                    && attachment.wanted == self.config.attach_to(&link.name)
+            });
+            if !is_so {
+                problems.extend(self.attach(link, *role).err().map(|error| error.to_string()));
             }
         }
-        problems.extend(self.tell_programs(snapshot, &wanted));
+        let modes = self.modes();
+        problems.extend(self.tell_programs(snapshot, &wanted, &modes));
         problems.extend(self.settle_own(snapshot, &wanted));
-        if std::mem::take(&mut self.renewed) {
+        if self.renewed {
             let left = self.datapath.leave_before().map_err(anyhow::Error::from);
+            // Else it is tried again.
+            self.renewed = left.is_err();
             problems.extend(left.and_then(|()| self.save()).err().map(|error| error.to_string()));
         }
         let names = self.attached.values().map(|attachment| attachment.name.clone()).collect();
         self.keeper.set_interfaces(names);
         problems
+    }
+
+    /// Attaches to an interface as the configuration asks, or has what is there stay.
+    fn attach(&mut self, link: &Link, role: Role) -> Result<(), AttachError> {
+        let wanted = self.config.attach_to(&link.name);
+        let before = self.attached.remove(&link.index);
+        let attach = |mode| self.datapath.attach(port(link), role, mode).map(|()| mode);
+        let attached = modes::attach(link, wanted, attach).map(|(mode, why)| {
+            info!("{}: {}, {} ({why})", link.name, report::role(role), mode.program());
+            self.unprepared = true;
+            Attachment { name: link.name.clone(), role, mode, why, wanted }
+        });
+        let stays = match attached {
+            Ok(attached) => {
+                self.attached.insert(link.index, attached);
+                return Ok(());
+            }
+            Err(error) => (before.filter(|it| (it.role, &it.name) == (role, &link.name)), error),
+        };
+        let (before, error) = stays;
+        if let Some(before) = before
+            && self.datapath.attach(port(link), role, before.mode).is_ok()
+        {
+            self.attached.insert(link.index, before);
+        }
+        Err(error)
+    }
+
+    /// How interfaces are attached to.
+    fn modes(&self) -> BTreeMap<u32, Mode> {
+        self.attached.iter().map(|(index, attachment)| (*index, attachment.mode)).collect()
     }
 
     /// Attaches to what the box itself sends: to clients, if it is a backend, and to itself once the programs
@@ -771,14 +819,16 @@ impl Daemon {
         Ok(())
     }
 
-    /// Tells the programs what they have to know of each interface. Returns what kept it from that.
+    /// Tells the programs what they have to know of each interface, which is attached to in one of these modes.
+    /// Returns what kept it from that.
     fn tell_programs(
         &mut self,
         snapshot: &Snapshot,
         wanted: &BTreeMap<u32, (&Link, Role)>,
+        modes: &BTreeMap<u32, Mode>,
     ) -> Option<String> {
         // Generic XDP sends by the stack's own transmit, which every interface has.
-        let all_generic = self.attached.values().all(|attachment| attachment.mode != Mode::Native);
+        let all_generic = modes.values().all(|mode| *mode != Mode::Native);
         let row = |index: &u32, link: &Link, role: Role| {
             let place = match role {
                 Role::External => Interface::EXTERNAL,
@@ -787,9 +837,8 @@ impl Daemon {
             };
             // Where the kernel does not say (before 6.3), a driver with native XDP transmits, but
             // veth only to a peer that is ready.
-            let transmits = self.attached.get(index).is_some_and(|attachment| {
-                let likely =
-                    attachment.mode == Mode::Native && link.driver.as_deref() != Some("veth");
+            let transmits = modes.get(index).is_some_and(|mode| {
+                let likely = *mode == Mode::Native && link.driver.as_deref() != Some("veth");
                 let can = all_generic || link.can_transmit_xdp.unwrap_or(likely);
                 can && link.layer == Layer::Ethernet
             });
@@ -905,6 +954,10 @@ impl Daemon {
             info!("\"{name}\" resolves again");
         }
         self.unresolved = failed;
+        // Names may have come and gone since they were looked up.
+        let mut now = self.resolved.clone();
+        now.extend(resolved.into_iter().filter(|(name, _)| self.resolved.contains_key(name)));
+        let resolved = now;
         if resolved == self.resolved {
             return;
         }

@@ -353,8 +353,9 @@ struct Home {
     kept: bool,
     /// Filters that hold programs of the set before.
     filters: Vec<Filter>,
-    /// The flows of the set before, if they had to be copied.
-    copied: Option<FlowTables>,
+    /// Flows of sets before that had to be copied, and the numbers of those.
+    copied: Vec<FlowTables>,
+    unfinished: Vec<u32>,
 }
 
 impl Drop for Home {
@@ -389,7 +390,8 @@ impl Datapath {
         Self::load_with(capacity, ports, log, seeds, &[])
     }
 
-    /// The same as a set of an instance, which is pinned there, with what the set `before` remembers. The
+    /// The same as a set of an instance, which is pinned there, with what the set `before` remembers, and
+    /// counters for so many `names`. The
     /// programs of that go on until this set's are [attached](Self::attach). Until
     /// [`leave_before`](Self::leave_before), dropping this set unpins it again.
     ///
@@ -401,15 +403,16 @@ impl Datapath {
         ports: &BoxPorts,
         log: bool,
         pins: &Pins,
+        names: u32,
         before: Option<&Kept>,
     ) -> Result<Self, DatapathError> {
         pins.create()?;
         let set = pins.add_set()?;
-        let taken = Taken::new(pins, set, &mut capacity, before);
+        let taken = Taken::new(pins, set, &mut capacity, names, before);
         let loaded = taken.and_then(|taken| {
             let mut datapath = Self::load_with(capacity, ports, log, taken.seeds, &taken.pins)?;
             let copied = taken.old_flows(pins, datapath.clock())?;
-            if let Some(old) = &copied {
+            for old in &copied {
                 // Whoever has no room has lost nothing yet.
                 let crowded = datapath.flows.copy(old)?;
                 if crowded > 0 {
@@ -419,7 +422,8 @@ impl Datapath {
             (datapath.counted, datapath.passed) = (taken.counted, taken.passed);
             let (pins, kept) = (pins.clone(), false);
             let filters = before.map(|before| before.filters.clone()).unwrap_or_default();
-            datapath.home = Some(Home { pins, set, kept, filters, copied, seeds: taken.seeds });
+            let (seeds, unfinished) = (taken.seeds, taken.copies);
+            datapath.home = Some(Home { pins, set, kept, filters, copied, unfinished, seeds });
             Ok(datapath)
         });
         loaded.inspect_err(|_| {
@@ -913,14 +917,17 @@ impl Datapath {
         self.load_programs(mode.hook())?;
         let name = Programs::of(mode.hook()).entry(role, port.bare);
         let kind = mode.kind();
-        let before = match self.links.remove(&port.index) {
-            Some((link, before)) if before == mode => Some(link),
-            _ => self.adopt(port, kind),
+        let (before, _other) = match self.links.remove(&port.index) {
+            Some((link, before)) if before == mode => (Some(link), None),
+            // Where both can be at a time there is always one.
+            other => (self.adopt(port, kind), other.filter(|(_, it)| it.hook() != mode.hook())),
         };
         if mode != Mode::Tc {
             // An interface has one of these.
             let other = if kind == Kind::Native { Kind::Generic } else { Kind::Native };
-            self.unpin(port.index, other);
+            if let Some(home) = &self.home {
+                home.pins.take_off(port.index, other);
+            }
         }
         if mode == Mode::Tc && before.is_none() && has_portfwd(port.name) {
             return Err(AttachError::Portfwd { interface: port.name.to_owned() });
@@ -1028,6 +1035,19 @@ impl Datapath {
         }
     }
 
+    /// How interfaces have programs of the set before.
+    pub fn modes_before(&self) -> BTreeMap<u32, Mode> {
+        let Some(home) = &self.home else { return BTreeMap::new() };
+        let filters = home.filters.iter().filter(|filter| !filter.egress);
+        let mut modes: BTreeMap<u32, Mode> =
+            filters.map(|filter| (filter.index, Mode::Tc)).collect();
+        modes.extend(home.pins.pinned().filter_map(|(index, kind)| {
+            let mode = [Mode::Native, Mode::Generic, Mode::Tc].into_iter();
+            Some((index, mode.into_iter().find(|mode| mode.kind() == kind)?))
+        }));
+        modes
+    }
+
     /// Has the kernel verify all programs that interfaces will need in place of those of the set before, so that
     /// they can be attached one right after the other.
     ///
@@ -1070,6 +1090,7 @@ impl Datapath {
             counters: words(&self.counted, counter_words()),
             passed: words(&self.passed, passed_words()),
             filters,
+            unfinished: home.unfinished.clone(),
         })
     }
 
@@ -1088,9 +1109,11 @@ impl Datapath {
     /// Something of them cannot be taken off.
     pub fn leave_before(&mut self) -> Result<(), DatapathError> {
         let Some(home) = &mut self.home else { return Ok(()) };
-        if let Some(old) = home.copied.take() {
-            // What began there meanwhile.
-            self.flows.copy(&old)?;
+        if !home.copied.is_empty() {
+            // Programs that still run may begin flows there.
+            wait_for_readers();
+            home.copied.iter().try_for_each(|old| self.flows.copy(old).map(drop))?;
+            (home.copied, home.unfinished) = Default::default();
         }
         std::mem::take(&mut home.filters).into_iter().for_each(Filter::take_off);
         for (index, kind) in home.pins.pinned() {

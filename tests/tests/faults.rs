@@ -92,10 +92,19 @@ impl Bed {
         let rig = Rig::with(Options { second_server: true, ..Options::default() }).unwrap();
         // A link that goes down otherwise loses its IPv6 addresses.
         rig.router.set_sysctl("net.ipv6.conf.all.keep_addr_on_down", "1").unwrap();
+        // What goes through the stack is lost, as where Docker is.
+        let rules = "add table inet firewall; add chain inet firewall forward \
+                        { type filter hook forward priority 0; policy drop; }";
+        netns::run(rig.router.command("nft").arg(rules)).unwrap();
         let directory = TempDir::new().unwrap();
         let bed = Self { portfwd: None, instance, binary: binary(), directory, rig, _alone: alone };
         bed.configure("");
         bed
+    }
+
+    fn remove_firewall(&self) {
+        let table = ["delete", "table", "inet", "firewall"];
+        netns::run(self.rig.router.command("nft").args(table)).unwrap();
     }
 
     fn file(&self) -> PathBuf {
@@ -500,12 +509,17 @@ fn stopped_and_started_again() {
     let [stateless, stateful, ..] = PROBES;
     let others = other_rules([stateless, stateful], Backend::A) + "source = \"masquerade\"\n";
     bed.configure(&others);
+    let mut more = others.clone();
     bed.start();
     let probe = Probe::new(&bed.rig);
     let captures = bed.captures();
     let load = bed.load();
     for round in 0..5 {
         pause(200);
+        // A name that was not there before has a counter beside the others.
+        more += &other_rules([7_400 + round as u16], Backend::A);
+        bed.configure(&more);
+        bed.reload();
         bed.end(libc::SIGTERM);
         // New flows come too while nobody is there.
         for port in [stateless, stateful] {
@@ -517,6 +531,8 @@ fn stopped_and_started_again() {
     load.settle(RECOVERY).unwrap();
     let record = bed.flawless("SIGTERM and start, 5 times, once 2 s away", load);
     bed.ensure_counted(&record, &captures);
+    let set = fs::read_dir(bed.pins().join("sets")).unwrap().next().unwrap().unwrap().path();
+    assert!(set.join("COUNTERS-0").exists() && !set.join("COUNTERS-1").exists(), "one map counts");
 }
 
 #[test]
@@ -764,6 +780,8 @@ fn addresses_come_and_go() {
             pause(500);
         }
     });
+    // Clients on the link go with its address, and are known again through the stack.
+    bed.remove_firewall();
     for (interface, addresses, others) in [
         ("wan0", rig::WAN, ["198.51.100.9/24", "2001:db8:1::9/64"]),
         ("lan0", rig::LAN, ["192.168.77.9/24", "fd77::9/64"]),
@@ -785,6 +803,8 @@ fn the_network_changes_while_nobody_is_there() {
         return;
     }
     let mut bed = Bed::kept();
+    // Neighbours that go with a link come back through the stack, if nobody asks for them.
+    bed.remove_firewall();
     for interface in ["wan0", "lan0"] {
         bed.start();
         bed.end(libc::SIGKILL);

@@ -282,12 +282,15 @@ fn lines(rule: &Rule) -> Vec<String> {
     lines
 }
 
-/// Edits a file. Whoever reads it finds the old text or the new one, also after a crash.
+/// Edits a file: the text that it had. Whoever reads it finds the old text or the new one, also after a crash.
 ///
 /// # Errors
 ///
 /// What `edit` says, or why the file cannot be read or written. It is as it was then.
-pub fn save(path: &Path, edit: impl FnOnce(&str) -> Result<String, Errors>) -> Result<(), Errors> {
+pub fn save(
+    path: &Path,
+    edit: impl FnOnce(&str) -> Result<String, Errors>,
+) -> Result<String, Errors> {
     let refused = |what: &str, error: io::Error| {
         let remedy = match error.kind() {
             io::ErrorKind::NotFound => "write it first",
@@ -307,10 +310,10 @@ pub fn save(path: &Path, edit: impl FnOnce(&str) -> Result<String, Errors>) -> R
     let file = fs::canonicalize(path).map_err(|error| refused("read", error))?;
     let text = fs::read_to_string(&file).map_err(|error| refused("read", error))?;
     let edited = edit(&text)?;
-    if edited == text {
-        return Ok(());
+    if edited != text {
+        replace(&file, &edited).map_err(|error| refused("written", error))?;
     }
-    replace(&file, &edited).map_err(|error| refused("written", error))
+    Ok(text)
 }
 
 /// Puts a new file in place of one, with its mode and owner.

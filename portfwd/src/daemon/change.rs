@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use portfwd_ebpf::path::Role;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
@@ -14,9 +15,9 @@ use crate::compile::{Capacity, Compiler, FlowRoom, Plan, Resolved, plan};
 use crate::config::Config;
 use crate::config::diff::{Diff, diff};
 use crate::config::overlay::Overlay;
-use crate::datapath::Datapath;
+use crate::datapath::{AttachError, Datapath};
 use crate::names;
-use crate::network::Snapshot;
+use crate::network::{Link, Snapshot};
 
 /// What is asked of the daemon that changes it; the answer goes back through the sender once that is so.
 #[derive(Debug)]
@@ -121,10 +122,13 @@ impl Daemon {
             config = overlay.apply(&base).map_err(Failure::wrong)?;
         }
         let next = self.work_out(config, inbox).await?;
-        if save {
-            self.origin.save(&change).map_err(Failure::wrong)?;
+        let file = save.then(|| self.origin.save(&change).map_err(Failure::wrong)).transpose()?;
+        if let Err(failure) = self.become_next(next, base, overlay) {
+            if let Some(Err(errors)) = file.map(|text| self.origin.restore(&text)) {
+                warn!("the file has the change that was refused: {errors}");
+            }
+            return Err(failure);
         }
-        self.become_next(next, base, overlay)?;
         let saved = if save { ", and saved" } else { "" };
         let message = format!("{change}: done{saved}");
         info!("{message}");
@@ -202,10 +206,17 @@ impl Daemon {
             std::mem::replace(&mut self.survey, survey),
             std::mem::replace(&mut self.overlay, overlay),
         );
-        if let Some(problem) = self.load() {
+        let refused = match self.reattach(&snapshot) {
+            Ok(()) => self.load().map(|problem| Failure::System(anyhow::anyhow!(problem))),
+            Err(error) => Some(Failure::Configuration(error.to_string())),
+        };
+        if let Some(refused) = refused {
             (self.config, self.plan, self.survey, self.overlay) = before;
             self.ports.masquerade = masquerade;
-            return Err(Failure::System(anyhow::anyhow!(problem)));
+            let mut problems = self.settle(&snapshot);
+            problems.extend(self.save().err().map(|error| error.to_string()));
+            self.tell(problems);
+            return Err(refused);
         }
         (self.resolved, self.base) = (resolved, base);
         // A family may be new, or an interface.
@@ -219,6 +230,17 @@ impl Daemon {
         }
         self.silent.retain(|name, _| self.config.rules.iter().any(|rule| rule.name == *name));
         Ok(())
+    }
+
+    /// Attaches in other ways, where the configuration asks for that now.
+    fn reattach(&mut self, snapshot: &Snapshot) -> Result<(), AttachError> {
+        let Self { attached, config, .. } = &*self;
+        let other: Vec<(&Link, Role)> = attached
+            .iter()
+            .filter(|(_, attachment)| attachment.wanted != config.attach_to(&attachment.name))
+            .filter_map(|(index, it)| Some((snapshot.link_by_index(*index)?, it.role)))
+            .collect();
+        other.into_iter().try_for_each(|(link, role)| self.attach(link, role))
     }
 
     /// What of a configuration counts from the next start on only.
@@ -247,8 +269,12 @@ impl Daemon {
     /// attached by the next [`settle`](Self::settle).
     pub(super) fn renew(&mut self) -> anyhow::Result<()> {
         let Self { config, plan, survey, ports, compiler, .. } = self;
+        let mut compiler = Compiler::with_names(compiler.names());
+        compiler.leave(&survey.own);
+        let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
+        let names = update.counters;
         let mut capacity = Capacity::for_plan(&config.rules, plan, ports, config.flows.size);
-        capacity.counters += compiler.names().len() as u32;
+        capacity.counters += names;
         info!("the rules need larger tables: loading the programs anew");
         let Some(kept) = self.datapath.kept() else {
             anyhow::bail!(
@@ -258,24 +284,24 @@ impl Daemon {
         };
         let pins = &self.owned.pins;
         let mut datapath =
-            Datapath::take_over(capacity, ports, self.log_packets, pins, Some(&kept))?;
-        let mut compiler = Compiler::with_names(compiler.names());
-        compiler.leave(&survey.own);
-        let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
+            Datapath::take_over(capacity, ports, self.log_packets, pins, names, Some(&kept))?;
         datapath.set_own(plan.local())?;
         datapath.apply(&update)?;
         compiler.commit(&update);
         datapath.prepare()?;
         // From here on it is this one.
         if self.log_packets {
-            log_from(datapath.logger()?)?;
+            self.packet_log = Some(log_from(datapath.logger()?)?);
         }
         if let Some(kept) = datapath.kept() {
             let world = self.world();
             self.owned.write(kept, world, compiler.names())?;
         }
         datapath.stay();
-        datapath.vouched_as(&self.datapath)?;
+        if let Err(error) = datapath.vouched_as(&self.datapath) {
+            // They remember nothing until then.
+            warn!("{error}");
+        }
         self.compiler = compiler;
         std::mem::replace(&mut self.datapath, datapath).leave();
         self.attached.clear();

@@ -1,10 +1,10 @@
 //! What outlives the daemon beside the maps: a file that one daemon at a time owns.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -120,7 +120,13 @@ impl Owned {
     /// Another process has it, or its lock cannot be made.
     pub fn take(name: &Instance) -> anyhow::Result<Self> {
         let directory = Path::new(DIRECTORY);
+        // Its mode is that of the service manager's, whatever the caller's umask is.
+        let there = directory.is_dir();
         fs::create_dir_all(directory)
+            .and_then(|()| match there {
+                true => Ok(()),
+                false => fs::set_permissions(directory, Permissions::from_mode(0o755)),
+            })
             .with_context(|| format!("{DIRECTORY}: cannot make it; run as root"))?;
         let lock = directory.join(format!("{name}.lock"));
         loop {
@@ -195,7 +201,8 @@ impl Owned {
             )
         };
         let Version { format, boot } = serde_json::from_slice(&text).map_err(wrong)?;
-        if boot != boot_id()? {
+        // What is pinned goes with its file system, as a container's does.
+        if boot != boot_id()? || !self.pins.is_there() {
             return Ok(None);
         }
         if format != FORMAT {
@@ -278,10 +285,12 @@ impl Owned {
             filters.into_iter().for_each(Filter::take_off);
             let reserved = state.pointer("/world/reserved").and_then(|it| it.as_str());
             let reserved = reserved.and_then(sysctl::parse_ports).unwrap_or_default();
-            if !reserved.is_empty()
-                && let Some(change) = sysctl::release_ports(&reserved)?
-            {
-                tracing::info!("{change}");
+            if !reserved.is_empty() {
+                match sysctl::release_ports(&reserved) {
+                    Ok(change) => change.iter().for_each(|change| tracing::info!("{change}")),
+                    // It is worth less than the end of forwarding.
+                    Err(error) => tracing::warn!("{error}"),
+                }
             }
         }
         self.pins.remove().context("cannot unpin all of it")?;

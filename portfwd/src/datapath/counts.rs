@@ -117,7 +117,12 @@ pub(super) struct CountMap {
 impl CountMap {
     pub fn new(map: MapData, words: Words) -> Result<Self, DatapathError> {
         let info = map.info().map_err(super::map_error("COUNTERS"))?;
-        let (entries, width) = (info.max_entries(), info.value_size() as usize / 8);
+        let (entries, bytes) = (info.max_entries(), info.value_size() as usize);
+        if bytes % 8 != 0 || bytes == 0 {
+            let message = format!("rows of {bytes} bytes are no numbers");
+            return Err(DatapathError::Map { map: "COUNTERS", message });
+        }
+        let width = bytes / 8;
         Ok(Self { map, words, entries, width })
     }
 

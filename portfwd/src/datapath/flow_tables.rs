@@ -464,6 +464,10 @@ impl<const N: usize> Places<N> {
         let Map::Array(map) = map else { return Err(failed("it is no array".to_owned())) };
         let info = map.info().map_err(|error| failed(error.to_string()))?;
         let (count, id) = (info.max_entries(), info.id());
+        // One that was pinned may be anybody's.
+        if info.value_size() as usize != size_of::<Lines<FlowHalf<N>>>() {
+            return Err(failed(OTHER_SIZES.to_owned()));
+        }
         let fd = map.fd().as_fd();
         // SAFETY: a new mapping, of the size that the map was made with.
         let slots = unsafe {
@@ -540,6 +544,9 @@ impl<const N: usize> Drop for Places<N> {
     }
 }
 
+/// Why a map is not used.
+const OTHER_SIZES: &str = "its rows are of another size, as another version of portfwd had them";
+
 /// A hash map of the kernel. aya has no batch operations, and its maps cannot be used by several threads
 /// at once.
 struct Table<K, V> {
@@ -581,6 +588,8 @@ const DELETE: libc::c_long = 3;
 const NEXT_KEY: libc::c_long = 4;
 const GET: libc::c_long = 7;
 const ABOUT: libc::c_long = 15;
+/// Since 5.9 (kernel 73b11c2ab072).
+const LINK_DETACH: libc::c_long = 34;
 const NO_EXIST: u64 = 1;
 const LOOKUP_BATCH: libc::c_long = 24;
 
@@ -590,7 +599,12 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
             return Err(DatapathError::Map { map: name, message: "it is no hash map".to_owned() });
         };
         let failed = |error: MapError| DatapathError::Map { map: name, message: error.to_string() };
-        let id = map.info().map_err(failed)?.id();
+        let info = map.info().map_err(failed)?;
+        let sizes = (info.key_size() as usize, info.value_size() as usize);
+        if sizes != (size_of::<K>(), size_of::<V>()) {
+            return Err(DatapathError::Map { map: name, message: OTHER_SIZES.to_owned() });
+        }
+        let id = info.id();
         Ok(Self { name, map, id, types: std::marker::PhantomData })
     }
 
@@ -708,23 +722,12 @@ impl<K: Bytes, V: Bytes> Table<K, V> {
 /// The interface of a link that is pinned there: 0 where that is gone. None if it is no link.
 pub(super) fn index_of_link(path: &Path) -> Option<u32> {
     #[repr(C)]
-    struct Get {
-        path: u64,
-        fd: u32,
-        flags: u32,
-    }
-    #[repr(C)]
     struct About {
         fd: u32,
         length: u32,
         info: u64,
     }
-    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
-    let mut get = Get { path: path.as_ptr() as u64, fd: 0, flags: 0 };
-    // SAFETY: the path lives until the call returns.
-    let fd = unsafe { bpf(GET, &mut get) }.ok()?;
-    // SAFETY: the kernel has just given it to us.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let fd = open_pin(path)?;
     // `struct bpf_link_info`: type, id, program, a gap, then what the type says; of XDP and TCX, the interface.
     let mut info = [0u32; 16];
     let mut about = About {
@@ -735,6 +738,30 @@ pub(super) fn index_of_link(path: &Path) -> Option<u32> {
     // SAFETY: there is room for as much as is said; it lives until the call returns.
     unsafe { bpf(ABOUT, &mut about) }.ok()?;
     Some(info[4])
+}
+
+/// What is pinned there.
+fn open_pin(path: &Path) -> Option<OwnedFd> {
+    #[repr(C)]
+    struct Get {
+        path: u64,
+        fd: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes()).ok()?;
+    let mut get = Get { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the path lives until the call returns.
+    let fd = unsafe { bpf(GET, &mut get) }.ok()?;
+    // SAFETY: the kernel has just given it to us.
+    Some(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Detaches the program of a pinned link, whoever still holds that.
+pub(super) fn detach_link(path: &Path) -> Option<()> {
+    let link = open_pin(path)?;
+    let mut which = link.as_raw_fd() as u32;
+    // SAFETY: all that this command is given is which link.
+    unsafe { bpf(LINK_DETACH, &mut which) }.ok().map(drop)
 }
 
 /// Whether anything was ever written to an array that can be mapped, whatever its rows are.
@@ -757,6 +784,10 @@ pub(super) fn has_bytes(name: &'static str, map: &MapData) -> Result<bool, Datap
 /// Whether a hash map has entries, whatever they are.
 pub(super) fn has_keys(map: &MapData) -> bool {
     let mut key = [0u8; LARGEST_KEY];
+    if map.info().is_ok_and(|info| info.key_size() as usize > LARGEST_KEY) {
+        // Whoever has such keys had a use for them.
+        return true;
+    }
     let mut attr = Element {
         map_fd: map.fd().as_fd().as_raw_fd() as u32,
         value: key.as_mut_ptr() as u64,

@@ -50,6 +50,9 @@ pub struct Kept {
     pub passed: Vec<Words>,
     /// Filters of TC, which have no link to pin.
     pub filters: Vec<Filter>,
+    /// Sets before this one, of other sizes, whose programs may still begin flows there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unfinished: Vec<u32>,
 }
 
 /// Names of numbers that stand side by side in a map.
@@ -182,9 +185,15 @@ impl Pins {
         matches!((device(""), device("/proc/1/root")), (Ok(own), Ok(first)) if own != first)
     }
 
-    /// Whether this set is there.
+    /// Whether this set is there, whole.
     pub fn has(&self, kept: &Kept) -> bool {
-        self.set(kept.set).is_dir()
+        let set = self.set(kept.set);
+        let counts = |map, words: &[Words]| set.join(numbered(map, words.len() - 1)).exists();
+        REMEMBER.iter().all(|map| set.join(map).exists())
+            && !kept.counters.is_empty()
+            && !kept.passed.is_empty()
+            && counts(COUNTERS, &kept.counters)
+            && counts(PASSED, &kept.passed)
     }
 
     /// Whether something of it is there.
@@ -226,6 +235,13 @@ impl Pins {
     /// Unpins a link. Its program is detached once nobody else holds it. Returns whether it was there.
     pub(super) fn unpin(&self, index: u32, kind: Kind) -> bool {
         fs::remove_file(self.link(index, kind)).is_ok()
+    }
+
+    /// The same, and nobody else's hold keeps the program attached, which would otherwise be until the kernel has
+    /// given the pin up.
+    pub(super) fn take_off(&self, index: u32, kind: Kind) {
+        flow_tables::detach_link(&self.link(index, kind));
+        self.unpin(index, kind);
     }
 
     /// Makes the folder of a new set: its number.
@@ -274,17 +290,18 @@ pub(super) struct Taken {
     /// Maps that counted before.
     pub counted: Vec<CountMap>,
     pub passed: Vec<CountMap>,
-    /// The set whose flows have to be copied, as the tables have another size.
-    copies: Option<u32>,
+    /// The sets whose flows have to be copied, as their tables have another size.
+    pub copies: Vec<u32>,
 }
 
 impl Taken {
     /// Pins what the set `before` remembers for a new one, as far as that is to be as large. The room for
-    /// counters becomes what there is.
+    /// counters becomes what there is, if that is enough for so many `names`.
     pub fn new(
         instance: &Pins,
         set: u32,
         capacity: &mut Capacity,
+        names: u32,
         before: Option<&Kept>,
     ) -> Result<Self, DatapathError> {
         let folder = instance.set(set);
@@ -297,14 +314,20 @@ impl Taken {
             let seeds = (RandomState::new().hash_one(1), RandomState::new().hash_one(0) as u32);
             pins.push((COUNTERS, folder.join(numbered(COUNTERS, 0))));
             pins.push((PASSED, folder.join(numbered(PASSED, 0))));
-            return Ok(Self { seeds, pins, counted: Vec::new(), passed: Vec::new(), copies: None });
+            return Ok(Self {
+                seeds,
+                pins,
+                counted: Vec::new(),
+                passed: Vec::new(),
+                copies: Vec::new(),
+            });
         };
         let old = instance.set(before.set);
         let there = |name: &str| {
             open(&old.join(name))?
                 .ok_or_else(|| failed(&old.join(name), &ErrorKind::NotFound.into()))
         };
-        let mut copies = None;
+        let mut copies = Vec::new();
         if before.layout == KEPT {
             for name in REMEMBER {
                 let map = there(name)?;
@@ -312,9 +335,11 @@ impl Taken {
                 if capacity.make_room(name, entries(&map)?) {
                     pin(&map, &folder.join(name))?;
                 } else {
-                    copies = Some(before.set);
+                    copies = vec![before.set];
                 }
             }
+            let is_there = |set: &u32| instance.set(*set).is_dir();
+            copies.extend(before.unfinished.iter().filter(|set| is_there(set)));
         } else if has_flows(&there)? {
             return Err(DatapathError::OtherLayout { there: before.layout });
         }
@@ -332,28 +357,29 @@ impl Taken {
             pins.push((name, folder.join(numbered(name, maps.len()))));
             Ok((maps, goes_on))
         };
-        let rows = capacity.counters;
-        let (counted, entries) = count(COUNTERS, &before.counters, &counter_words(), rows)?;
-        capacity.counters = entries.unwrap_or(rows);
+        let (counted, entries) = count(COUNTERS, &before.counters, &counter_words(), names)?;
+        capacity.counters = entries.unwrap_or(capacity.counters);
         let reasons = passed_words();
         let (passed, _) = count(PASSED, &before.passed, &reasons, reasons.len() as u32)?;
         let seeds = (before.flow_seed, before.masquerade_seed);
         Ok(Self { seeds, pins, counted, passed, copies })
     }
 
-    /// The flows of the set before, if they have to be copied.
+    /// The flows that have to be copied.
     pub fn old_flows(
         &self,
         instance: &Pins,
         clock: Clock,
-    ) -> Result<Option<FlowTables>, DatapathError> {
-        let Some(set) = self.copies else { return Ok(None) };
-        let folder = instance.set(set);
-        let take = |name: &'static str| {
-            let path = folder.join(name);
-            open_map(&path)?.ok_or_else(|| failed(&path, &ErrorKind::NotFound.into()))
+    ) -> Result<Vec<FlowTables>, DatapathError> {
+        let of = |set: &u32| {
+            let folder = instance.set(*set);
+            let take = |name: &'static str| {
+                let path = folder.join(name);
+                open_map(&path)?.ok_or_else(|| failed(&path, &ErrorKind::NotFound.into()))
+            };
+            FlowTables::new(clock, self.seeds.0, take)
         };
-        FlowTables::new(clock, self.seeds.0, take).map(Some)
+        self.copies.iter().map(of).collect()
     }
 }
 

@@ -162,3 +162,50 @@ fn a_first_start_that_was_killed_is_in_nobodys_way() {
     assert!(portfwd.stop().unwrap().0.success());
     assert!(!Path::new(&format!("/sys/fs/bpf/portfwd/{instance}")).exists());
 }
+
+#[test]
+fn a_reload_attaches_in_another_way_or_changes_nothing() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    rig.router.ip("link add none0 type bridge").unwrap();
+    rig.router.ip("link set none0 up").unwrap();
+    let file = directory.path().join("portfwd.toml");
+    let write = |all: &str, one: &str, listen: u16| {
+        let text = format!(
+            "[interfaces]\nexternal = [\"wan0\", \"none0\"]\nattach = \"{all}\"\n\
+             [interfaces.none0]\nattach = \"{one}\"\n\
+             [[rule]]\nprotocol = \"udp\"\nlisten = {listen}\nto = \"192.168.77.10:7000\"\n"
+        );
+        fs::write(&file, text).unwrap();
+    };
+    let ways = |portfwd: &Portfwd| -> Vec<String> {
+        let list = portfwd.json("list").unwrap();
+        let interfaces = list["interfaces"].as_array().unwrap().iter();
+        interfaces.map(|it| format!("{} {}", it["name"], it["attach"]).replace('"', "")).collect()
+    };
+    write("tc", "tc", 7101);
+    let portfwd = start(&rig, &["--config", file.to_str().unwrap()], &directory);
+    until("it answers", 5, || answers(&rig.client, place(7101)));
+    assert_eq!(ways(&portfwd), ["none0 tc", "wan0 tc", "lan0 tc"]);
+    for way in ["native", "generic", "tc", "generic", "native"] {
+        write(way, "tc", 7101);
+        let (status, said) = command(&rig, &portfwd, &["reload"]);
+        assert_eq!(status, 0, "{said}");
+        assert_eq!(
+            ways(&portfwd),
+            ["none0 tc".into(), format!("wan0 {way}"), format!("lan0 {way}")]
+        );
+        assert!(answers(&rig.client, place(7101)), "{way}: {}", portfwd.stderr());
+    }
+    // A bridge has no native XDP.
+    write("generic", "native", 7102);
+    let (status, said) = command(&rig, &portfwd, &["reload"]);
+    assert_eq!(status, 2, "{said}");
+    assert!(said.contains("none0: its driver has no native XDP"), "{said}");
+    assert_eq!(ways(&portfwd), ["none0 tc", "wan0 native", "lan0 native"]);
+    assert!(answers(&rig.client, place(7101)) && !answers(&rig.client, place(7102)));
+    assert!(portfwd.stop().unwrap().0.success());
+}
