@@ -197,7 +197,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         keeper,
         sweeper,
         origin,
-        base,
+        base: Arc::new(base),
         overlay,
         config: Arc::new(config),
         network,
@@ -398,7 +398,7 @@ struct Daemon {
     sweeper: Sweeper,
     /// Where the configuration is from, what it said when it was read last, and what was changed since then.
     origin: Origin,
-    base: Config,
+    base: Arc<Config>,
     overlay: Overlay,
     /// What runs.
     config: Arc<Config>,

@@ -54,7 +54,8 @@ impl Daemon {
         // Whoever asked may have gone.
         let _: Result<(), _> = sender.send(answer);
         if changed {
-            // With very many backends it takes a while.
+            // With very many backends it takes a while: the answer goes out first.
+            tokio::task::yield_now().await;
             self.keep_resolved(inbox).await;
         }
         false
@@ -94,7 +95,7 @@ impl Daemon {
         let next = self.work_out(base.clone(), inbox).await?;
         let restart = self.need_restart(&next.config);
         let overlay = Overlay::default();
-        self.become_next(next, base, overlay)?;
+        self.become_next(next, Arc::new(base), overlay)?;
         let rules = self.config.rules.len();
         let plural = if rules == 1 { "" } else { "s" };
         let mut messages = vec![format!("reloaded: {rules} rule{plural}")];
@@ -116,8 +117,10 @@ impl Daemon {
         let mut base = self.base.clone();
         if save {
             // What the file will say.
-            (_, base) = Overlay::default().with(&self.base, &change).map_err(Failure::wrong)?;
-            base.unsaved.clear();
+            let (_, mut saved) =
+                Overlay::default().with(&self.base, &change).map_err(Failure::wrong)?;
+            saved.unsaved.clear();
+            base = Arc::new(saved);
             overlay = overlay.settle(&base);
             config = overlay.apply(&base).map_err(Failure::wrong)?;
         }
@@ -197,7 +200,12 @@ impl Daemon {
     }
 
     /// Makes it live, or nothing of it.
-    fn become_next(&mut self, next: Next, base: Config, overlay: Overlay) -> Result<(), Failure> {
+    fn become_next(
+        &mut self,
+        next: Next,
+        base: Arc<Config>,
+        overlay: Overlay,
+    ) -> Result<(), Failure> {
         let Next { config, resolved, plan, survey, snapshot } = next;
         let masquerade = std::mem::replace(&mut self.ports.masquerade, config.masquerade.clone());
         let before = (
