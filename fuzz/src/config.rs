@@ -104,7 +104,7 @@ fn check(rules: &[Rule], masquerade: std::ops::RangeInclusive<u16>) {
     };
     let resolved: Resolved = rules
         .iter()
-        .flat_map(|rule| &rule.to)
+        .flat_map(|rule| rule.to.iter())
         .filter_map(|target| match &target.host {
             Host::Name(name) => Some((name.clone(), both)),
             Host::Address(_) => None,

@@ -286,7 +286,7 @@ impl Plan {
     fn add_legs(&mut self, number: usize, rule: &Rule, resolved: &Resolved) -> Vec<String> {
         let mut refused = Vec::new();
         let first_leg = self.legs.len();
-        for target in &rule.to {
+        for target in rule.to.iter() {
             let host = match &target.host {
                 Host::Address(address) => HostAddresses::one(*address),
                 Host::Name(name) => resolved.get(name).copied().unwrap_or_default(),

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub fn of(rules: &[Rule]) -> BTreeSet<String> {
     rules
         .iter()
-        .flat_map(|rule| &rule.to)
+        .flat_map(|rule| rule.to.iter())
         .filter_map(|target| match &target.host {
             Host::Name(name) => Some(name.clone()),
             Host::Address(_) => None,

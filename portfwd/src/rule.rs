@@ -43,7 +43,7 @@ pub struct Rule {
     pub protocol: Protocol,
     pub listen: Listen,
     /// At least one.
-    pub to: Box<[Target]>,
+    pub to: Arc<[Target]>,
     pub source: Source,
     pub mss: Mss,
     #[serde(skip)]
@@ -308,7 +308,7 @@ impl FromStr for Rule {
             name: Rule::default_name(listen, protocol, &to),
             protocol,
             listen,
-            to,
+            to: to.into(),
             source: Source::Preserve,
             mss: Mss::Auto,
             place: Place::Flag(format!("-p {spec}")),

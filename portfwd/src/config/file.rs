@@ -301,7 +301,7 @@ impl Reader {
             name: name.map_or_else(|| Rule::default_name(listen, protocol, &to), str::to_owned),
             protocol,
             listen,
-            to,
+            to: to.into(),
             source,
             mss,
             place: Place::File { path: self.path.clone(), line },
