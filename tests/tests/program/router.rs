@@ -121,7 +121,7 @@ pub fn rule(text: &str) -> Rule {
     let spec = words.next().unwrap();
     let rule = spec.parse::<Rule>().unwrap_or_else(|error| panic!("{spec}: {error}"));
     let mut rule = Rule { name: text.to_owned(), ..rule };
-    let mut to = rule.to.into_vec();
+    let mut to = rule.to.to_vec();
     for word in words {
         match word {
             "masquerade" => rule.source = Source::Masquerade,
