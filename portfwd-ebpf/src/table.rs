@@ -9,7 +9,7 @@ use crate::packet::forgotten;
 
 /// The version of everything in this module; it stands in [`Settings`], so that halves of different
 /// builds refuse each other.
-pub const LAYOUT: u32 = 6;
+pub const LAYOUT: u32 = if cfg!(feature = "other-layout") { u32::MAX } else { 6 };
 
 /// The version of what one set of programs leaves to the next: the keys and values of `FLOWS`, `PROBATION`,
 /// `MAPPINGS`, `CLIENTS`, `ARRIVALS` and `FRAGMENTS`, and how places in `FLOWS` are found.
@@ -238,12 +238,15 @@ pub struct Translation {
     pub shift: Shift,
     /// With [`SEVERAL`](Self::SEVERAL): how many backends the rule has, at most [`MOST_BACKENDS`].
     pub backends: u16,
+    #[cfg(feature = "other-layout")]
+    pub pool: u32,
     /// The constants below.
     pub flags: u32,
     /// The rule's row in `COUNTERS`.
     pub counter: u32,
     /// With [`SEVERAL`](Self::SEVERAL): a row of `PAGES` that holds the backends' rows of
     /// `TRANSLATIONS`.
+    #[cfg(not(feature = "other-layout"))]
     pub pool: u32,
 }
 
@@ -1155,6 +1158,8 @@ impl Tally {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct Counter {
+    #[cfg(feature = "other-layout")]
+    pub answered: u64,
     /// Translated packets by [`Direction`].
     pub translated: [Tally; 2],
     /// When the last packet was translated; 0 for never.
@@ -1168,6 +1173,7 @@ pub struct Counter {
     /// Packets of flows that could not be established, as the table is full. They were translated.
     pub crowded: u64,
     /// Of the dropped, how many were answered with an ICMP error.
+    #[cfg(not(feature = "other-layout"))]
     pub answered: u64,
 }
 

@@ -1,8 +1,8 @@
 //! What happens to traffic while portfwd is killed, restarted, reloaded, upgraded or taken off, and while the network
 //! changes: a constant load goes through rules of each sort, and each of its messages is accounted for.
 //!
-//! `PORTFWD_TEST_LONG=1` makes what takes a number of rounds longer, `PORTFWD_OTHER_BIN` names a build to change to,
-//! and `SEED` repeats random moments. A table of all faults is printed when the last test is done.
+//! `PORTFWD_TEST_LONG=1` makes what takes a number of rounds longer, `PORTFWD_OTHER_BIN` names a build to change to
+//! (`cargo xtask test` makes one with tables of another layout), and `SEED` repeats random moments. A table of all faults is printed when the last test is done.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};

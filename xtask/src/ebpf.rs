@@ -51,8 +51,13 @@ pub fn build(name: &str, binary: &str, directory: &str) -> anyhow::Result<()> {
         println!("cargo::rerun-if-changed=../{file}");
     }
     // A feature, as aya-build leaves no other way to tell the compiler.
-    let features: &[&str] = if env::var_os(STRICT).is_some() { &["strict"] } else { &[] };
-    let package = Package { name, root_dir: directory, features, ..Package::default() };
+    let wanted = [("strict", STRICT), ("other-layout", "CARGO_FEATURE_OTHER_LAYOUT")];
+    let features: Vec<&str> = wanted
+        .into_iter()
+        .filter(|(_, variable)| env::var_os(variable).is_some())
+        .map(|(feature, _)| feature)
+        .collect();
+    let package = Package { name, root_dir: directory, features: &features, ..Package::default() };
     aya_build::build_ebpf([package], Toolchain::Custom(&chain))?;
     let object = env::var_os("OUT_DIR").context("cargo sets OUT_DIR")?;
     let object = Path::new(&object).join(binary);

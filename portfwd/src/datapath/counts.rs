@@ -96,6 +96,9 @@ pub(super) fn counter_words() -> Words {
     words.extend(ToStack::ALL.iter().map(|reason| format!("to_stack.{}", reason.name())));
     words.extend(Dropped::ALL.iter().map(|reason| format!("dropped.{}", reason.name())));
     words.extend(["flows", "crowded", "answered"].map(str::to_owned));
+    if cfg!(feature = "other-layout") {
+        words.rotate_right(1);
+    }
     const { assert!(size_of::<Counter>() == 8 * (8 + ToStack::COUNT + Dropped::COUNT)) };
     words
 }
