@@ -14,13 +14,23 @@ use tempfile::TempDir;
 
 use crate::netns::run;
 
-/// Makes the root in `$1` and starts systemd there, in the cgroup of this process. Nothing is started that
-/// nobody asked for, and of the kernel's settings only those of the network can be written: the others are this
-/// machine's.
-const START: &str = r#"
+/// Keeps its files in `$1`, and starts it by `$2`, once or again.
+const HOLD: &str = r#"
 mount -t tmpfs memory "$1"
 cd "$1"
 mkdir changes work root
+: >again
+while [ -e again ]; do
+    rm again
+    setpriv --pdeathsig KILL unshare --mount --pid --net --ipc --uts --cgroup --fork --kill-child \
+        sh -ec "$2" || true
+done
+"#;
+
+/// Makes the root and starts systemd there, in the cgroup of this process. Nothing is started that
+/// nobody asked for, and of the kernel's settings only those of the network can be written: the others are this
+/// machine's.
+const START: &str = r#"
 mount -t overlay -o lowerdir=/,upperdir=changes,workdir=work root root
 cd root
 mount -t proc proc proc
@@ -40,9 +50,12 @@ for node in null zero full random urandom tty; do
 done
 ln -s /proc/self/fd dev/fd
 ln -s pts/ptmx dev/ptmx
-: >etc/fstab
-rm -rf etc/systemd/system/*.wants usr/sbin/policy-rc.d
-find usr/lib/systemd/system -path '*.wants/*' ! -name 'systemd-journald*' -delete
+if ! [ -e var/lib/was-up ]; then
+    : >var/lib/was-up
+    : >etc/fstab
+    rm -rf etc/systemd/system/*.wants usr/sbin/policy-rc.d
+    find usr/lib/systemd/system -path '*.wants/*' ! -name 'systemd-journald*' -delete
+fi
 ip link set lo up
 mkdir host
 pivot_root . host
@@ -62,8 +75,8 @@ pub struct Machine {
     /// Its first process, by the number that it has here.
     init: i32,
     cgroup: PathBuf,
-    /// Where its root is mounted, in its own namespace only.
-    _directory: TempDir,
+    /// Where its files are, in its own namespace only.
+    directory: TempDir,
 }
 
 impl Machine {
@@ -77,17 +90,8 @@ impl Machine {
         let mut command = Command::new("sh");
         // In the cgroup first: the namespace's root is where its maker is.
         command.args(["-ec", r#"echo 0 >"$1"; shift; exec "$@""#, "sh"]);
-        command.arg(cgroup.join("cgroup.procs")).arg("unshare").args([
-            "--mount",
-            "--pid",
-            "--net",
-            "--ipc",
-            "--uts",
-            "--cgroup",
-            "--fork",
-            "--kill-child",
-        ]);
-        command.args(["sh", "-ec", START, "sh"]).arg(directory.path());
+        command.arg(cgroup.join("cgroup.procs")).args(["unshare", "--mount"]);
+        command.args(["sh", "-ec", HOLD, "sh"]).arg(directory.path()).arg(START);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         // SAFETY: a bare system call.
         unsafe {
@@ -96,21 +100,42 @@ impl Machine {
             });
         }
         let holder = command.spawn().context("cannot start unshare")?;
-        let mut machine = Self { holder, init: 0, cgroup, _directory: directory };
-        let deadline = Instant::now() + PATIENCE;
-        while !machine.is_up() {
-            ensure!(machine.holder.try_wait()?.is_none(), "the machine ended at its start");
-            ensure!(Instant::now() < deadline, "the machine did not start in {PATIENCE:?}");
-            sleep(Duration::from_millis(50));
-        }
+        let mut machine = Self { holder, init: 0, cgroup, directory };
+        machine.wait_until_up()?;
         Ok(machine)
     }
 
+    /// Turns it off and on again: of what was there, its files outlive that.
+    pub fn reboot(&mut self) -> Result<()> {
+        let root = Path::new("/proc").join(self.holder.id().to_string()).join("root");
+        let again = self.directory.path().strip_prefix("/")?.join("again");
+        fs::write(root.join(again), "").context("cannot start it again")?;
+        // SAFETY: a bare system call. All that runs there ends with its first process.
+        unsafe { libc::kill(self.init, libc::SIGKILL) };
+        let old = Path::new("/proc").join(self.init.to_string());
+        while old.exists() {
+            sleep(Duration::from_millis(10));
+        }
+        self.wait_until_up()
+    }
+
+    fn wait_until_up(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.is_up() {
+            ensure!(self.holder.try_wait()?.is_none(), "the machine ended at its start");
+            ensure!(Instant::now() < deadline, "the machine did not start in {PATIENCE:?}");
+            sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
     fn is_up(&mut self) -> bool {
-        let holder = self.holder.id();
-        let children = fs::read_to_string(format!("/proc/{holder}/task/{holder}/children"));
-        let init = children.ok().and_then(|children| children.trim().parse().ok());
-        self.init = init.unwrap_or(0);
+        let child = |of: u32| -> Option<u32> {
+            let children = fs::read_to_string(format!("/proc/{of}/task/{of}/children"));
+            children.ok()?.trim().parse().ok()
+        };
+        let init = child(self.holder.id()).and_then(child);
+        self.init = init.map_or(0, |init| init as i32);
         let name = fs::read_to_string(format!("/proc/{}/comm", self.init)).unwrap_or_default();
         name.trim() == "systemd" && self.run("systemctl is-system-running").is_ok()
     }

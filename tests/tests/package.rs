@@ -123,12 +123,18 @@ fn package_starts_survives_an_upgrade_and_goes() -> Result<()> {
     if !is_root() {
         return Ok(());
     }
-    let machine = machine()?;
-    let log = || machine.run("journalctl --unit portfwd --no-pager").unwrap_or_default();
-    live(&machine).with_context(log)
+    let mut machine = machine()?;
+    live(&mut machine)
+        .with_context(|| machine.run("journalctl --unit portfwd --no-pager").unwrap_or_default())
 }
 
-fn live(machine: &Machine) -> Result<()> {
+fn forwards(machine: &Machine) -> Result<()> {
+    ensure!(machine.run(ASK)? == "hello\n", "another answer");
+    ensure!(property(machine, "ActiveState")? == "active", "it forwards, but is not active");
+    Ok(())
+}
+
+fn live(machine: &mut Machine) -> Result<()> {
     machine.run(NETWORK)?;
     machine.run("dpkg --install /tmp/portfwd.deb")?;
     // Enabled, and not started, as there is no rule: that is no failure.
@@ -140,21 +146,16 @@ fn live(machine: &Machine) -> Result<()> {
 
     machine.write("/etc/portfwd/portfwd.toml", CONFIGURATION)?;
     machine.run("portfwd check && systemctl enable --now portfwd")?;
-    let forwards = || -> Result<()> {
-        ensure!(machine.run(ASK)? == "hello\n", "another answer");
-        ensure!(property(machine, "ActiveState")? == "active", "it forwards, but is not active");
-        Ok(())
-    };
     // Without readiness told, started is not yet forwarding.
-    forwards()?;
+    forwards(machine)?;
     machine.run("portfwd list | grep --quiet web")?;
     machine.run("systemctl reload portfwd")?;
-    forwards()?;
+    forwards(machine)?;
 
     // The same version again: the daemon is another, and what the user wrote is kept.
     let before = property(machine, "MainPID")?;
     machine.run("dpkg --install /tmp/portfwd.deb")?;
-    forwards()?;
+    forwards(machine)?;
     assert_ne!(property(machine, "MainPID")?, before);
     assert_eq!(machine.run("cat /etc/portfwd/portfwd.toml")?, CONFIGURATION);
     machine.run("systemctl kill --signal KILL portfwd")?;
@@ -162,6 +163,12 @@ fn live(machine: &Machine) -> Result<()> {
     machine.run("systemctl stop portfwd")?;
     assert_eq!(machine.run(ASK)?, "hello\n");
     machine.run("systemctl start portfwd")?;
+
+    // At boot its interfaces may come after it: then it tries again.
+    machine.reboot()?;
+    machine.run(NETWORK)?;
+    machine.run(ASK).or_else(|_| machine.run(ASK))?;
+    forwards(machine)?;
 
     machine.run("dpkg --remove portfwd")?;
     assert!(machine.run("ip netns exec client socat -u TCP:198.51.100.1:8080 -").is_err());
