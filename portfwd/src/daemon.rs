@@ -742,15 +742,15 @@ impl Daemon {
             self.unprepared = true;
             Attachment { name: link.name.clone(), role, mode, why, wanted }
         });
-        let stays = match attached {
+        let error = match attached {
             Ok(attached) => {
                 self.attached.insert(link.index, attached);
                 return Ok(());
             }
-            Err(error) => (before.filter(|it| (it.role, &it.name) == (role, &link.name)), error),
+            Err(error) => error,
         };
-        let (before, error) = stays;
         if let Some(before) = before
+            && (before.role, &before.name) == (role, &link.name)
             && self.datapath.attach(port(link), role, before.mode).is_ok()
         {
             self.attached.insert(link.index, before);
