@@ -679,9 +679,14 @@ impl Capacity {
             endpoints: room(update.endpoints.len()),
             translations: room(update.translations.len()),
             pages: room(update.pages.len()),
-            counters: (rules.len() + rules.len() / 4) as u32 + 256,
+            counters: Self::counters(rules.len() as u32),
             ..Self::of_flows(rules, plan, ports, flows)
         }
+    }
+
+    /// Room for the counters of so many names, and more.
+    pub fn counters(names: u32) -> u32 {
+        names + names / 2 + 256
     }
 
     /// What `plan` needs for flows, and nothing for its tables.

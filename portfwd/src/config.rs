@@ -207,12 +207,12 @@ impl Origin {
         Ok(config)
     }
 
-    /// Makes a change in the file: the text that it had.
+    /// Makes a change in the file.
     ///
     /// # Errors
     ///
     /// There is none, it cannot be written, or the change cannot be made there. It is as it was then.
-    pub fn save(&self, change: &Change) -> Result<String, Errors> {
+    pub fn save(&self, change: &Change) -> Result<edit::Edited, Errors> {
         let Some(file) = &self.file else {
             let message = "there is no file to save it in: portfwd runs by flags alone; leave \
                            --save out, or run it with --config FILE";
@@ -225,10 +225,17 @@ impl Origin {
     ///
     /// # Errors
     ///
-    /// It cannot be written.
-    pub fn restore(&self, text: &str) -> Result<(), Errors> {
-        let restore = |file| edit::save(file, |_| Ok(text.to_owned())).map(drop);
-        self.file.as_deref().map_or(Ok(()), restore)
+    /// It cannot be written, or somebody has edited it since.
+    pub fn restore(&self, edited: &edit::Edited) -> Result<(), Errors> {
+        let Some(file) = self.file.as_deref() else { return Ok(()) };
+        let restored = edit::save(file, |text| match text == edited.after {
+            true => Ok(edited.before.clone()),
+            false => {
+                let message = "was edited meanwhile";
+                Err(Errors(vec![ConfigError::new(file.display(), None, "", message)]))
+            }
+        });
+        restored.map(drop)
     }
 }
 

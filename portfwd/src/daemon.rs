@@ -168,7 +168,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     compiler.leave(&survey.own);
     let update = compiler.compile(&config.rules, &plan, &survey.externals, &ports);
     let mut capacity = Capacity::for_plan(&config.rules, &plan, &ports, config.flows.size);
-    capacity.counters += update.counters;
+    capacity.counters = Capacity::counters(update.counters);
     let kept = before.as_ref().map(|before| &before.kept);
     let mut datapath = match owned.pins.create() {
         Ok(()) => {
@@ -190,7 +190,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     drop(update);
 
     let keeper = Keeper::start(datapath.routes())?;
-    let sweeper = Sweeper::start(datapath.flows(), living(&config, &plan, &compiler))?;
+    let sweeper = Sweeper::start()?;
     let reserved = before.as_ref().map(|before| before.world.reserved()).unwrap_or_default();
     let mut daemon = Daemon {
         owned,
@@ -451,11 +451,12 @@ impl Daemon {
         socket: Socket,
         (requests, orders): (mpsc::Sender<Request>, mpsc::Sender<Order>),
     ) -> Result<Ended, Failure> {
+        self.renewed = true;
         // What the kernel refuses is of no use to the next one.
-        self.datapath.prepare()?;
+        let modes = self.modes_until(&self.wanted(snapshot));
+        self.datapath.prepare(modes.into_values())?;
         self.save()?;
         self.datapath.stay();
-        self.renewed = true;
         // The first packet finds its way: without a neighbour the stack would have to take it.
         for error in self.network.keep_all_resolved(&self.survey.hops).await {
             debug!("{error}");
@@ -661,7 +662,6 @@ impl Daemon {
                 return Some(format!("{error:#}"));
             }
             self.loaded = (self.survey.externals.clone(), self.survey.own.clone());
-            self.sweeper.set(living(&self.config, &self.plan, &self.compiler));
             return None;
         }
         // Flows may refer to a rule by the number of its name from now on.
@@ -685,14 +685,7 @@ impl Daemon {
     /// what could not be done.
     fn settle(&mut self, snapshot: &Snapshot) -> Vec<String> {
         let mut problems = Vec::new();
-        let wanted: BTreeMap<u32, (&Link, Role)> = self
-            .survey
-            .roles
-            .iter()
-            .filter_map(|(name, role)| snapshot.link(name).map(|link| (link, *role)))
-            .filter(|(link, _)| link.layer != Layer::Other)
-            .map(|(link, role)| (link.index, (link, role)))
-            .collect();
+        let wanted = self.wanted(snapshot);
 
         let gone: Vec<u32> =
             self.attached.keys().copied().filter(|index| !wanted.contains_key(index)).collect();
@@ -702,19 +695,14 @@ impl Daemon {
                 info!("{}: detached", attachment.name);
             }
         }
-        // A program that starts knows the interfaces already, as those of the set before left them.
-        let mut modes = if self.renewed { self.datapath.modes_before() } else { BTreeMap::new() };
-        modes.extend(self.modes());
+        // A program that starts knows the interfaces already.
+        let modes = self.modes_until(&wanted);
         problems.extend(self.tell_programs(snapshot, &wanted, &modes));
         // Where backends are first: from then on their answers find flows that only these programs begin.
-        let mut in_order: Vec<_> = wanted.iter().collect();
-        in_order.sort_by_key(|(_, (_, role))| *role != Role::Internal);
-        for (index, (link, role)) in in_order {
-            let is_so = self.attached.get(index).is_some_and(|attachment| {
-                (attachment.role, &attachment.name) == (*role, &link.name)
-                    && attachment.wanted == self.config.attach_to(&link.name)
-            });
-            if !is_so {
+        let mut in_order: Vec<_> = wanted.values().collect();
+        in_order.sort_by_key(|(_, role)| *role != Role::Internal);
+        for (link, role) in in_order {
+            if !self.is_attached(link, *role) {
                 problems.extend(self.attach(link, *role).err().map(|error| error.to_string()));
             }
         }
@@ -725,6 +713,9 @@ impl Daemon {
             let left = self.datapath.leave_before().map_err(anyhow::Error::from);
             // Else it is tried again.
             self.renewed = left.is_err();
+            // Programs of other rules have none any more.
+            let living = living(&self.config, &self.plan, &self.compiler);
+            self.sweeper.follow(self.datapath.flows(), living);
             problems.extend(left.and_then(|()| self.save()).err().map(|error| error.to_string()));
         }
         let names = self.attached.values().map(|attachment| attachment.name.clone()).collect();
@@ -732,10 +723,32 @@ impl Daemon {
         problems
     }
 
+    /// Where programs are to be.
+    fn wanted<'a>(&self, snapshot: &'a Snapshot) -> BTreeMap<u32, (&'a Link, Role)> {
+        let roles = self.survey.roles.iter();
+        roles
+            .filter_map(|(name, role)| snapshot.link(name).map(|link| (link, *role)))
+            .filter(|(link, _)| link.layer != Layer::Other)
+            .map(|(link, role)| (link.index, (link, role)))
+            .collect()
+    }
+
+    /// Whether an interface is attached to as it is to be.
+    fn is_attached(&self, link: &Link, role: Role) -> bool {
+        self.attached.get(&link.index).is_some_and(|attachment| {
+            (attachment.role, &attachment.name) == (role, &link.name)
+                && attachment.wanted == self.config.attach_to(&link.name)
+        })
+    }
+
     /// Attaches to an interface as the configuration asks, or has what is there stay.
     fn attach(&mut self, link: &Link, role: Role) -> Result<(), AttachError> {
         let wanted = self.config.attach_to(&link.name);
-        let before = self.attached.remove(&link.index);
+        let before = match self.attached.remove(&link.index) {
+            Some(before) => Some(before.mode),
+            None if self.renewed => self.datapath.modes_before().get(&link.index).copied(),
+            None => None,
+        };
         let attach = |mode| self.datapath.attach(port(link), role, mode).map(|()| mode);
         let attached = modes::attach(link, wanted, attach).map(|(mode, why)| {
             info!("{}: {}, {} ({why})", link.name, report::role(role), mode.program());
@@ -749,11 +762,13 @@ impl Daemon {
             }
             Err(error) => error,
         };
-        if let Some(before) = before
-            && (before.role, &before.name) == (role, &link.name)
-            && self.datapath.attach(port(link), role, before.mode).is_ok()
+        if let Some(mode) = before
+            && self.datapath.attach(port(link), role, mode).is_ok()
         {
-            self.attached.insert(link.index, before);
+            // It is tried again.
+            let why = "as before, as what is configured does not go".to_owned();
+            let (name, wanted) = (link.name.clone(), mode.as_configured());
+            self.attached.insert(link.index, Attachment { name, role, mode, why, wanted });
         }
         Err(error)
     }
@@ -761,6 +776,26 @@ impl Daemon {
     /// How interfaces are attached to.
     fn modes(&self) -> BTreeMap<u32, Mode> {
         self.attached.iter().map(|(index, attachment)| (*index, attachment.mode)).collect()
+    }
+
+    /// How they are attached to by now or will be soon, native where it is both: not all can be sent to from there.
+    fn modes_until(&self, wanted: &BTreeMap<u32, (&Link, Role)>) -> BTreeMap<u32, Mode> {
+        let mut modes = if self.renewed { self.datapath.modes_before() } else { BTreeMap::new() };
+        modes.extend(self.modes());
+        for (index, (link, role)) in wanted {
+            let way = self.config.attach_to(&link.name);
+            // What was automatic is what it was.
+            let is_kept = way == Attach::Auto && !self.attached.contains_key(index);
+            let now = modes.get(index).copied();
+            if self.is_attached(link, *role)
+                || now == Some(Mode::Native)
+                || is_kept && now.is_some()
+            {
+                continue;
+            }
+            modes.insert(*index, modes::foresee(link, way).0);
+        }
+        modes
     }
 
     /// Attaches to what the box itself sends: to clients, if it is a backend, and to itself once the programs

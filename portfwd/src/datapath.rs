@@ -38,6 +38,7 @@ pub use self::flow_tables::{FlowTables, Living, Swept};
 pub use self::pins::{Filter, Kept, Pins};
 use self::pins::{Kind, Taken};
 use crate::compile::{BoxPorts, Capacity, EndpointKey, FlowRoom, Update, any_address};
+use crate::config::Attach;
 use crate::sysctl::Families;
 pub use portfwd_ebpf::table::Hook;
 
@@ -142,6 +143,15 @@ impl Mode {
         match self {
             Self::Native | Self::Generic => Hook::Xdp,
             Self::Tc => Hook::Tc,
+        }
+    }
+
+    /// What asks for it alone.
+    pub fn as_configured(self) -> Attach {
+        match self {
+            Self::Native => Attach::Native,
+            Self::Generic => Attach::Generic,
+            Self::Tc => Attach::Tc,
         }
     }
 
@@ -917,11 +927,35 @@ impl Datapath {
         self.load_programs(mode.hook())?;
         let name = Programs::of(mode.hook()).entry(role, port.bare);
         let kind = mode.kind();
-        let (before, _other) = match self.links.remove(&port.index) {
+        let (before, other) = match self.links.remove(&port.index) {
             Some((link, before)) if before == mode => (Some(link), None),
             // Where both can be at a time there is always one.
             other => (self.adopt(port, kind), other.filter(|(_, it)| it.hook() != mode.hook())),
         };
+        match self.attach_beside(name, before, port, mode) {
+            Ok(link) => {
+                self.links.insert(port.index, (link, mode));
+                for other in Kind::OF_PACKETS.into_iter().filter(|other| *other != kind) {
+                    self.unpin(port.index, other);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.links.extend(other.map(|other| (port.index, other)));
+                Err(error)
+            }
+        }
+    }
+
+    /// Attaches a program to an interface, and has that outlive this process.
+    fn attach_beside(
+        &mut self,
+        name: &str,
+        before: Option<Attached>,
+        port: Port<'_>,
+        mode: Mode,
+    ) -> Result<Attached, AttachError> {
+        let kind = mode.kind();
         if mode != Mode::Tc {
             // An interface has one of these.
             let other = if kind == Kind::Native { Kind::Generic } else { Kind::Native };
@@ -942,12 +976,7 @@ impl Datapath {
             }
             attached => attached?,
         };
-        for other in Kind::OF_PACKETS.into_iter().filter(|other| *other != kind) {
-            self.unpin(port.index, other);
-        }
-        let link = self.pin(port.index, kind, link)?;
-        self.links.insert(port.index, (link, mode));
-        Ok(())
+        Ok(self.pin(port.index, kind, link)?)
     }
 
     /// What holds a program of the set before.
@@ -983,7 +1012,7 @@ impl Datapath {
     ) -> Result<Attached, AttachError> {
         // What cannot be replaced, as its interface went, is in the way.
         let home = self.home.as_ref().map(|home| home.pins.clone());
-        let give_up = || home.is_some_and(|instance| instance.unpin(port.index, kind));
+        let give_up = || home.is_some_and(|instance| instance.take_off(port.index, kind));
         let link = match self.program_mut(name) {
             Program::Xdp(xdp) => attach_xdp(xdp, before, give_up, port, mode).map(Attached::Xdp),
             Program::SchedClassifier(tc) => {
@@ -1048,17 +1077,18 @@ impl Datapath {
         modes
     }
 
-    /// Has the kernel verify all programs that interfaces will need in place of those of the set before, so that
-    /// they can be attached one right after the other.
+    /// Has the kernel verify all programs that interfaces will need in place of those of the set before, and in these
+    /// modes, so that they can be attached one right after the other.
     ///
     /// # Errors
     ///
     /// The kernel refuses one.
-    pub fn prepare(&mut self) -> Result<(), DatapathError> {
-        let Some(home) = &self.home else { return Ok(()) };
-        let pinned = home.pins.pinned().map(|(_, kind)| kind.hook());
-        let mut hooks: Vec<Hook> = pinned.collect();
-        hooks.extend(home.filters.first().map(|_| Hook::Tc));
+    pub fn prepare(&mut self, modes: impl Iterator<Item = Mode>) -> Result<(), DatapathError> {
+        let mut hooks: Vec<Hook> = modes.map(Mode::hook).collect();
+        if let Some(home) = &self.home {
+            hooks.extend(home.pins.pinned().map(|(_, kind)| kind.hook()));
+            hooks.extend(home.filters.first().map(|_| Hook::Tc));
+        }
         for hook in [Hook::Xdp, Hook::Tc] {
             if hooks.contains(&hook) {
                 self.load_programs(hook)?;

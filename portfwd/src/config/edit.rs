@@ -282,7 +282,14 @@ fn lines(rule: &Rule) -> Vec<String> {
     lines
 }
 
-/// Edits a file: the text that it had. Whoever reads it finds the old text or the new one, also after a crash.
+/// What a file said, and what it says.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Edited {
+    pub before: String,
+    pub after: String,
+}
+
+/// Edits a file. Whoever reads it finds the old text or the new one, also after a crash.
 ///
 /// # Errors
 ///
@@ -290,7 +297,7 @@ fn lines(rule: &Rule) -> Vec<String> {
 pub fn save(
     path: &Path,
     edit: impl FnOnce(&str) -> Result<String, Errors>,
-) -> Result<String, Errors> {
+) -> Result<Edited, Errors> {
     let refused = |what: &str, error: io::Error| {
         let remedy = match error.kind() {
             io::ErrorKind::NotFound => "write it first",
@@ -308,12 +315,12 @@ pub fn save(
     };
     // A link to it stays a link.
     let file = fs::canonicalize(path).map_err(|error| refused("read", error))?;
-    let text = fs::read_to_string(&file).map_err(|error| refused("read", error))?;
-    let edited = edit(&text)?;
-    if edited != text {
-        replace(&file, &edited).map_err(|error| refused("written", error))?;
+    let before = fs::read_to_string(&file).map_err(|error| refused("read", error))?;
+    let after = edit(&before)?;
+    if after != before {
+        replace(&file, &after).map_err(|error| refused("written", error))?;
     }
-    Ok(text)
+    Ok(Edited { before, after })
 }
 
 /// Puts a new file in place of one, with its mode and owner.

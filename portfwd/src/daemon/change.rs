@@ -1,6 +1,6 @@
 //! Rules change: worked out on copies, refused or live as a whole.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -127,7 +127,7 @@ impl Daemon {
         let next = self.work_out(config, inbox).await?;
         let file = save.then(|| self.origin.save(&change).map_err(Failure::wrong)).transpose()?;
         if let Err(failure) = self.become_next(next, base, overlay) {
-            if let Some(Err(errors)) = file.map(|text| self.origin.restore(&text)) {
+            if let Some(Err(errors)) = file.map(|edited| self.origin.restore(&edited)) {
                 warn!("the file has the change that was refused: {errors}");
             }
             return Err(failure);
@@ -213,20 +213,21 @@ impl Daemon {
             std::mem::replace(&mut self.plan, plan),
             std::mem::replace(&mut self.survey, survey),
             std::mem::replace(&mut self.overlay, overlay),
+            std::mem::replace(&mut self.resolved, resolved),
         );
-        let refused = match self.reattach(&snapshot) {
+        let refused = match self.reattach(&snapshot, &before.2.roles) {
             Ok(()) => self.load().map(|problem| Failure::System(anyhow::anyhow!(problem))),
             Err(error) => Some(Failure::Configuration(error.to_string())),
         };
         if let Some(refused) = refused {
-            (self.config, self.plan, self.survey, self.overlay) = before;
+            (self.config, self.plan, self.survey, self.overlay, self.resolved) = before;
             self.ports.masquerade = masquerade;
             let mut problems = self.settle(&snapshot);
             problems.extend(self.save().err().map(|error| error.to_string()));
             self.tell(problems);
             return Err(refused);
         }
-        (self.resolved, self.base) = (resolved, base);
+        self.base = base;
         // A family may be new, or an interface.
         self.unprepared = true;
         let mut problems = self.settle(&snapshot);
@@ -240,14 +241,27 @@ impl Daemon {
         Ok(())
     }
 
-    /// Attaches in other ways, where the configuration asks for that now.
-    fn reattach(&mut self, snapshot: &Snapshot) -> Result<(), AttachError> {
-        let Self { attached, config, .. } = &*self;
-        let other: Vec<(&Link, Role)> = attached
-            .iter()
-            .filter(|(_, attachment)| attachment.wanted != config.attach_to(&attachment.name))
-            .filter_map(|(index, it)| Some((snapshot.link_by_index(*index)?, it.role)))
-            .collect();
+    /// Attaches to interfaces in other ways and to other interfaces than those with `roles`, where that is asked for
+    /// now: it may be refused.
+    fn reattach(
+        &mut self,
+        snapshot: &Snapshot,
+        roles: &BTreeMap<String, Role>,
+    ) -> Result<(), AttachError> {
+        let wanted = self.wanted(snapshot);
+        let other = |(link, role): &(&Link, Role)| {
+            let is_new = !roles.contains_key(&link.name);
+            let differs = self.attached.contains_key(&link.index) && !self.is_attached(link, *role);
+            is_new || differs
+        };
+        let other: Vec<(&Link, Role)> = wanted.values().copied().filter(other).collect();
+        if other.is_empty() {
+            return Ok(());
+        }
+        let modes = self.modes_until(&wanted);
+        if let Some(problem) = self.tell_programs(snapshot, &wanted, &modes) {
+            warn!("{problem}");
+        }
         other.into_iter().try_for_each(|(link, role)| self.attach(link, role))
     }
 
@@ -276,13 +290,13 @@ impl Daemon {
     /// Has a new set, with room for what the rules mean now, in the place of this one. Its programs are
     /// attached by the next [`settle`](Self::settle).
     pub(super) fn renew(&mut self) -> anyhow::Result<()> {
-        let Self { config, plan, survey, ports, compiler, .. } = self;
+        let Self { config, plan, survey, ports, compiler, attached, .. } = self;
         let mut compiler = Compiler::with_names(compiler.names());
         compiler.leave(&survey.own);
         let update = compiler.compile(&config.rules, plan, &survey.externals, ports);
         let names = update.counters;
         let mut capacity = Capacity::for_plan(&config.rules, plan, ports, config.flows.size);
-        capacity.counters += names;
+        capacity.counters = Capacity::counters(names);
         info!("the rules need larger tables: loading the programs anew");
         let Some(kept) = self.datapath.kept() else {
             anyhow::bail!(
@@ -296,11 +310,10 @@ impl Daemon {
         datapath.set_own(plan.local())?;
         datapath.apply(&update)?;
         compiler.commit(&update);
-        datapath.prepare()?;
+        datapath.prepare(attached.values().map(|attachment| attachment.mode))?;
         // From here on it is this one.
-        if self.log_packets {
-            self.packet_log = Some(log_from(datapath.logger()?)?);
-        }
+        let packet_log =
+            self.log_packets.then(|| anyhow::Ok(log_from(datapath.logger()?)?)).transpose()?;
         if let Some(kept) = datapath.kept() {
             let world = self.world();
             self.owned.write(kept, world, compiler.names())?;
@@ -310,11 +323,11 @@ impl Daemon {
             // They remember nothing until then.
             warn!("{error}");
         }
-        self.compiler = compiler;
+        (self.compiler, self.packet_log) = (compiler, packet_log);
         std::mem::replace(&mut self.datapath, datapath).leave();
         self.attached.clear();
         self.renewed = true;
-        self.sweeper.follow(self.datapath.flows());
+        self.sweeper.pause();
         Ok(())
     }
 }

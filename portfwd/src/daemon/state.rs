@@ -278,6 +278,18 @@ impl Owned {
             own.is_ok_and(|own| state.get(name) == Some(&own))
         };
         let found = self.pins.is_there();
+        let noted = ["/kept/filters/0", "/world/reserved"].map(|at| state.pointer(at).cloned());
+        let is_noted = noted.into_iter().flatten().any(|it| it != "");
+        if here("boot", boot_id().map(Into::into))
+            && !here("network", network_id().map(Into::into))
+            && is_noted
+        {
+            tracing::warn!(
+                "instance \"{}\" forwarded in another network namespace: ports that it reserved, and filters of TC \
+                 before Linux 6.6, stay there until that is gone",
+                self.name
+            );
+        }
         if here("boot", boot_id().map(Into::into)) && here("network", network_id().map(Into::into))
         {
             let filters = state.pointer("/kept/filters").cloned().unwrap_or_default();

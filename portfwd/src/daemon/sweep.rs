@@ -33,7 +33,7 @@ struct Shared {
 #[derive(Default)]
 struct State {
     living: Arc<Living>,
-    /// None before the start.
+    /// None while there is nothing to look at.
     tables: Option<Arc<FlowTables>>,
     /// Some rule or backend went: the round that goes on is too old.
     due: bool,
@@ -41,23 +41,27 @@ struct State {
 }
 
 impl Sweeper {
-    /// Starts the thread.
+    /// Starts the thread, which has to be told what to [`follow`](Self::follow).
     ///
     /// # Errors
     ///
     /// The system has no thread to give.
-    pub fn start(tables: Arc<FlowTables>, living: Living) -> io::Result<Self> {
+    pub fn start() -> io::Result<Self> {
         let sweeper = Self::default();
-        sweeper.set(living);
-        sweeper.follow(tables);
         let shared = sweeper.clone();
         thread::Builder::new().name("flows".to_owned()).spawn(move || shared.sweep())?;
         Ok(sweeper)
     }
 
-    /// The flows are in these tables from now on.
-    pub fn follow(&self, tables: Arc<FlowTables>) {
+    /// The flows are in these tables from now on, and these may live.
+    pub fn follow(&self, tables: Arc<FlowTables>, living: Living) {
         self.lock().tables = Some(tables);
+        self.set(living);
+    }
+
+    /// Until then, none ends: programs of other rules may have them.
+    pub fn pause(&self) {
+        self.lock().tables = None;
     }
 
     /// Which flows may live from now on; all others end soon.
@@ -91,8 +95,12 @@ impl Sweeper {
             }
             let hurry = std::mem::take(&mut state.due);
             let living = state.living.clone();
-            let Some(tables) = state.tables.clone() else { return };
+            let tables = state.tables.clone();
             drop(state);
+            let Some(tables) = tables else {
+                wait = ROUND;
+                continue;
+            };
             let start = Instant::now();
             let pause = || {
                 if !hurry {

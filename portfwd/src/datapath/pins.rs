@@ -189,7 +189,7 @@ impl Pins {
     pub fn has(&self, kept: &Kept) -> bool {
         let set = self.set(kept.set);
         let counts = |map, words: &[Words]| set.join(numbered(map, words.len() - 1)).exists();
-        REMEMBER.iter().all(|map| set.join(map).exists())
+        is_whole(&set)
             && !kept.counters.is_empty()
             && !kept.passed.is_empty()
             && counts(COUNTERS, &kept.counters)
@@ -239,9 +239,9 @@ impl Pins {
 
     /// The same, and nobody else's hold keeps the program attached, which would otherwise be until the kernel has
     /// given the pin up.
-    pub(super) fn take_off(&self, index: u32, kind: Kind) {
+    pub(super) fn take_off(&self, index: u32, kind: Kind) -> bool {
         flow_tables::detach_link(&self.link(index, kind));
-        self.unpin(index, kind);
+        self.unpin(index, kind)
     }
 
     /// Makes the folder of a new set: its number.
@@ -338,7 +338,8 @@ impl Taken {
                     copies = vec![before.set];
                 }
             }
-            let is_there = |set: &u32| instance.set(*set).is_dir();
+            // One that is not whole was copied before.
+            let is_there = |set: &u32| is_whole(&instance.set(*set));
             copies.extend(before.unfinished.iter().filter(|set| is_there(set)));
         } else if has_flows(&there)? {
             return Err(DatapathError::OtherLayout { there: before.layout });
@@ -381,6 +382,11 @@ impl Taken {
         };
         self.copies.iter().map(of).collect()
     }
+}
+
+/// Whether a set has all that the next one wants of it.
+fn is_whole(set: &Path) -> bool {
+    REMEMBER.iter().all(|map| set.join(map).exists())
 }
 
 const COUNTERS: &str = "COUNTERS";

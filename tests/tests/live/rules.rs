@@ -1,5 +1,7 @@
 //! Rules that change while portfwd runs, and in its file.
 
+use std::cell::Cell;
+
 use super::*;
 
 /// Runs a command on the daemon: its exit status and what it printed, standard output first.
@@ -127,8 +129,18 @@ fn a_start_that_the_kernel_refuses_leaves_forwarding_as_it_was() {
     }
     let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
     let _backend = Backend::new(&rig.server, rig::SERVER);
-    let mut portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    let spread = ["-i", "wan0", "-p", "7010-7011:192.168.77.10:7000/udp"];
+    let moved = ["-i", "wan0", "-p", "7010-7011:192.168.77.12:7000/udp"];
+    let mut portfwd = start(&rig, &[&spread, &RULES[..]].concat(), &directory);
     both_reached(&rig.client);
+    let flows = |portfwd: &Portfwd| {
+        let stats = portfwd.stats().unwrap();
+        let mut rules = stats["rules"].as_array().unwrap().iter();
+        let rule = rules.find(|rule| rule["listen"] == "7010-7011").unwrap();
+        rule["flows"]["active"].as_u64().unwrap()
+    };
+    assert!(answers(&rig.client, place(7010)));
+    until("there is a flow", 5, || flows(&portfwd) == 1);
     let (socket, before) = (portfwd.socket().to_owned(), claimed(&portfwd).0);
     portfwd.signal(libc::SIGKILL).unwrap();
     drop(portfwd);
@@ -137,13 +149,15 @@ fn a_start_that_the_kernel_refuses_leaves_forwarding_as_it_was() {
         let mut command = rig.router.command("setpriv");
         command.args(["--bounding-set", "-perfmon,-sys_admin", "--inh-caps", "-all", "--"]);
         command.arg(binary()).arg("run").arg("--socket").arg(&socket);
-        let output = command.args(as_tested(&directory)).args(["-i", "wan0"]).args(RULES).output();
+        // Flows to where the old rules lead are not its business.
+        let output = command.args(as_tested(&directory)).args(moved).args(RULES).output();
         let output = output.unwrap();
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         both_reached(&rig.client);
     }
-    let portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    let portfwd = start(&rig, &[&spread, &RULES[..]].concat(), &directory);
     assert!(claimed(&portfwd).0 > before, "counters began anew");
+    assert_eq!(flows(&portfwd), 1);
     both_reached(&rig.client);
 }
 
@@ -157,8 +171,26 @@ fn a_first_start_that_was_killed_is_in_nobodys_way() {
     // What it leaves that has a set, and no file yet.
     let instance = Instance::of_socket(&directory.path().join("portfwd.sock"));
     fs::create_dir_all(format!("/sys/fs/bpf/portfwd/{instance}/sets/1")).unwrap();
-    let portfwd = start(&rig, &[&["-i", "wan0"], &RULES[..]].concat(), &directory);
+    let arguments = [&["-i", "wan0"], &RULES[..]].concat();
+    let mut portfwd = start(&rig, &arguments, &directory);
     both_reached(&rig.client);
+    let before = claimed(&portfwd).0;
+
+    // Nor one that was killed while it removed a set whose flows it had copied.
+    portfwd.signal(libc::SIGKILL).unwrap();
+    drop(portfwd);
+    let (file, set) = (
+        format!("/run/portfwd/{instance}.json"),
+        format!("/sys/fs/bpf/portfwd/{instance}/sets/99"),
+    );
+    let mut state: serde_json::Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    state["kept"]["unfinished"] = vec![99].into();
+    fs::write(&file, state.to_string()).unwrap();
+    fs::create_dir(&set).unwrap();
+    let portfwd = start(&rig, &arguments, &directory);
+    assert!(claimed(&portfwd).0 >= before);
+    both_reached(&rig.client);
+    assert!(!Path::new(&set).exists());
     assert!(portfwd.stop().unwrap().0.success());
     assert!(!Path::new(&format!("/sys/fs/bpf/portfwd/{instance}")).exists());
 }
@@ -170,12 +202,16 @@ fn a_reload_attaches_in_another_way_or_changes_nothing() {
     }
     let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
     let _backend = Backend::new(&rig.server, rig::SERVER);
-    rig.router.ip("link add none0 type bridge").unwrap();
-    rig.router.ip("link set none0 up").unwrap();
+    for bridge in ["none0", "none1"] {
+        rig.router.ip(&format!("link add {bridge} type bridge")).unwrap();
+        rig.router.ip(&format!("link set {bridge} up")).unwrap();
+    }
     let file = directory.path().join("portfwd.toml");
+    let external = Cell::new("\"wan0\", \"none0\"");
     let write = |all: &str, one: &str, listen: u16| {
+        let external = external.get();
         let text = format!(
-            "[interfaces]\nexternal = [\"wan0\", \"none0\"]\nattach = \"{all}\"\n\
+            "[interfaces]\nexternal = [{external}]\nattach = \"{all}\"\n\
              [interfaces.none0]\nattach = \"{one}\"\n\
              [[rule]]\nprotocol = \"udp\"\nlisten = {listen}\nto = \"192.168.77.10:7000\"\n"
         );
@@ -207,5 +243,24 @@ fn a_reload_attaches_in_another_way_or_changes_nothing() {
     assert!(said.contains("none0: its driver has no native XDP"), "{said}");
     assert_eq!(ways(&portfwd), ["none0 tc", "wan0 native", "lan0 native"]);
     assert!(answers(&rig.client, place(7101)) && !answers(&rig.client, place(7102)));
+    // Nor has another one that is new.
+    external.set("\"wan0\", \"none0\", \"none1\"");
+    write("native", "tc", 7102);
+    let (status, said) = command(&rig, &portfwd, &["reload"]);
+    assert_eq!(status, 2, "{said}");
+    assert!(said.contains("none1: its driver has no native XDP"), "{said}");
+    assert_eq!(ways(&portfwd), ["none0 tc", "wan0 native", "lan0 native"]);
+    assert!(answers(&rig.client, place(7101)) && !answers(&rig.client, place(7102)));
+
+    // A start that goes on from there has it stay as it was.
+    external.set("\"wan0\", \"none0\"");
+    write("native", "native", 7101);
+    let mut portfwd = portfwd;
+    portfwd.signal(libc::SIGKILL).unwrap();
+    drop(portfwd);
+    let portfwd = start(&rig, &["--config", file.to_str().unwrap()], &directory);
+    assert_eq!(ways(&portfwd), ["none0 tc", "wan0 native", "lan0 native"]);
+    told(&portfwd, "none0: its driver has no native XDP");
+    assert!(answers(&rig.client, place(7101)));
     assert!(portfwd.stop().unwrap().0.success());
 }
