@@ -166,10 +166,12 @@ pub struct ChangeRequest {
     pub save: bool,
 }
 
-/// What was done, a line for each.
+/// What was done, and what will not work as it is now, a line for each.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changed {
     pub messages: Vec<String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// What the daemon is asked; the answer goes back through the sender.
@@ -525,6 +527,13 @@ async fn whole(socket: &Path, answer: hyper::Response<Incoming>) -> anyhow::Resu
         .map_err(|error| anyhow::anyhow!("{}: {error}", socket.display()))
 }
 
+/// That no daemon listens at a socket.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{}: no portfwd is running there; start it with `portfwd run`, or name its socket with --socket", .0.display()
+)]
+pub struct Nobody(PathBuf);
+
 /// That the daemon does not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {said}", socket.display())]
@@ -571,9 +580,7 @@ async fn request(
     let is_file = || std::fs::metadata(socket).is_ok_and(|file| !file.file_type().is_socket());
     let stream = connect(socket).await.map_err(|error| match error.kind() {
         _ if is_file() => anyhow::anyhow!("{shown}: not a socket; name the daemon's with --socket"),
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => anyhow::anyhow!(
-            "{shown}: no portfwd is running there; start it with `portfwd run`, or name its socket with --socket"
-        ),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Nobody(socket.into()).into(),
         io::ErrorKind::PermissionDenied => {
             anyhow::anyhow!(
                 "{shown}: this user may not ask the daemon; run as root, or as a member of group {GROUP}"
@@ -669,7 +676,12 @@ mod tests {
         let socket = directory.path().join("portfwd.sock");
         // What a daemon answers is its own business.
         let router = Router::new()
-            .route("/change", post(async |body: String| Json(Changed { messages: vec![body] })))
+            .route(
+                "/change",
+                post(async |body: String| {
+                    Json(Changed { messages: vec![body], ..Changed::default() })
+                }),
+            )
             .route("/conflict", post(async || (StatusCode::CONFLICT, "one\ntwo")))
             .route("/broken", post(async || (StatusCode::INTERNAL_SERVER_ERROR, "three")));
         let listener = UnixListener::bind(&socket).expect("the socket binds");

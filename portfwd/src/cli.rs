@@ -12,14 +12,15 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::api::{
-    self, ChangeRequest, Changed, Count, FlowInfo, List, Refused, RuleInfo, RuleStats, Stats,
+    self, ChangeRequest, Changed, Count, FlowInfo, List, Nobody, Refused, RuleInfo, RuleStats,
+    Stats,
 };
 use crate::compile::{BoxPorts, Capacity, Plan, explain, plan};
 use crate::config::diff::Diff;
 use crate::config::overlay::Change;
 use crate::config::{self, Config, Origin};
 use crate::daemon::{self, Failure, Options, modes, resolve_all};
-use crate::datapath::{Datapath, DatapathError, Hook, Verified};
+use crate::datapath::{Datapath, DatapathError, Hook, Pins, Verified};
 use crate::flows::{self, Filter};
 use crate::instance::Instance;
 use crate::network::{Layer, Network, Route};
@@ -188,6 +189,27 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         }
         (None, Some(socket)) => (Instance::of_socket(&socket), socket),
     };
+    let done = obey(command, &instance, socket, verbose, json).await;
+    done.map_err(|failure| match failure {
+        Failure::System(error)
+            if error.is::<Nobody>() && Pins::new(&instance.to_string()).has_links() =>
+        {
+            Failure::System(anyhow::anyhow!(
+                "no daemon of instance \"{instance}\" is running, but what the last one left goes on forwarding: \
+                 start it again as before, or end that with `portfwd detach`"
+            ))
+        }
+        other => other,
+    })
+}
+
+async fn obey(
+    command: Command,
+    instance: &Instance,
+    socket: PathBuf,
+    verbose: bool,
+    json: bool,
+) -> Result<ExitCode, Failure> {
     let change = async |change, save| {
         let asked = ChangeRequest { change, save };
         let answer = api::post_json(&socket, "/v1/change", &asked).await;
@@ -200,6 +222,7 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
             let origin = run.origin();
             let config = origin.read().map_err(Failure::wrong)?;
             let log_packets = verbose;
+            let instance = instance.clone();
             daemon::run(Options { config, origin, instance, socket, keep, log_packets }).await
         }
         Command::Check(check) => check.run(verbose, json).await,
@@ -223,8 +246,8 @@ async fn dispatch(arguments: Arguments) -> Result<ExitCode, Failure> {
         Command::Reload => print_changed(json, api::order_json(&socket, "/v1/reload").await),
         Command::Detach => {
             start_log(verbose);
-            let messages = vec![detach(&instance, &socket).await?.to_owned()];
-            print_changed(json, Ok(Changed { messages }))
+            let messages = vec![detach(instance, &socket).await?.to_owned()];
+            print_changed(json, Ok(Changed { messages, ..Changed::default() }))
         }
         Command::Add(Add { rule, name, save }) => {
             change(Change::Add { spec: rule, name }, save).await
@@ -253,6 +276,9 @@ fn refused(error: anyhow::Error) -> Failure {
 
 fn print_changed(json: bool, answer: anyhow::Result<Changed>) -> Result<(), Failure> {
     let changed = answer.map_err(refused)?;
+    if !json {
+        changed.warnings.iter().for_each(|warning| eprintln!("portfwd: warning: {warning}"));
+    }
     if !json && changed.messages.is_empty() {
         return Ok(());
     }
@@ -263,7 +289,18 @@ fn print_changed(json: bool, answer: anyhow::Result<Changed>) -> Result<(), Fail
 async fn detach(instance: &Instance, socket: &Path) -> Result<&'static str, Failure> {
     let running = match daemon::take_off(instance) {
         Ok(true) => return Ok("nothing is forwarded any more"),
-        Ok(false) => return Ok("there was nothing to take off"),
+        Ok(false) => {
+            let others = Pins::instances();
+            if others.is_empty() {
+                return Ok("there was nothing to take off");
+            }
+            let others: Vec<String> =
+                others.iter().map(|other| format!("--instance {other}")).collect();
+            let others = others.join(", ");
+            return Err(Failure::System(anyhow::anyhow!(
+                "instance \"{instance}\" forwards nothing, but another does: `portfwd detach` takes {others}"
+            )));
+        }
         Err(error) => error,
     };
     if !running.is::<daemon::Running>() {

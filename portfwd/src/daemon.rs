@@ -148,7 +148,10 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     if before.is_none() {
         // Later they are waited for.
         check_interfaces(&config, &snapshot, &survey)?;
-        none(&survey.problems)?;
+        // Who is to forward for long goes without a backend whose network is not there.
+        if !keep {
+            none(&survey.problems)?;
+        }
     }
     plan.locate(&config.rules, &survey.local);
     let ports =
@@ -210,6 +213,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
         attached: BTreeMap::new(),
         unprepared: false,
         told: BTreeSet::new(),
+        hinted: BTreeSet::new(),
         unresolved: BTreeSet::new(),
         silent: BTreeMap::new(),
         gateways: Vec::new(),
@@ -416,6 +420,8 @@ struct Daemon {
     unprepared: bool,
     /// Problems that were told and still are there.
     told: BTreeSet<String>,
+    /// What was said of the rules.
+    hinted: BTreeSet<String>,
     /// Names that did not resolve the last time, which was told.
     unresolved: BTreeSet<String>,
     /// Rules that packets go to and none come back from: since when.

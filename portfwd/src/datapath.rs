@@ -108,7 +108,10 @@ pub enum AttachError {
     NoFilters { interface: String, message: String },
     #[error("{interface}: cannot attach {}: {message}", .mode.program())]
     Other { interface: String, mode: Mode, message: String },
-    #[error("{interface}: another portfwd is attached there; stop it")]
+    #[error(
+        "{interface}: another portfwd is attached there, and an interface, also one to backends, belongs to one: put \
+         the rules of both into one file, or stop it"
+    )]
     Portfwd { interface: String },
     #[error(
         "{interface}: portfwd \"{instance}\" is attached there; end it with `portfwd detach --instance {instance}`"

@@ -612,8 +612,8 @@ fn what_is_in_the_way() {
         "another portfwd at TC",
         &mut place.command("run -i wan0 -p 80:192.168.77.10"),
         &[
-            "lan0: another portfwd is attached there; stop it",
-            "wan0: another portfwd is attached there; stop it",
+            "lan0: another portfwd is attached there, and an interface, also one to backends, belongs to one: put the rules of both into one file, or stop it",
+            "wan0: another portfwd is attached there, and an interface, also one to backends, belongs to one: put the rules of both into one file, or stop it",
         ],
         1,
     );

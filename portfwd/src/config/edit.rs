@@ -333,7 +333,13 @@ fn replace(file: &Path, text: &str) -> io::Result<()> {
     let mut new = tempfile::Builder::new().prefix(&prefix).tempfile_in(directory)?;
     let owner = |file: &fs::Metadata| (file.uid(), file.gid());
     if owner(&new.as_file().metadata()?) != owner(&before) {
-        fchown(new.as_file(), Some(before.uid()), Some(before.gid()))?;
+        fchown(new.as_file(), Some(before.uid()), Some(before.gid())).map_err(|error| {
+            let message = format!(
+                "it belongs to another user or group, which this process may not give a file to: {error}; chown \
+                 root:root"
+            );
+            io::Error::new(error.kind(), message)
+        })?;
     }
     new.as_file().set_permissions(before.permissions())?;
     new.as_file_mut().write_all(text.as_bytes())?;

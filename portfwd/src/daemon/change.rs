@@ -46,7 +46,8 @@ impl Daemon {
             Order::Change(asked, sender) => (sender, self.change(asked, inbox).await),
             Order::Detach(sender) => {
                 let messages = vec!["forwarding ends".to_owned()];
-                let _: Result<(), _> = sender.send(Ok(Changed { messages }));
+                let ended = Changed { messages, ..Changed::default() };
+                let _: Result<(), _> = sender.send(Ok(ended));
                 return true;
             }
         };
@@ -95,7 +96,7 @@ impl Daemon {
         let next = self.work_out(base.clone(), inbox).await?;
         let restart = self.need_restart(&next.config);
         let overlay = Overlay::default();
-        self.become_next(next, Arc::new(base), overlay)?;
+        let warnings = self.become_next(next, Arc::new(base), overlay)?;
         let rules = self.config.rules.len();
         let plural = if rules == 1 { "" } else { "s" };
         let mut messages = vec![format!("reloaded: {rules} rule{plural}")];
@@ -103,7 +104,7 @@ impl Daemon {
             messages = vec![format!("reloaded: {rules} rule{plural}, as before")];
         }
         messages.extend(restart);
-        Ok(Changed { messages })
+        Ok(Changed { messages, warnings })
     }
 
     /// One change, at run time and, if asked for, in the file.
@@ -112,30 +113,38 @@ impl Daemon {
         ChangeRequest { change, save }: ChangeRequest,
         inbox: &mut mpsc::Receiver<Request>,
     ) -> Result<Changed, Failure> {
-        let (mut overlay, mut config) =
-            self.overlay.with(&self.base, &change).map_err(Failure::wrong)?;
+        let changed = self.overlay.with(&self.base, &change);
         let mut base = self.base.clone();
-        if save {
-            // What the file will say.
-            let (_, mut saved) =
-                Overlay::default().with(&self.base, &change).map_err(Failure::wrong)?;
-            saved.unsaved.clear();
-            base = Arc::new(saved);
-            overlay = overlay.settle(&base);
-            config = overlay.apply(&base).map_err(Failure::wrong)?;
-        }
+        let (overlay, config) = match changed {
+            changed if !save => changed.map_err(Failure::wrong)?,
+            changed => {
+                // What the file will say; of what runs it may have been made so before.
+                let (_, mut saved) = Overlay::default()
+                    .with(&self.base, &change)
+                    .map_err(|errors| Failure::wrong(changed.clone().err().unwrap_or(errors)))?;
+                saved.unsaved.clear();
+                base = Arc::new(saved);
+                let overlay = changed.map_or_else(|_| self.overlay.clone(), |(overlay, _)| overlay);
+                let overlay = overlay.settle(&base);
+                let config = overlay.apply(&base).map_err(Failure::wrong)?;
+                (overlay, config)
+            }
+        };
         let next = self.work_out(config, inbox).await?;
         let file = save.then(|| self.origin.save(&change).map_err(Failure::wrong)).transpose()?;
-        if let Err(failure) = self.become_next(next, base, overlay) {
-            if let Some(Err(errors)) = file.map(|edited| self.origin.restore(&edited)) {
-                warn!("the file has the change that was refused: {errors}");
+        let warnings = match self.become_next(next, base, overlay) {
+            Ok(warnings) => warnings,
+            Err(failure) => {
+                if let Some(Err(errors)) = file.map(|edited| self.origin.restore(&edited)) {
+                    warn!("the file has the change that was refused: {errors}");
+                }
+                return Err(failure);
             }
-            return Err(failure);
-        }
+        };
         let saved = if save { ", and saved" } else { "" };
         let message = format!("{change}: done{saved}");
         info!("{message}");
-        Ok(Changed { messages: vec![message] })
+        Ok(Changed { messages: vec![message], warnings })
     }
 
     /// What a configuration means in this network.
@@ -199,13 +208,13 @@ impl Daemon {
         Ok(Next { config, resolved, plan, survey, snapshot })
     }
 
-    /// Makes it live, or nothing of it.
+    /// Makes it live, or nothing of it. Returns what is to be known of it.
     fn become_next(
         &mut self,
         next: Next,
         base: Arc<Config>,
         overlay: Overlay,
-    ) -> Result<(), Failure> {
+    ) -> Result<Vec<String>, Failure> {
         let Next { config, resolved, plan, survey, snapshot } = next;
         let masquerade = std::mem::replace(&mut self.ports.masquerade, config.masquerade.clone());
         let before = (
@@ -233,12 +242,17 @@ impl Daemon {
         let mut problems = self.settle(&snapshot);
         problems.extend(self.prepare(&snapshot).err().map(|error| error.to_string()));
         problems.extend(self.reserve_ports().err().map(|error| error.to_string()));
+        problems.extend(self.survey.problems.clone());
+        let mut warnings = problems.clone();
         self.tell(problems);
+        let hints = self.new_hints(&snapshot);
+        hints.iter().for_each(|hint| warn!("{hint}"));
+        warnings.extend(hints);
         if let Err(error) = self.save() {
             warn!("{error}");
         }
         self.silent.retain(|name, _| self.config.rules.iter().any(|rule| rule.name == *name));
-        Ok(())
+        Ok(warnings)
     }
 
     /// Attaches to interfaces in other ways and to other interfaces than those with `roles`, where that is asked for

@@ -32,7 +32,7 @@ const HINTED_RULES: usize = 1000;
 
 impl Daemon {
     /// What is known to lose packets, said before it does.
-    pub fn warn_of_pitfalls(&self, snapshot: &Snapshot) {
+    pub fn warn_of_pitfalls(&mut self, snapshot: &Snapshot) {
         for (index, attachment) in &self.attached {
             let Some(link) = snapshot.link_by_index(*index) else { continue };
             for pitfall in links::pitfalls(snapshot, link, attachment.role, attachment.mode) {
@@ -61,9 +61,7 @@ impl Daemon {
             };
             warn!("rule \"{rule}\" {others}: no external interface has an {family} address yet");
         }
-        if self.config.rules.len() <= HINTED_RULES {
-            self.warn_of_addresses_and_ports(snapshot);
-        }
+        self.new_hints(snapshot).iter().for_each(|hint| warn!("{hint}"));
         let dmz = self.plan.legs.iter().find(|leg| leg.has_other());
         if let (Some(dmz), false) = (dmz, self.survey.own.is_empty()) {
             let own: Vec<String> = self.survey.own.iter().map(u8::to_string).collect();
@@ -76,20 +74,21 @@ impl Daemon {
         info!("external addresses: {}", Addresses(&self.survey.externals));
     }
 
-    fn warn_of_addresses_and_ports(&self, snapshot: &Snapshot) {
-        let Self { config, plan, survey, ports: BoxPorts { ephemeral, .. }, .. } = self;
-        for line in foreign_addresses(&config.rules, snapshot) {
-            warn!("{line}");
+    /// What rules take from the box by their addresses and ports, as far as that was not said of the rules before.
+    pub fn new_hints(&mut self, snapshot: &Snapshot) -> Vec<String> {
+        if self.config.rules.len() > HINTED_RULES {
+            return Vec::new();
         }
+        let Self { config, plan, survey, ports: BoxPorts { ephemeral, .. }, .. } = &*self;
+        let mut hints: Vec<String> = foreign_addresses(&config.rules, snapshot);
         let sockets = Socket::all();
-        for line in taken_away(&sockets, &config.rules, plan, &survey.externals, ephemeral) {
-            warn!("{line}");
-        }
+        hints.extend(taken_away(&sockets, &config.rules, plan, &survey.externals, ephemeral));
         let tracked = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")
             .is_ok_and(|count| count.trim() != "0");
-        if tracked && let Some(line) = claimed_sources(&config.rules, ephemeral) {
-            warn!("{line}");
-        }
+        hints.extend(tracked.then(|| claimed_sources(&config.rules, ephemeral)).flatten());
+        let before = std::mem::replace(&mut self.hinted, hints.iter().cloned().collect());
+        hints.retain(|hint| !before.contains(hint));
+        hints
     }
 
     /// "It loaded and nothing is forwarded": packets go to a backend and none come back.

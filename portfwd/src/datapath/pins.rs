@@ -179,6 +179,14 @@ impl Pins {
         })
     }
 
+    /// The instances that have something there.
+    pub fn instances() -> Vec<String> {
+        let all = names(&Path::new(BPFFS).join("portfwd"));
+        let mut all: Vec<String> = all.filter(|name| Self::new(name).is_there()).collect();
+        all.sort();
+        all
+    }
+
     /// Whether what is pinned goes with this process: it has a file system for it that others do not see.
     pub fn are_private() -> bool {
         let device = |root| fs::metadata(format!("{root}{BPFFS}")).map(|it| it.dev());

@@ -83,6 +83,25 @@ fn rules_change_at_run_time_and_in_the_file() {
     let text = fs::read_to_string(&file).unwrap();
     assert!(text.starts_with(&first) && text.contains("7103"), "{text}");
 
+    // What was changed before can be saved.
+    done(&portfwd, &["add", "-p", "7102:192.168.77.10:7000/udp", "--name", "two", "--save"]);
+    assert_eq!(listed(&portfwd, "two"), Some((true, true)));
+    done(&portfwd, &["remove", "two"]);
+    assert!(!answers(&rig.client, place(7102)));
+    done(&portfwd, &["remove", "two", "--save"]);
+    assert_eq!(fs::read_to_string(&file).unwrap(), text);
+    assert_eq!(run(&portfwd, &["diff"]), (0, "no difference\n".to_owned()));
+    done(&portfwd, &["add", "-p", "7102:192.168.77.10:7000/udp", "--name", "two"]);
+    until("the rule answers again", 5, || answers(&rig.client, place(7102)));
+
+    // Whoever takes what the box itself listens for is told.
+    let address = SocketAddr::new(rig::WAN.v4.into(), 7107);
+    let own = rig.router.enter(|| std::net::TcpListener::bind(address)).unwrap();
+    let said = done(&portfwd, &["add", "-p", "7107:192.168.77.10:7000", "--name", "own"]);
+    assert!(said.contains("warning: rule \"own\": this box itself listens on tcp 7107"), "{said}");
+    done(&portfwd, &["remove", "own"]);
+    drop(own);
+
     // Counters go on, and what was changed at run time is as it was, after a restart.
     let packets = |portfwd: &Portfwd, name: &str| {
         let stats = portfwd.stats().unwrap();
@@ -144,6 +163,9 @@ fn a_start_that_the_kernel_refuses_leaves_forwarding_as_it_was() {
     let (socket, before) = (portfwd.socket().to_owned(), claimed(&portfwd).0);
     portfwd.signal(libc::SIGKILL).unwrap();
     drop(portfwd);
+    let list = rig.router.command(binary()).arg("list").arg("--socket").arg(&socket).output();
+    let said = String::from_utf8(list.unwrap().stderr).unwrap();
+    assert!(said.contains("goes on forwarding"), "{said}");
     for _ in 0..2 {
         // The verifier refuses programs to whoever lacks that.
         let mut command = rig.router.command("setpriv");
@@ -193,6 +215,30 @@ fn a_first_start_that_was_killed_is_in_nobodys_way() {
     assert!(!Path::new(&set).exists());
     assert!(portfwd.stop().unwrap().0.success());
     assert!(!Path::new(&format!("/sys/fs/bpf/portfwd/{instance}")).exists());
+}
+
+#[test]
+fn who_forwards_for_long_goes_without_a_backend_that_has_no_route() {
+    if !is_root() {
+        return;
+    }
+    let (rig, directory) = (Rig::new().unwrap(), TempDir::new().unwrap());
+    let _backend = Backend::new(&rig.server, rig::SERVER);
+    let arguments = [&["--keep", "-i", "wan0", "-p", "7103:203.0.113.9/udp"], &RULES[..]].concat();
+    let portfwd = start(&rig, &arguments, &directory);
+    told(&portfwd, "backend 203.0.113.9 has no route");
+    both_reached(&rig.client);
+    // It is there later.
+    rig.router.ip("route add 203.0.113.9 via 192.168.77.10").unwrap();
+    told(&portfwd, "all is well again");
+    // Another instance is none of this.
+    let mut other = rig.router.command(binary());
+    let other = other.args(["detach", "--instance", "nobody-has-this"]).output().unwrap();
+    assert_eq!(other.status.code(), Some(1));
+    both_reached(&rig.client);
+    let (status, said) = command(&rig, &portfwd, &["detach"]);
+    assert_eq!(status, 0, "{said}");
+    assert!(!answers(&rig.client, place(7004)));
 }
 
 #[test]
