@@ -36,7 +36,7 @@ const DEFAULT_CONFIG: &str = "/etc/portfwd/portfwd.toml";
 pub struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Which daemon, where several run: a name. Without one, the socket tells
+    /// Which daemon, where several run: a name; without it, the one of --socket, or `portfwd`
     #[arg(long, global = true, value_name = "NAME")]
     instance: Option<Instance>,
     /// The daemon's control socket; without it, /run/portfwd/INSTANCE.sock
