@@ -114,21 +114,22 @@ impl Daemon {
         inbox: &mut mpsc::Receiver<Request>,
     ) -> Result<Changed, Failure> {
         let changed = self.overlay.with(&self.base, &change);
-        let mut base = self.base.clone();
-        let (overlay, config) = match changed {
-            changed if !save => changed.map_err(Failure::wrong)?,
-            changed => {
-                // What the file will say; of what runs it may have been made so before.
-                let (_, mut saved) = Overlay::default()
-                    .with(&self.base, &change)
-                    .map_err(|errors| Failure::wrong(changed.clone().err().unwrap_or(errors)))?;
-                saved.unsaved.clear();
-                base = Arc::new(saved);
-                let overlay = changed.map_or_else(|_| self.overlay.clone(), |(overlay, _)| overlay);
-                let overlay = overlay.settle(&base);
-                let config = overlay.apply(&base).map_err(Failure::wrong)?;
-                (overlay, config)
+        let (base, overlay, config) = if save {
+            // What the file will say; what runs may be so already.
+            let saved = Overlay::default().with(&self.base, &change);
+            match (saved, changed) {
+                (Ok((_, mut base)), changed) => {
+                    base.unsaved.clear();
+                    let overlay = changed.map_or_else(|_| self.overlay.clone(), |(it, _)| it);
+                    let overlay = overlay.settle(&base);
+                    let config = overlay.apply(&base).map_err(Failure::wrong)?;
+                    (Arc::new(base), overlay, config)
+                }
+                (Err(errors), Ok(_)) | (Err(_), Err(errors)) => return Err(Failure::wrong(errors)),
             }
+        } else {
+            let (overlay, config) = changed.map_err(Failure::wrong)?;
+            (self.base.clone(), overlay, config)
         };
         let next = self.work_out(config, inbox).await?;
         let file = save.then(|| self.origin.save(&change).map_err(Failure::wrong)).transpose()?;
