@@ -132,7 +132,16 @@ fn from_port(client: &Namespace, port: u16, server: SocketAddr, end: End) {
                 .map_err(|error| error.kind())
         })
     };
-    let connected = client.enter(connect);
+    // The port may be held for a moment by the connection before.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let connected = loop {
+        match client.enter(connect) {
+            Err(ErrorKind::AddrNotAvailable) if Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            connected => break connected,
+        }
+    };
     if end == End::Refused {
         assert_eq!(connected.map(drop), Err(ErrorKind::ConnectionRefused), "{server}");
         return;
